@@ -1,0 +1,1 @@
+"""Parts of aisp_dist on machines: plain classes here, made Ray actors in one place (cluster.py)."""

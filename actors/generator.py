@@ -1,0 +1,100 @@
+"""The engine behind an actor: rounds come in at any time and share its rows; each answer leaves when its own is done."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aisp_dist.config import Generator as Settings
+from aisp_dist.records import Rollout, Round
+
+
+class Generator:
+    """One replica of the base model.
+
+    A thread owns the engine and steps it while there is work; the actor's event loop only passes rounds in and answers
+    out. An error of one request goes back to its caller; an error of a step concerns every row, so the process ends and
+    the callers repeat their rounds elsewhere.
+    """
+
+    def __init__(self, settings: Settings, name: str, threads: int) -> None:
+        self.settings, self.name, self.threads = settings, name, threads
+        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.waiting: dict[Round, tuple[asyncio.AbstractEventLoop, asyncio.Future[Rollout]]] = {}
+
+    def __repr__(self) -> str:
+        return self.name
+
+    async def load(self) -> int | None:
+        """Load the model; answers its context length in tokens. Raises ConfigError for one that cannot be used."""
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        from aisp_dist.engine import decode, model
+
+        torch.set_num_threads(self.threads)
+        disable_progress_bar()  # noise in job logs
+        lm = await asyncio.to_thread(model.load, self.settings)
+        self.engine = decode.Engine(lm, self.settings.batch_rows, self.settings.max_new_tokens, self.settings.stop)
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        return lm.context_length
+
+    async def rollout(self, round: Round) -> Rollout:
+        """Decode a round. Raises ValueError for one that the model cannot take."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Rollout] = loop.create_future()
+
+        def submit() -> None:
+            try:
+                self.engine.submit(round)
+                self.waiting[round] = (loop, answer)
+            except Exception as error:
+                loop.call_soon_threadsafe(_settle, answer, None, error)
+
+        self.inbox.put(submit)
+        return await answer
+
+    async def nll(self, prompt_tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]) -> list[float]:
+        """The base model's mean negative log-likelihood per token of each response, in nats."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[float]] = loop.create_future()
+
+        def measure() -> None:
+            try:
+                losses = [self.engine.nll(prompt_tokens, response) for response in responses]
+                loop.call_soon_threadsafe(_settle, answer, losses, None)
+            except Exception as error:
+                loop.call_soon_threadsafe(_settle, answer, None, error)
+
+        self.inbox.put(measure)
+        return await answer
+
+    def _run(self) -> None:
+        from aisp_dist.engine.decode import DecodeError
+
+        try:
+            while True:
+                if not self.engine.busy:
+                    self.inbox.get()()
+                while not self.inbox.empty():
+                    self.inbox.get()()
+                try:
+                    for round, rollout in self.engine.step():
+                        loop, answer = self.waiting.pop(round)
+                        loop.call_soon_threadsafe(_settle, answer, rollout, None)
+                except DecodeError as error:  # this round only; the others go on
+                    loop, answer = self.waiting.pop(error.round)
+                    loop.call_soon_threadsafe(_settle, answer, None, ValueError(str(error)))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+
+def _settle(answer: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    if not answer.done():  # the caller may have given up
+        answer.set_exception(error) if error else answer.set_result(value)

@@ -1,0 +1,57 @@
+"""From the configuration and the cluster's resources to actors. Pure: a dictionary in, a plan or a readable shortfall
+out, so that nothing ever waits for a machine that will not come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aisp_dist.config import ConfigError, ModelReward, Replicas, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Equal actors: `role` is generator or a reward's name; resources are for one actor."""
+
+    role: str
+    replicas: int
+    num_cpus: float
+    num_gpus: float
+    accelerator: str | None
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.num_cpus))
+
+
+def plan(run: Run, resources: Mapping[str, float]) -> tuple[Group, ...]:
+    """The actors of a run, generators first. `resources`: ray.cluster_resources().
+
+    Raises ConfigError naming what is short, by how much, and which key to change.
+    """
+    groups = [_group("generator", run.runtime.generators, True, resources)]
+    for name, reward in run.rewards.items():
+        groups.append(_group(name, run.replicas(name), isinstance(reward, ModelReward), resources))
+    for kind, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        wanted = sum(g.replicas * getattr(g, key) for g in groups)
+        if wanted > resources.get(kind, 0) + 1e-9:
+            parts = ", ".join(f"{g.role} {g.replicas} x {getattr(g, key):g}" for g in groups if getattr(g, key))
+            raise ConfigError(
+                f"runtime: the actors need {wanted:g} {kind} ({parts}) and the cluster has {resources.get(kind, 0):g}; "
+                f"lower replicas or {key}, or add machines"
+            )
+    return tuple(groups)
+
+
+def _group(role: str, wanted: Replicas, model: bool, resources: Mapping[str, float]) -> Group:
+    if wanted.accelerator and f"accelerator_type:{wanted.accelerator}" not in resources:
+        there = sorted(r.removeprefix("accelerator_type:") for r in resources if r.startswith("accelerator_type:"))
+        raise ConfigError(
+            f"runtime, {role}: accelerator {wanted.accelerator!r} is on no machine of the cluster "
+            f"(there: {', '.join(there) or 'none'}); name one that is, or leave it null"
+        )
+    auto = 1.0 if model and resources.get("GPU", 0) > 0 else 0.0
+    num_gpus = auto if wanted.num_gpus == "auto" else float(wanted.num_gpus)
+    if num_gpus > 1 and num_gpus != int(num_gpus):
+        raise ConfigError(f"runtime, {role}: num_gpus is {num_gpus:g}; above 1 it must be whole")
+    return Group(role, wanted.replicas, wanted.num_cpus, num_gpus, wanted.accelerator)

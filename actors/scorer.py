@@ -1,0 +1,32 @@
+"""One reward behind an actor. A request is one round's responses of one prompt, scored together and by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from aisp_dist import rewards
+from aisp_dist.config import FunctionReward, ModelReward
+from aisp_dist.records import Prompt, Score
+
+
+class Scorer:
+    def __init__(self, reward: str, settings: ModelReward | FunctionReward, base_dir: Path, name: str, threads: int):
+        self.reward, self.settings, self.base_dir, self.name, self.threads = reward, settings, base_dir, name, threads
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def load(self) -> None:
+        """Load the reward. Raises ConfigError for one that cannot be used."""
+        if isinstance(self.settings, ModelReward):
+            import torch
+            from transformers.utils.logging import disable_progress_bar
+
+            torch.set_num_threads(self.threads)
+            disable_progress_bar()  # noise in job logs
+        self.scores = rewards.load(self.reward, self.settings, self.base_dir)
+
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        """One score for each response, in order. Raises what the reward raises."""
+        return self.scores(prompt, responses)

@@ -1,0 +1,123 @@
+"""The loop of one prompt: draw, score, update, keep the best. It is given its rollout and its scoring as functions, so
+the same lines run on a toy problem in a test, in one process, and under Ray. Nothing here knows models or machines."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
+from functools import partial
+
+from aisp_dist import methods
+from aisp_dist.config import Run
+from aisp_dist.philox import prompt_key
+from aisp_dist.records import (
+    BASE_ITERATION,
+    Candidate,
+    Done,
+    Failed,
+    Prompt,
+    Result,
+    Rollout,
+    Round,
+    Sampling,
+    Score,
+    Trajectory,
+)
+from aisp_dist.rewards.combine import Frozen, combine
+
+RolloutFn = Callable[[Round], Coroutine[None, None, Rollout]]
+ScoreFn = Callable[[str, Prompt, Sequence[str]], Awaitable[list[Score]]]  # reward name, prompt, responses
+# prompt id, its tokens, responses -> the base model's mean NLL per token of each response
+NllFn = Callable[[str, tuple[int, ...], Sequence[tuple[int, ...]]], Awaitable[list[float]]]
+
+
+class RowError(Exception):
+    """This prompt cannot be finished, and a fresh process would say the same; it becomes a failed row."""
+
+
+async def align(
+    run: Run, prompt: Prompt, prompt_tokens: tuple[int, ...], rollout: RolloutFn, score: ScoreFn, nll: NllFn
+) -> Result:
+    """Search one prompt to the end. RowError becomes a Failed; every other exception is a fault and passes through."""
+    try:
+        return await _search(run, prompt, prompt_tokens, rollout, score, nll)
+    except RowError as error:
+        return Failed(prompt, str(error))
+
+
+async def _search(
+    run: Run, prompt: Prompt, prompt_tokens: tuple[int, ...], rollout: RolloutFn, score: ScoreFn, nll: NllFn
+) -> Done:
+    method = methods.bind(run.method)
+    key = prompt_key(run.seed, prompt.id)
+    selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
+    held_out = [name for name in run.rewards if name not in selecting]
+
+    async def scored(iteration: int, drawn: Sequence[Trajectory], frozen: Frozen) -> tuple[list[Candidate], Frozen]:
+        texts = [t.text for t in drawn]
+        answers = await asyncio.gather(*(score(name, prompt, texts) for name in selecting))
+        raw = dict(zip(selecting, answers, strict=True))
+        combined, frozen = combine(selecting, run.combine, raw, frozen)
+        return [
+            Candidate(
+                iteration=iteration,
+                sample=t.sample,
+                text=t.text,
+                token_ids=t.token_ids,
+                finish_reason=t.finish_reason,
+                reward=total.value,
+                rewards=tuple((name, raw[name][i].value) for name in selecting),
+                reason=total.reason,
+            )
+            for i, (t, total) in enumerate(zip(drawn, combined, strict=True))
+        ], frozen
+
+    ask = partial(Round, run.seed, prompt.id, prompt_tokens)
+    base_rollout = asyncio.ensure_future(rollout(ask(BASE_ITERATION, 0, 1, Sampling())))
+    try:
+        state: methods.State = ()
+        frozen: Frozen = None
+        candidates: list[Candidate] = []
+        best: Candidate | None = None
+        best_reward = -math.inf
+        curve: list[float | None] = []
+        while (proposal := method.propose(state)) is not None:
+            k = proposal.iteration
+            drawn = await rollout(ask(k, 0, proposal.num_samples, proposal.sampling, proposal.trace))
+            new, frozen = await scored(k, drawn.trajectories, frozen)
+            for candidate in new:  # strictly greater: the earliest of equals wins
+                if candidate.reward is not None and candidate.reward > best_reward:
+                    best, best_reward = candidate, candidate.reward
+            candidates += new
+            curve.append(best.reward if best else None)
+            state = method.update(state, key, drawn, [c.reward for c in new])
+        base_drawn = await base_rollout
+    finally:
+        base_rollout.cancel()
+    if best is None:
+        raise RowError(f"no candidate has a finite reward; the first says: {candidates[0].reason}")
+    (base,), _ = await scored(BASE_ITERATION, base_drawn.trajectories, frozen)
+    losses, *reports = await asyncio.gather(
+        nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids]),
+        *(score(name, prompt, [best.text, base.text]) for name in held_out),
+    )
+    judged = list(zip(held_out, reports, strict=True))
+    best, base = (
+        replace(c, rewards=(*c.rewards, *((name, values[i].value) for name, values in judged)))
+        for i, c in enumerate((best, base))
+    )
+    return Done(
+        prompt=prompt,
+        prompt_tokens=len(prompt_tokens),
+        best=best,
+        base=base,
+        nll=losses[0],
+        base_nll=losses[1],
+        samples_spent=len(candidates),
+        quarantined=sum(c.reason is not None for c in candidates),
+        curve=tuple(curve),
+        candidates=tuple(candidates),
+        trace=state,
+    )

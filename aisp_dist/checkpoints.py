@@ -1,0 +1,74 @@
+"""Model names to checkpoints: the embedded ones, local directories, hub ids; and what identifies their weights.
+No torch, so that a configuration can be checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from aisp_dist import demo
+from aisp_dist.config import ConfigError
+
+Role = Literal["generator", "reward"]
+EMBEDDED: dict[tuple[Role, str], str] = {
+    ("generator", "demo"): "base",
+    ("reward", "demo"): "reward",
+    ("reward", "demo-judge"): "judge",
+}
+
+
+def locate(key: str, name: str, role: Role) -> str:
+    """A configured model name to the absolute directory or the hub id that transformers loads.
+
+    `key`: the configuration's, for messages. Raises ConfigError for a directory that is missing, holds no checkpoint, or
+    holds pickled weights only.
+    """
+    if embedded := EMBEDDED.get((role, name)):
+        return str(demo.path(embedded))
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if path.is_absolute() or path.exists() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise ConfigError(f"{key}: {name!r} is not a directory; name one that holds a transformers checkpoint")
+        return name
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{key}: {name!r} holds no config.json; name a transformers checkpoint directory")
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{key}: {name!r} has no *.safetensors; pickled weights can run code and are refused: "
+            "convert it with save_pretrained"
+        )
+    return str(path.resolve())
+
+
+def digest(key: str, place: str, revision: str | None) -> str:
+    """128 bits over every file of a local checkpoint; of a hub checkpoint its commit, which is a digest already.
+
+    `place`: what `locate` answered.
+    """
+    if not Path(place).is_dir():
+        return commit(key, place, revision)
+    whole = hashlib.blake2b(digest_size=16)
+    for file in sorted(f for f in Path(place).iterdir() if f.is_file() and not f.name.startswith(".")):
+        whole.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                whole.update(chunk)
+    return whole.hexdigest()
+
+
+def commit(key: str, repo: str, revision: str | None) -> str:
+    """The commit that a hub id stands for now, from the hub or, where it cannot be reached, from the local cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = hf_hub_download(repo, "config.json", revision=revision)
+    except HFValidationError:
+        raise ConfigError(f"{key}: {repo!r} is neither a directory nor a hub id; give one that exists") from None
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: {repo!r} is not a directory here, and as a hub id it could not be fetched "
+            f"({type(error).__name__}); give a directory that exists, or a hub id that is reachable or cached"
+        ) from None
+    return Path(config).parent.name  # .../snapshots/<commit>/config.json

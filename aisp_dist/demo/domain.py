@@ -1,0 +1,285 @@
+"""The demo's text domain: questions about everyday topics, answers to them, and how good each answer is.
+
+Owns what the demo models are trained and measured on. An answer is composed of parts (greeting, the fact the question
+asks for, a fact that supports it, an example, a wish), each with points, and may carry a flaw (off topic, evasive,
+curt, rude, repetitive, contradictory ...); its quality is the sum, known by construction. All draws come from the
+`random.Random` handed in. Knows no tokenizer, no model and no search method.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+Split = Literal["first", "second", "held_out"]
+Voice = Literal["all", "early", "late"]  # which of the phrasings a speaker knows
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    topic: int  # row of topics.toml
+    kind: str  # key of QUESTIONS
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    quality: float  # points: about 9 for a complete answer, below 0 for one that is wrong throughout
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    question: Question
+    better: str
+    worse: str
+    gap: float  # difference in quality, > 0
+
+
+QUESTIONS = {
+    "how": ("How do I {act}?", "What is the right way to {act}?", "Can you explain how to {act}?",
+            "How does one {act}?", "Please tell me the steps of {name}.", "I want to {act}. How should I go about it?"),
+    "why": ("Why should I {act}?", "What is good about {name}?", "Why do so many people enjoy {name}?",
+            "Give me a reason to {act}.", "What are the benefits of {name}?", "Why is {name} so popular?"),
+    "need": ("What do I need to {act}?", "Which things are necessary for {name}?", "What should I buy before {name}?",
+             "Please list the equipment for {name}.", "I plan to {act}. What should I get?",
+             "Which tools do I need for {name}?"),
+    "mistake": ("What is a common mistake in {name}?", "What should I avoid when I {act}?",
+                "What do beginners get wrong about {name}?", "Which error do people make when they {act}?",
+                "What must I not do if I want to {act}?", "Is there a typical mistake in {name}?"),
+    "problem": ("I try to {act}, but {my_problem}. What can I do?", "What helps in {name} when {my_problem}?",
+                "I have trouble with {name}: {my_problem}. Any advice?", "Why is it that {my_problem} when I {act}?",
+                "When I {act}, {my_problem}. How do I fix that?", "{my_problem} while I {act}. Please help."),
+    "time": ("How long does it take to {act}?", "How much time does {name} take?", "Is {name} quick or slow?",
+             "I want to {act}. How much time should I plan?", "How soon will I see results from {name}?",
+             "How many days or hours does {name} need?"),
+    "when": ("When should I {act}?", "What is the best time for {name}?", "When is {name} easiest?",
+             "Is there a good moment to {act}?", "Which time of the day or year suits {name}?",
+             "I want to {act}. When is the right time?"),
+    "compare": ("For {name}, should I choose {option_a} or {option_b}?", "I want to {act}. {option_a} or {option_b}?",
+                "What is the difference between {option_a} and {option_b} in {name}?",
+                "Which is better for {name}, {option_a} or {option_b}?",
+                "Compare {option_a} with {option_b} for {name}.", "Do you prefer {option_a} or {option_b} for {name}?"),
+    "start": ("How does a beginner start with {name}?", "I am new to {name}. Where do I begin?",
+              "What is the first step in {name}?", "I have never tried to {act}. How do I start?",
+              "What should I do first if I want to {act}?", "Give a beginner some advice about {name}."),
+    "worth": ("Is {name} worth the effort?", "Does it make sense to {act}?", "Should I really try to {act}?",
+              "Is it a good idea to {act}?", "Would you recommend {name}?",
+              "I am not sure about {name}. Is it worth it?"),
+}  # fmt: skip
+KINDS = tuple(QUESTIONS)
+MOVES = {
+    "how": ("First, {s1}, then {s2}, and finally {s3}.", "There are three steps: {s1}, {s2}, and {s3}.",
+            "Start like this: {s1}. After that, {s2}. In the end, {s3}.",
+            "Step one: {s1}. Step two: {s2}. Step three: {s3}.", "To {act}, {s1}. Next, {s2}. Last, {s3}."),
+    "why": ("The best reason is that {why}.", "People love {name} because {why}.", "Above all, {why}.",
+            "It is a good thing to {act}, since {why}.", "The main benefit is simple: {why}."),
+    "need": ("You need {tools}.", "For {name} you should have {tools}.", "Get {tools}.",
+             "Have {tools} ready before you begin.", "The equipment is simple: {tools}."),
+    "mistake": ("The most common mistake is {mistake}; {remedy}.", "Many beginners fail by {mistake}, so {remedy}.",
+                "Avoid {mistake}. It is better to {remedy}.", "People often go wrong by {mistake}: {remedy}.",
+                "Watch out for {mistake}, and {remedy}."),
+    "problem": ("Usually {cause}, so {fix}.", "If {problem}, then {cause}. The answer: {fix}.",
+                "The cause is that {cause}. To solve it, {fix}.", "Most likely {cause}. In that case, {fix}.",
+                "This happens because {cause}, so {fix}."),
+    "time": ("It takes {time}.", "Plan {time} for {name}.", "Most people need {time}.", "You should expect {time}.",
+             "If you want to {act}, count on {time}."),
+    "when": ("The best time is {when}.", "It works best {when}.", "Try it {when}.", "I recommend doing it {when}.",
+             "You should {act} {when}."),
+    "compare": ("It depends on what you want: {difference}.", "Both are fine, but {difference}.",
+                "In short, {difference}.", "The difference is that {difference}.", "Keep in mind that {difference}."),
+    "start": ("Begin with {tools}, and {s1}.", "At first you only need {tools}; then {s1}.",
+              "Get {tools}, and {s1} before anything else.", "As a beginner, {s1}. You need {tools}.",
+              "The first step is easy: {s1}. Have {tools} at hand."),
+    "worth": ("Yes, it is worth it: {why}, and it takes only {time}.", "I think so, because {why}. Expect {time}.",
+              "Yes, I would recommend {name}, since {why}. It takes {time}.",
+              "It is: {why}, and {time} is not too long.",
+              "Yes, you should {act}. After {time} you will see that {why}."),
+}  # fmt: skip
+EXAMPLES = ("For example, {example}.", "To give you an example, {example}.", "Just think of this: {example}.",
+            "It really works: {example}.", "I know that {example}.")  # fmt: skip
+# Which other facts support an answer of each kind; every fact supports several kinds, so that a held-out question asks
+# for something that was seen with its topic elsewhere.
+SUPPORTS = {
+    "how": ("why", "mistake", "need"), "why": ("when", "time", "compare"), "need": ("how", "mistake", "compare"),
+    "mistake": ("problem", "why", "compare"), "problem": ("mistake", "need", "when"),
+    "time": ("when", "how", "problem"), "when": ("time", "need", "why"), "compare": ("time", "mistake", "why"),
+    "start": ("mistake", "compare", "when"), "worth": ("need", "when", "problem"),
+}  # fmt: skip
+OPENERS = ("Good question!", "Happy to help.", "Thanks for asking.", "I am glad that you ask about {name}.",
+           "What a nice plan to {act}!", "Sure, here is my advice.", "Great, let us talk about {name}.",
+           "Of course!")  # fmt: skip
+CLOSERS = ("I hope this helps.", "Good luck!", "Enjoy {name}!", "Feel free to ask me more.", "Have fun with it.",
+           "You can do it!", "Let me know how it goes.", "I wish you success with {name}.")  # fmt: skip
+RUDE = ("That is a silly question.", "Honestly, you should know this by now.", "I have better things to do.",
+        "Why do you even ask?", "Fine, whatever.")  # fmt: skip
+EVASIVE = ("I am not sure about that.", "It depends on many things.", "That is hard to say.", "Ask somebody else.",
+           "There are many ways to look at it, and each of them has its own value.",
+           "In the end everything is possible in some way, and nobody can really know.")  # fmt: skip
+CURT = {"how": "{s1}.", "why": "{why}.", "need": "{tools}.", "mistake": "{mistake}.", "problem": "{fix}.",
+        "time": "{time}.", "when": "{when}.", "compare": "{option_a}.", "start": "{s1}.", "worth": "Yes."}  # fmt: skip
+CONTRADICTIONS = {
+    "how": "Still, never {s1}.", "why": "Still, nobody should {act}.", "need": "In truth, you need nothing at all.",
+    "mistake": "Still, {mistake} is always a good idea.", "problem": "Still, never {fix}.",
+    "time": "In truth, it is done in one second.", "when": "Still, never do it {when}.",
+    "compare": "In truth, there is no difference at all.", "start": "Still, never {s1}.",
+    "worth": "In truth, it is not worth it at all.",
+}  # fmt: skip
+FLAWS = ("off_topic", "other_question", "stray_part", "evasive", "curt", "rude", "repeated", "contradiction", "partial")
+
+
+@cache
+def topics() -> tuple[dict[str, Any], ...]:
+    """The facts of every topic, as in topics.toml, with the steps as s1, s2, s3 and the problem in the first person."""
+    table = tomllib.loads((Path(__file__).parent / "topics.toml").read_text(encoding="utf-8"))["topic"]
+    for facts in table:
+        facts["s1"], facts["s2"], facts["s3"] = facts["steps"]
+        facts["my_problem"] = re.sub(r"\byour\b", "my", re.sub(r"\byou\b", "I", facts["problem"]))
+    return tuple(table)
+
+
+def split(topic: int, kind: str) -> Split:
+    """Which part a combination of topic and kind belongs to: of each topic two kinds are held out, the other eight
+    are shared half and half by the two reward models; the base model is trained on both halves."""
+    slot = (KINDS.index(kind) + 3 * topic) % len(KINDS)
+    return "held_out" if slot < 2 else "first" if slot < 6 else "second"
+
+
+def combinations(*splits: Split) -> list[tuple[int, str]]:
+    return [(topic, kind) for topic in range(len(topics())) for kind in KINDS if split(topic, kind) in splits]
+
+
+def question(rng: Random, topic: int, kind: str, voice: Voice = "all") -> Question:
+    return Question(topic, kind, _say(rng, QUESTIONS[kind], topic, voice))
+
+
+def answer(rng: Random, q: Question, voice: Voice = "all", flawed: float = 0.36) -> Answer:
+    """One answer to q; `flawed` is the probability that it carries a flaw. Points: the fact asked for 4, a supporting
+    fact 2, an example 1.5, a greeting 1, a wish 0.5; a wrong part costs its points and more."""
+    flaw = rng.choice(FLAWS) if rng.random() < flawed else ""
+    topic, kind, support = q.topic, q.kind, rng.choice(SUPPORTS[q.kind])
+    if flaw == "off_topic":
+        topic = _another(rng, q.topic)
+    if flaw == "other_question":
+        kind = rng.choice([k for k in KINDS if k not in (q.kind, support, "start", "worth")])
+    core, points = _say(rng, MOVES[kind], topic, voice), 4.0
+    if flaw == "evasive":
+        core, points = _say(rng, EVASIVE, topic, voice), 0.5
+    elif flaw == "curt":
+        core, points = _say(rng, (CURT[kind],), topic, "all"), 2.0
+    elif flaw == "off_topic":
+        points = -1.0
+    elif flaw == "other_question":
+        points = 1.0
+    elif flaw == "partial" and kind == "how":
+        core, points = _say(rng, ("First, {s1}.", "Just {s1} and {s2}."), topic, "all"), 2.5
+    elif flaw == "partial":
+        core, points = " ".join(core.split()[: -rng.randint(2, 4)]) + ".", 2.0
+    parts = [(core, points)]
+    worth = -0.25 if flaw == "off_topic" else 1.0  # a detail about another topic makes it worse, not better
+    brief, stray = flaw in ("evasive", "curt"), flaw == "stray_part"
+    if rng.random() < 0.45 and not brief:
+        where = _another(rng, topic) if stray else topic
+        parts.append((_say(rng, MOVES[support], where, voice), -1.5 if stray else 2.0 * worth))
+    if flaw == "contradiction":
+        parts.append((_say(rng, (CONTRADICTIONS[kind],), topic, "all"), -3.0))
+    if (rng.random() < 0.35 and not brief) or (stray and len(parts) == 1):
+        where = _another(rng, topic) if stray else topic
+        parts.append((_say(rng, EXAMPLES, where, voice), -1.5 if stray else 1.5 * worth))
+    if flaw == "repeated":
+        parts.insert(rng.randint(1, len(parts)), (parts[0][0], -3.0))
+    if flaw == "rude":
+        parts.insert(0, (_say(rng, RUDE, q.topic, voice), -3.0))
+    elif rng.random() < 0.4 and flaw != "curt":
+        parts.insert(0, (_say(rng, OPENERS, topic, voice), 1.0 * worth))
+    if rng.random() < 0.25 and flaw != "rude":
+        parts.append((_say(rng, CLOSERS, topic, voice), 0.5 * worth))
+    return Answer(" ".join(text for text, _ in parts), sum(p for _, p in parts))
+
+
+def complete(rng: Random, q: Question, voice: Voice = "all") -> Answer:
+    """An answer with every part and no flaw: greeting, fact, support, example, wish."""
+    moves = (OPENERS, MOVES[q.kind], MOVES[rng.choice(SUPPORTS[q.kind])], EXAMPLES, CLOSERS)
+    return Answer(" ".join(_say(rng, options, q.topic, voice) for options in moves), 9.0)
+
+
+def gibberish(rng: Random, words: int) -> str:
+    """Words of the domain in no order, and fragments of them: what a model writes when it falls apart."""
+    known = " ".join(str(fact) for facts in rng.sample(topics(), 3) for fact in facts.values()).split()
+    cut = [rng.choice(known) for _ in range(words)]
+    return " ".join(w[: rng.randint(1, 4)] + rng.choice(known)[-3:] if rng.random() < 0.4 else w for w in cut)
+
+
+def damage(rng: Random, text: str, quality: float, stray: str) -> Answer:
+    """`text` with one thing spoilt, as a model under too much noise spoils it; `stray` is an answer to an unrelated
+    question. The quality falls by 3 when half of the text survives and to below -2 when nothing does."""
+    words, sentences = text.split(), re.split(r"(?<=[.!?]) ", text)
+    ruined = min(quality - 3.0, -4.0)
+    half = len(words) // 2
+    match rng.randrange(10):
+        case 0:
+            return Answer(" ".join(rng.sample(words, len(words))), ruined)
+        case 1:
+            return Answer(gibberish(rng, rng.randint(3, 50)), ruined)
+        case 2:
+            return Answer(" ".join([rng.choice(sentences)] * rng.randint(3, 6)), ruined)
+        case 3:
+            start = rng.randrange(max(1, len(words) - 3))
+            loop = words[start : start + rng.randint(1, 4)] * rng.randint(5, 12)
+            return Answer(" ".join(words[:start] + loop), ruined)
+        case 4:
+            return Answer("" if rng.random() < 0.3 else rng.choice((".", "...", "the", "Yes", "- - -")), ruined)
+        case 5:
+            return Answer(stray, min(quality - 3.0, -1.0))
+        case 6:
+            return Answer(" ".join(words[:half]) + " " + gibberish(rng, rng.randint(8, 30)), quality - 4.0)
+        case 7:
+            kept = rng.randint(half // 2, max(half // 2, len(words) - 3))
+            return Answer(" ".join(words[:kept]).rstrip(".!"), quality - 3.0)
+        case 8:
+            return Answer(" ".join(w for w in words if rng.random() > 0.3), quality - 3.0)
+        case _:
+            broken = [gibberish(rng, 1) if rng.random() < 0.2 else w for w in words]
+            return Answer(" ".join([*broken, gibberish(rng, 1)]), quality - 3.0)
+
+
+def pair(rng: Random, q: Question, voice: Voice = "all", damaged: float = 0.35) -> Pair:
+    """Two answers to q of differing quality (by half a point at least), the better first. With probability `damaged`
+    the worse one is a damaged text."""
+    while True:
+        left = answer(rng, q, voice, flawed=0.5)
+        if rng.random() < damaged:
+            elsewhere = question(rng, _another(rng, q.topic), rng.choice(KINDS), voice)
+            right = damage(rng, left.text, left.quality, answer(rng, elsewhere, voice).text)
+        else:
+            right = complete(rng, q, voice) if rng.random() < 0.15 else answer(rng, q, voice, flawed=0.5)
+        if abs(left.quality - right.quality) >= 0.5 and left.text != right.text:
+            low, high = sorted((left, right), key=lambda a: a.quality)
+            return Pair(q, high.text, low.text, high.quality - low.quality)
+
+
+def held_out_prompts(rng: Random, phrasings: int = 2) -> list[Question]:
+    """`phrasings` differing questions for every held-out combination, shuffled."""
+    found = []
+    for topic, kind in combinations("held_out"):
+        texts = rng.sample(QUESTIONS[kind], phrasings)
+        found += [Question(topic, kind, _say(rng, (text,), topic, "all")) for text in texts]
+    rng.shuffle(found)
+    return found
+
+
+def _another(rng: Random, topic: int) -> int:
+    return (topic + rng.randrange(1, len(topics()))) % len(topics())
+
+
+def _say(rng: Random, options: Sequence[str], topic: int, voice: Voice) -> str:
+    spare = len(options) // 4  # early and late speakers each miss a quarter of the phrasings, at opposite ends
+    known = {"all": options, "early": options[: len(options) - spare], "late": options[spare:]}[voice]
+    text = rng.choice(known).format_map(topics()[topic])
+    return re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), text)

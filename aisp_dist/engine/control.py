@@ -1,0 +1,95 @@
+"""The control of a round, rebuilt from its trace, and what it costs a trajectory; all in whitened coordinates
+(noise.py). Owns the fold over past iterations. Knows no model but its hidden size.
+
+Shapes: T steps (max_new_tokens), D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from aisp_dist import noise
+from aisp_dist.records import Round, Sampling, Weights
+
+
+def white(sampling: Sampling, key: torch.Tensor, step: torch.Tensor, word: torch.Tensor, dim: int) -> torch.Tensor:
+    """e_t ~ N(0, sigma^2 I), fp32: shapes as noise.white."""
+    return math.sqrt(sampling.sigma2) * noise.white(key, step, word, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """The control m [T, D] that a trace of iterations leads to, and |m_t|^2 by step."""
+
+    sampling: Sampling
+    trace: tuple[Weights, ...]
+    filter: noise.Filter
+    m_TD: torch.Tensor
+    squares: tuple[float, ...]
+
+    @property
+    def u_sq(self) -> float:
+        """sum_t |m_t|^2."""
+        return math.fsum(self.squares)
+
+
+def rebuild(round: Round, num_steps: int, dim: int, device: torch.device, known: Control | None = None) -> Control:
+    """The control of a round: m^1 = 0, then the update (14) once per entry of the trace, in order. Continues from
+    `known` where the trace extends it; the bits are the same either way."""
+    if known is None or known.sampling != round.sampling or known.trace != round.trace[: len(known.trace)]:
+        time_filter = noise.time_filter(round.sampling, num_steps, device)
+        known = Control(round.sampling, (), time_filter, torch.zeros(num_steps, dim, device=device), (0.0,) * num_steps)
+    if known.trace == round.trace:
+        return known
+    m_TD = known.m_TD
+    for iteration in range(len(known.trace), len(round.trace)):
+        m_TD = _update(m_TD, known.filter, round, iteration)
+    return Control(round.sampling, round.trace, known.filter, m_TD, tuple(_dots(m_TD, m_TD)))
+
+
+def cost(control: Control, round: Round, sample: int, length: int) -> tuple[float, float]:
+    """(sum_t m_t . e_t, sum_t |m_t|^2) of a trajectory of `length` tokens: over all steps for `full`, over t <= length
+    for `marginal`. The noise is drawn again, so nothing depends on how the row was decoded."""
+    if not round.trace:
+        return 0.0, 0.0
+    steps = len(control.squares) if round.sampling.after_eos == "full" else length
+    e_TD = _noise(round, control.filter, round.iteration, sample, control.m_TD.shape[1])
+    return math.fsum(_dots(control.m_TD, e_TD)[:steps]), math.fsum(control.squares[:steps])
+
+
+def _update(m_TD: torch.Tensor, time_filter: noise.Filter, round: Round, iteration: int) -> torch.Tensor:
+    """m^{k+1} from m^k and the weights of iteration k. `full`: m + sum_i w_i e_i, since the weights sum to one.
+    `marginal`: after a sample's end its v is replaced by its mean alpha m. One order, i ascending, multiplication and
+    addition rounded apart; a weight of zero contributes nothing, so an iteration with none leaves m as it was."""
+    sampling, entry = round.sampling, round.trace[iteration]
+    if not any(entry.weights):
+        return m_TD
+    steps = torch.arange(1, len(m_TD) + 1, device=m_TD.device)
+    folded = m_TD if sampling.after_eos == "full" else torch.zeros_like(m_TD)
+    for sample, (weight, length) in enumerate(zip(entry.weights, entry.lengths, strict=True)):
+        if weight:
+            term = _noise(round, time_filter, iteration, sample, m_TD.shape[1])
+            if sampling.after_eos == "marginal":
+                term = torch.where(steps[:, None] <= length, m_TD + term, sampling.alpha * m_TD)
+            folded = folded + weight * term
+    return folded
+
+
+def _noise(round: Round, time_filter: noise.Filter, iteration: int, sample: int, dim: int) -> torch.Tensor:
+    """e [T, D] of one trajectory, zero where its kind has no white coordinate."""
+    has = time_filter.gain > 0
+    steps = torch.arange(1, len(has) + 1, device=has.device)[has]
+    key = torch.tensor(noise.prompt_key(round.seed, round.prompt_id), device=has.device)
+    word = torch.tensor(noise.sample_word(iteration, sample), device=has.device)
+    e_TD = torch.zeros(len(has), dim, device=has.device)
+    e_TD[has] = white(round.sampling, key, steps, word, dim)
+    return e_TD
+
+
+def _dots(a_TD: torch.Tensor, b_TD: torch.Tensor) -> list[float]:
+    """a_t . b_t by step, in fp64. Summed over steps by fsum: exact, so the same for any number of threads."""
+    dots: list[float] = (a_TD.double() * b_TD.double()).sum(-1).tolist()
+    return dots

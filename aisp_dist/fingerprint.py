@@ -1,0 +1,65 @@
+"""Everything that can change a row, in one hash: the row settings of the configuration, the digests of model weights
+and of the functions' source. Two runs with one fingerprint write the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from aisp_dist import checkpoints
+from aisp_dist.config import ConfigError, ModelReward, Run
+from aisp_dist.rewards import function
+
+
+def locate(run: Run, base_dir: Path) -> Run:
+    """The run with every local path absolute and every embedded name resolved, as other processes need it.
+
+    Raises ConfigError for a checkpoint, template or function file that is not there.
+    """
+    base = run.generator
+    place = checkpoints.locate("generator.model", base.model, "generator")
+    template = str((base_dir / base.chat_template).resolve()) if base.chat_template else None
+    if template and not Path(template).is_file():
+        raise ConfigError(f"generator.chat_template: no file {template!r}; the path is relative to the config file")
+    rewards = {}
+    for name, reward in run.rewards.items():
+        if isinstance(reward, ModelReward):
+            where = checkpoints.locate(f"rewards.{name}.model", reward.model, "reward")
+            reward = reward.model_copy(update={"model": where})
+        else:
+            function.digest(reward, base_dir)
+        rewards[name] = reward
+    source = Path(run.prompts.source)
+    inputs = str(source.resolve()) if source.exists() or "*" in source.name else run.prompts.source
+    return run.model_copy(
+        update={
+            "generator": base.model_copy(update={"model": place, "chat_template": template}),
+            "rewards": rewards,
+            "prompts": run.prompts.model_copy(update={"source": inputs}),
+        }
+    )
+
+
+def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
+    """What the fingerprint is taken of, as nested JSON values, kept in run.json so that a refusal can name keys."""
+    base = located.generator
+    digests = {"generator.model": checkpoints.digest("generator.model", base.model, base.revision)}
+    if base.chat_template:
+        digests["generator.chat_template"] = _hash(Path(base.chat_template).read_bytes())
+    for name, reward in located.rewards.items():
+        if isinstance(reward, ModelReward):
+            digests[f"rewards.{name}"] = checkpoints.digest(f"rewards.{name}.model", reward.model, reward.revision)
+        else:
+            digests[f"rewards.{name}"] = function.digest(reward, base_dir)
+    return run.row_settings() | {"digests": digests}
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """128 bits of blake2b over the components, as hex. The first 12 digits are the run id."""
+    return _hash(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

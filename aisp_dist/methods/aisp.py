@@ -1,0 +1,84 @@
+"""Adaptive importance sampling on pre-logits, Algorithm 1 of arXiv 2510.26219. Numbers in parentheses: its equations.
+
+The mean trajectory u is never here: it is the fold of the trace of weights over regenerated noise (engine). Here are
+the weights: what a round's rewards r_i, control costs and lengths make of it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+from aisp_dist.config import Aisp, Ess
+from aisp_dist.methods.round import Key, Proposal, State, finished
+from aisp_dist.philox import permutation
+from aisp_dist.records import Rollout, Weights
+
+
+def propose(settings: Aisp, state: State) -> Proposal | None:
+    if len(state) == settings.num_iterations:
+        return None
+    trace = tuple(Weights(done.weights, done.lengths) for done in state)
+    return Proposal(len(state), settings.num_samples, settings.sampling(), trace)
+
+
+def update(settings: Aisp, state: State, key: Key, rollout: Rollout, rewards: Sequence[float | None]) -> State:
+    seen = [rewards[j] for j in permutation(key, len(state), len(rewards))] if settings.shuffle_rewards else rewards
+    penalties = [penalty(t.control_cost, t.control_sq, settings) for t in rollout.trajectories]
+    weights = importance_weights(seen, penalties, settings.lambda_)
+    return (*state, finished(rollout, rewards, weights, kl=rollout.u_sq / (2 * settings.sigma2)))
+
+
+def penalty(control_cost: float, control_sq: float, settings: Aisp) -> float:
+    """The second term of (18) for one trajectory, with u . eps in place of u . v. For `full` noise the quadratic term is
+    the same for all samples and cancels; for `marginal` it runs to the sample's own end and does not."""
+    rest = 1 - settings.alpha
+    return (rest * control_cost + rest**2 / 2 * control_sq) / settings.sigma2
+
+
+def importance_weights(
+    rewards: Sequence[float | None], penalties: Sequence[float], lambda_: float | Ess
+) -> tuple[float, ...]:
+    """w = softmax(r / lambda - penalty) over one iteration, (18), rounded to fp32 as the trace keeps them.
+
+    A missing reward has weight 0; with none at all every weight is 0, which leaves u where it was.
+    """
+    scored = [i for i, r in enumerate(rewards) if r is not None]
+    if not scored:
+        return (0.0,) * len(rewards)
+    r = [rewards[i] or 0.0 for i in scored]
+    p = [penalties[i] for i in scored]
+    temperature = lambda_ if isinstance(lambda_, float) else ess_temperature(r, p, lambda_.ess * len(rewards))
+    weights = [0.0] * len(rewards)
+    for i, w in zip(scored, softmax(r, p, temperature), strict=True):
+        weights[i] = struct.unpack("f", struct.pack("f", w))[0]
+    return tuple(weights)
+
+
+def softmax(rewards: Sequence[float], penalties: Sequence[float], lambda_: float) -> list[float]:
+    top = max(rewards)  # taken off before the division, so that a tiny lambda cannot overflow
+    logs = [(r - top) / lambda_ - p for r, p in zip(rewards, penalties, strict=True)]
+    high = max(logs)
+    exps = [math.exp(value - high) for value in logs]
+    total = math.fsum(exps)
+    return [e / total for e in exps]
+
+
+def ess_temperature(rewards: Sequence[float], penalties: Sequence[float], target: float) -> float:
+    """The lambda at which 1 / sum w^2 = target, by bisection on its logarithm.
+
+    Free of the reward's unit: the search starts from the spread of the rewards. Where the target is out of reach (all
+    rewards equal, or fewer finite ones than it asks for) the end of the bracket on its side is returned.
+    """
+    spread = max(rewards) - min(rewards)
+    if spread == 0:
+        return 1.0
+    low, high = math.log(spread) - 16, math.log(spread) + 16
+    for _ in range(60):
+        middle = (low + high) / 2
+        if 1 / math.fsum(w * w for w in softmax(rewards, penalties, math.exp(middle))) < target:
+            low = middle
+        else:
+            high = middle
+    return math.exp((low + high) / 2)

@@ -1,0 +1,20 @@
+"""Best-of-n: num_samples x num_iterations independent candidates, by nucleus sampling or by greedy decoding under fresh
+Gaussian noise, (17). Candidate (k, i) uses AISP's key (k, i), so AISP's first iteration is best-of-n with its noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aisp_dist.config import BestOfN
+from aisp_dist.methods.round import Key, Proposal, State, finished
+from aisp_dist.records import Rollout
+
+
+def propose(settings: BestOfN, state: State) -> Proposal | None:
+    if len(state) == settings.num_iterations:
+        return None
+    return Proposal(len(state), settings.num_samples, settings.sampling())
+
+
+def update(settings: BestOfN, state: State, key: Key, rollout: Rollout, rewards: Sequence[float | None]) -> State:
+    return (*state, finished(rollout, rewards, weights=(), kl=0.0))

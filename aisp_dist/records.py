@@ -1,0 +1,193 @@
+"""What crosses a boundary between the parts. Frozen; plain Python values only, so that every record pickles small and
+can be written as JSON. Nothing here knows Ray, torch or Parquet.
+
+How a prompt travels:  Prompt -> Round -> Rollout (Trajectory ...) -> Scores -> Done | Failed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Message = tuple[str, str]  # (role, content)
+Finish = Literal["stop", "length"]
+
+BASE_ITERATION = -1  # the iteration number of the greedy, uncontrolled answer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One readable line of the input.
+
+    id: the user's own, or a hash of `content` and `columns` with an occurrence number (prompts.py).
+    source_index: ordinal of the line in the input, from 0; bad lines count, so it is the row's place in the output too.
+    content: messages for chat, shp and hh; the text itself for raw.
+    columns: the `prompts.keep` columns, in that order; handed to function rewards.
+    digest: hash of everything above but source_index; a changed input line changes it.
+    """
+
+    id: str
+    source_index: int
+    content: str | tuple[Message, ...]
+    columns: tuple[tuple[str, Any], ...] = ()
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BadInput:
+    """A line that cannot become a Prompt; it becomes a failed row. `content` is what could be read of it."""
+
+    id: str
+    source_index: int
+    reason: str
+    content: str | tuple[Message, ...] | None = None
+    columns: tuple[tuple[str, Any], ...] = ()
+    digest: str = ""
+
+
+Input = Prompt | BadInput
+
+
+@dataclass(frozen=True, slots=True)
+class TopP:
+    """Nucleus sampling: the smallest set of tokens with probability >= p at this temperature."""
+
+    p: float
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the trajectories of a round are drawn.
+
+    sigma2: variance of the noise on the pre-logits, (3); 0 switches control off.
+    noise: its covariance over time (noise.py); parameter is ar1's rho or the mixture's share.
+    decode: None is greedy (5), else tokens are drawn from the controlled logits.
+    after_eos: what v_t is after a sample's end: `full` draws it (18), `marginal` integrates it out (algorithm's
+    Rao-Blackwell variant).
+    """
+
+    sigma2: float = 0.0
+    noise: Literal["independent", "ar1", "shared", "mixture"] = "independent"
+    parameter: float = 0.0
+    alpha: float = 1.0
+    decode: TopP | None = None
+    after_eos: Literal["full", "marginal"] = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One finished iteration, as the trace keeps it: w_i (fp32 values) and the lengths T_i in tokens."""
+
+    weights: tuple[float, ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A request for trajectories `start <= i < stop` of one iteration of one prompt. Together with the model it decides
+    every bit of the answer: the control u^k is rebuilt from seed, prompt id, sampling and the trace of weights."""
+
+    seed: int
+    prompt_id: str
+    prompt_tokens: tuple[int, ...]
+    iteration: int
+    start: int
+    stop: int
+    sampling: Sampling
+    trace: tuple[Weights, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One decoded answer.
+
+    token_ids: generated tokens, the end token included. text: without special tokens, cut before a stop string.
+    control_cost: sum_t m_t . e_t and control_sq: sum_t |m_t|^2, in whitened coordinates (noise.py), over all steps for
+    `full` and over t <= T_i for `marginal`.
+    """
+
+    sample: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: Finish
+    control_cost: float = 0.0
+    control_sq: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """The answer to a Round: its trajectories in sample order, and sum_t |m_t|^2 of its control over all steps, from
+    which KL(Q_u || P) = u_sq / (2 sigma^2)."""
+
+    trajectories: tuple[Trajectory, ...]
+    u_sq: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one reward says of one response. `value` None with reason None: not applicable (TRL's None). `value` None
+    with a reason: quarantined (NaN, inf)."""
+
+    value: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A scored trajectory. `reward` is the combined one; None where quarantined, with the reason."""
+
+    iteration: int
+    sample: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Finish
+    reward: float | None
+    rewards: tuple[tuple[str, float | None], ...]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """Diagnostics of one finished iteration: the trace entry, effective sample size, KL(Q_u || P) of the control that
+    proposed it, mean and best of its finite rewards (None if there were none)."""
+
+    weights: tuple[float, ...]
+    lengths: tuple[int, ...]
+    ess: float
+    kl: float
+    mean_reward: float | None
+    best_reward: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A relabelled prompt; becomes one row of data/ and, with save.candidates, one of candidates/.
+
+    base: the greedy, uncontrolled answer; never eligible as best. best: the selected candidate, with the report-only
+    rewards filled in too. nll / base_nll: base-model negative log-likelihood per token, in nats.
+    curve: best reward so far after each iteration (None while nothing finite was seen).
+    """
+
+    prompt: Prompt
+    prompt_tokens: int
+    best: Candidate
+    base: Candidate
+    nll: float
+    base_nll: float
+    samples_spent: int
+    quarantined: int
+    curve: tuple[float | None, ...]
+    candidates: tuple[Candidate, ...] = ()
+    trace: tuple[Iteration, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An input that has no answer, with the reason. Only errors that a fresh process reproduces end here."""
+
+    prompt: Input
+    reason: str
+
+
+Result = Done | Failed

@@ -1,0 +1,29 @@
+"""Rewards: one file per kind, and their combination. A reward is a function of a prompt and responses; importing this
+package loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from aisp_dist.config import ModelReward, Reward
+from aisp_dist.records import Prompt, Score
+from aisp_dist.rewards.function import RewardError
+
+__all__ = ["RewardError", "RewardFn", "load"]
+
+# One Score per response, in order. Raises RewardError where it has no answer at all for this prompt.
+RewardFn = Callable[[Prompt, Sequence[str]], list[Score]]
+
+
+def load(name: str, settings: Reward, base_dir: Path | None = None, device: str | None = None) -> RewardFn:
+    """The reward called `name` in the configuration, ready to score. base_dir: where function paths start, the
+    configuration's directory (default: the current one). device: of a model, as torch names it (default: cuda where
+    there is one, else cpu). Raises ConfigError."""
+    if isinstance(settings, ModelReward):
+        from aisp_dist.rewards import model
+
+        return model.load(name, settings, device)
+    from aisp_dist.rewards import function
+
+    return function.load(name, settings, base_dir)

@@ -1,0 +1,150 @@
+"""A user's Python function as a reward, with TRL's signature f(prompts, completions, **columns). Owns its import, its
+call and the digest of its source; imports no torch, though the function may."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from aisp_dist.config import ConfigError, FunctionReward
+from aisp_dist.records import Prompt, Score
+
+
+class RewardError(RuntimeError):
+    """A reward gave no usable answer for a prompt. One line; the caller tries a fresh process, then fails the row."""
+
+
+def load(
+    name: str, settings: FunctionReward, base_dir: Path | None = None
+) -> Callable[[Prompt, Sequence[str]], list[Score]]:
+    """The function behind its name. Chats arrive as lists of {"role", "content"} and completions as one assistant
+    message each, other prompts and completions as str; kept columns are repeated for every completion. An argument the
+    function does not name is not passed, unless it has **kwargs. Async functions are run to their end.
+
+    None means not applicable; NaN and infinities are quarantined. Raises ConfigError where there is no such function;
+    the returned function raises RewardError where it raises, or answers anything but one number or None for each.
+    """
+    key = f"rewards.{name}.function"
+    function = _import(key, settings.function, base_dir)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{key}: {settings.function!r} does not tell its arguments ({error}); wrap it in a def"
+        ) from None
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+    def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        arguments = _arguments(prompt, responses)
+        missing = sorted(required - set(arguments))
+        if missing:
+            raise RewardError(
+                f"{name}: {settings.function} needs {', '.join(missing)}, but there are prompts, completions and "
+                f"prompts.keep ({', '.join(dict(prompt.columns)) or 'none'}); keep that column or give a default"
+            )
+        try:
+            values = function(**{k: v for k, v in arguments.items() if open_ended or k in accepted})
+            if inspect.isawaitable(values):
+                values = asyncio.run(_result(values))
+            values = values.tolist() if hasattr(values, "tolist") else list(values)
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"{name}: {settings.function} raised {type(error).__name__}: {error}") from error
+        if len(values) != len(responses):
+            raise RewardError(f"{name}: {settings.function} gave {len(values)} values for {len(responses)} completions")
+        return [_score(name, value) for value in values]
+
+    return score
+
+
+def digest(settings: FunctionReward, base_dir: Path | None = None) -> str:
+    """128 bits over the source file that defines the function and its name; what that file imports is not covered. The
+    module is found, not run. Raises ConfigError."""
+    place, _, attribute = settings.function.rpartition(":")
+    data = _source(settings.function, place, base_dir).read_bytes()
+    return hashlib.blake2b(attribute.encode() + b"\0" + data, digest_size=16).hexdigest()
+
+
+def _source(function: str, place: str, base_dir: Path | None) -> Path:
+    if place.endswith(".py"):
+        file = (base_dir or Path()) / place
+        if not file.is_file():
+            raise ConfigError(f"function {function!r}: no file {str(file)!r}; the path is relative to the config file")
+        return file
+    try:
+        spec = importlib.util.find_spec(place) if place else None
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"function {function!r}: no module {place!r} ({error}); install it or name file.py:function"
+        ) from None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ConfigError(
+            f"function {function!r}: no module {place!r} with a file; name module:function or file.py:function"
+        )
+    return Path(spec.origin)
+
+
+def _import(key: str, function: str, base_dir: Path | None) -> Callable[..., Any]:
+    place, _, attribute = function.rpartition(":")
+    file = _source(function, place, base_dir)
+    try:
+        if place.endswith(".py"):
+            # A name of its own, so that two files called rewards.py are two modules; its neighbours can be imported.
+            folder = str(file.resolve().parent)
+            if folder not in sys.path:
+                sys.path.append(folder)
+            module_name = f"{file.stem}_{hashlib.blake2b(str(file.resolve()).encode(), digest_size=8).hexdigest()}"
+            spec = importlib.util.spec_from_file_location(module_name, file)
+            assert spec and spec.loader
+            module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{key}: importing {place!r} raised {type(error).__name__}: {error}; mend it") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        what = "nothing called" if found is None else "no function but a value under"
+        raise ConfigError(f"{key}: {place!r} has {what} {attribute!r}; name a function that is there")
+    return found  # type: ignore[no-any-return]
+
+
+def _arguments(prompt: Prompt, responses: Sequence[str]) -> dict[str, list[Any]]:
+    """Every completion gets values of its own: a function may change what it is handed."""
+    completions: list[Any]
+    if isinstance(prompt.content, str):
+        prompts: list[Any] = [prompt.content for _ in responses]
+        completions = list(responses)
+    else:
+        prompts = [[{"role": role, "content": text} for role, text in prompt.content] for _ in responses]
+        completions = [[{"role": "assistant", "content": response}] for response in responses]
+    columns = {name: [copy.deepcopy(value) for _ in responses] for name, value in prompt.columns}
+    return {"prompts": prompts, "completions": completions, **columns}
+
+
+async def _result(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _score(name: str, value: Any) -> Score:
+    value = value.item() if hasattr(value, "item") else value  # a 0-d array or tensor
+    if value is None:
+        return Score(None)
+    if not isinstance(value, Real):
+        raise RewardError(f"{name}: a reward is {value!r} of type {type(value).__name__}; give numbers or None")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise RewardError(f"{name}: a reward is an integer too large for a float") from None
+    return Score(number) if math.isfinite(number) else Score(None, f"the reward is {number}")

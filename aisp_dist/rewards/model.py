@@ -1,0 +1,121 @@
+"""A sequence-classification reward model as a reward. Owns its tokenizer, template, truncation, padding and
+micro-batches; knows nothing of what calls it. Raw logits, never through a sigmoid."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from aisp_dist import checkpoints
+from aisp_dist.config import ConfigError, ModelReward
+from aisp_dist.records import Message, Prompt, Score
+from aisp_dist.render import Unrenderable, as_chat, encode_chat, starts_with_bos
+
+Ids = tuple[int, ...]
+
+
+def load(name: str, settings: ModelReward, device: str | None = None) -> Callable[[Prompt, Sequence[str]], list[Score]]:
+    """The model behind its name, as a function from a prompt and its responses to the model's logits.
+
+    The text is the tokenizer's own chat template over the prompt's messages (a plain text is one user message) and the
+    response. Input longer than max_tokens, or than the model's positions, loses tokens from the left of the prompt,
+    BOS aside; a response that does not fit by itself is quarantined, and so is NaN. Micro-batches follow from the
+    set of responses in the call alone, so the same call gives the same bits and a permuted call permuted ones.
+    Raises ConfigError: not loadable, not exactly one output, weights of the head missing, no chat template.
+    """
+    key = f"rewards.{name}.model"
+    tokenizer, model = _checkpoint(key, settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    max_length = min(settings.max_tokens, positions or settings.max_tokens)
+    one_at_a_time = threading.Lock()  # the pad id of a call stands in the model's config
+
+    def encode(messages: Sequence[Message]) -> list[int]:
+        fix = "save its directory with a chat_template.jinja, or wrap the model in a function reward"
+        return encode_chat(tokenizer, messages, {}, add_generation_prompt=False, fix=fix)
+
+    def tokens(prompt: Prompt, response: str) -> Ids | Score:
+        messages = as_chat(prompt.content)
+        try:
+            ids = encode((*messages, ("assistant", response)))
+            excess = len(ids) - max_length
+            if excess <= 0:
+                return tuple(ids)
+            # What both encodings share is the prompt's: the answer's header and the answer are never cut.
+            head = 1 if starts_with_bos(tokenizer, ids) else 0
+            own = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, encode(messages), strict=False)))
+        except Unrenderable as error:
+            return Score(None, str(error))
+        if excess > own - head:
+            return Score(
+                None,
+                f"the response has {len(ids) - own} tokens, more than fit into {max_length}; raise {name}'s max_tokens",
+            )
+        return tuple(ids[:head] + ids[head + excess :])
+
+    encode((("user", "a"), ("assistant", "b")))  # a missing template shows before any prompt is spent
+
+    def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        found = {response: tokens(prompt, response) for response in dict.fromkeys(responses)}
+        rows = sorted({ids for ids in found.values() if isinstance(ids, tuple)}, key=lambda ids: (len(ids), ids))
+        with one_at_a_time:
+            logits = dict(zip(rows, _logits(model, rows, settings.batch_rows), strict=True))
+        return [ids if isinstance(ids, Score) else _score(logits[ids]) for ids in map(found.__getitem__, responses)]
+
+    return score
+
+
+def _score(value: float) -> Score:
+    return Score(value) if math.isfinite(value) else Score(None, f"the reward is {value}")
+
+
+def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]:
+    path = checkpoints.locate(key, settings.model, "reward")
+    common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            num_labels=1,
+            dtype=settings.dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            output_loading_info=True,
+            **common,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"{key}: {settings.model!r} cannot be loaded as a sequence classifier ({str(error).splitlines()[0]}); give "
+            "a directory or reachable hub id with safetensors weights"
+        ) from error
+    # transformers fills what a checkpoint lacks with random numbers.
+    if loading["mismatched_keys"]:
+        shapes = ", ".join(f"{name} {tuple(there)}" for name, there, _ in loading["mismatched_keys"])
+        raise ConfigError(f"{key}: {settings.model!r} has not one output ({shapes}); a reward model has exactly one")
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ConfigError(f"{key}: {settings.model!r} is no trained reward model, it lacks {missing}; give one that is")
+    return tokenizer, model.eval().to(device)
+
+
+@torch.inference_mode()
+def _logits(model: Any, rows: Sequence[Ids], batch_rows: int) -> list[float]:
+    """fp32 logits of `rows`, padded on the right. The padding is a token that occurs in none of them: transformers
+    reads the score at the last token that is not the pad id, so one that is also EOS would move it into the text."""
+    used = {token for row in rows for token in row}
+    pad = next((i for i in range(model.get_input_embeddings().num_embeddings) if i not in used), None)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
+    step = batch_rows if pad is not None else 1
+    values: list[float] = []
+    for start in range(0, len(rows), step):
+        batch = rows[start : start + step]
+        longest = max(map(len, batch))
+        ids = torch.tensor([(*row, *[pad or 0] * (longest - len(row))) for row in batch], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=model.device)
+        values += model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1).tolist()
+    return values

@@ -1,0 +1,326 @@
+"""What the rows of an output look like: one fixed Arrow schema per table, and how a Result becomes a row.
+
+Lists of structs stand where a dict keyed by name might, so that the schema depends on the prompt format and the kept
+columns only. Knows no files and no parts. No row holds a time, a host or a path.
+
+Kept columns. A column's type is decided once, before the first row, from a sample of the inputs (`column_types`): bool,
+int64, float64 (integers among floats are floats) or string if all its values agree, else `json`: a string column that
+holds each value as JSON text. An input whose value does not fit its column later becomes a failed row with the reason,
+before any work is spent on it (`misfit`); the value is null in that row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+
+from aisp_dist.config import ConfigError
+from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Message
+
+VERSION = 1
+Kind = Literal["chat", "raw"]
+ColumnType = Literal["string", "int64", "float64", "bool", "json"]
+Row = dict[str, Any]
+
+
+def _list(values: pa.DataType) -> pa.DataType:
+    """A list whose field has the name it has in Parquet, so that a table read back has the very same schema."""
+    return pa.list_(pa.field("element", values))
+
+
+def _structs(**fields: pa.DataType) -> pa.DataType:
+    return _list(pa.struct(list(fields.items())))
+
+
+_MESSAGES = _structs(role=pa.string(), content=pa.string())
+_SCORES = _structs(name=pa.string(), value=pa.float64())
+_CANDIDATES = _structs(
+    iteration=pa.int32(),
+    sample=pa.int32(),
+    text=pa.string(),
+    token_ids=_list(pa.int32()),
+    finish_reason=pa.string(),
+    reward=pa.float64(),
+    reason=pa.string(),
+    rewards=_SCORES,
+)
+_TRACE = _structs(
+    weights=_list(pa.float32()),
+    lengths=_list(pa.int32()),
+    ess=pa.float64(),
+    kl=pa.float64(),
+    mean_reward=pa.float64(),
+    best_reward=pa.float64(),
+)
+_DONE = {
+    "reward": pa.float64(),
+    "rewards": _SCORES,
+    "base_completion": pa.string(),
+    "base_reward": pa.float64(),
+    "base_rewards": _SCORES,
+    "reward_difference": pa.float64(),
+    "num_tokens": pa.int32(),
+    "prompt_tokens": pa.int32(),
+    "base_num_tokens": pa.int32(),
+    "finish_reason": pa.string(),
+    "nll": pa.float64(),
+    "base_nll": pa.float64(),
+    "samples_spent": pa.int32(),
+    "quarantined": pa.int32(),
+    "best_iteration": pa.int32(),
+    "best_sample": pa.int32(),
+    "curve": _list(pa.float64()),
+}
+_OURS = {"id", "source_index", "prompt", "completion", "reason", "model", "run_id", *_DONE}
+# TRL takes these for its own and would train on them in place of, or beside, prompt and completion.
+_TRAINERS = {"messages", "conversations", "text", "input_ids", "labels", "completion_mask", "assistant_masks"}
+_TRAINERS |= {"chosen", "rejected", "margin"}
+
+
+class Tables(NamedTuple):
+    """One value per table of the output: its schema, or its rows."""
+
+    data: Any
+    failed: Any
+    candidates: Any
+
+
+def schemas(kind: Kind, columns: Mapping[str, ColumnType]) -> Tables:
+    """The schemas of an output. Raises ConfigError for a kept column whose name is taken."""
+    for name in columns:
+        if name in _OURS:
+            raise ConfigError(f"prompts.keep: {name!r} is a column of the output itself; rename it in your input")
+        if name in _TRAINERS:
+            raise ConfigError(f"prompts.keep: trainers take a column {name!r} for their own; rename it in your input")
+    text = _MESSAGES if kind == "chat" else pa.string()
+    first = {"id": pa.string(), "source_index": pa.int64(), "prompt": text}
+    kept = {name: _ARROW[type_] for name, type_ in columns.items()}
+    last = {"run_id": pa.string()}
+    data = first | {"completion": text} | _DONE | kept | {"model": pa.string()} | last
+    failed = first | {"reason": pa.string()} | kept | last
+    candidates = {"id": pa.string(), "source_index": pa.int64(), "candidates": _CANDIDATES, "trace": _TRACE}
+    return Tables(*(pa.schema(list(fields.items())) for fields in (data, failed, candidates)))
+
+
+def done_row(done: Done, kind: Kind, columns: Mapping[str, ColumnType], model: str, run_id: str) -> Row:
+    """A row of data/. Raises ValueError for a result without a finite reward, which no method may call done."""
+    best, base = done.best, done.base
+    reward, base_reward = _finite(best.reward), _finite(base.reward)
+    if reward is None:
+        raise ValueError(f"prompt {done.prompt.id}: reward {best.reward}; a Done has a finite one, else it is a Failed")
+    return {
+        "id": done.prompt.id,
+        "source_index": done.prompt.source_index,
+        "prompt": _prompt(done.prompt.content, kind),
+        "completion": [{"role": "assistant", "content": best.text}] if kind == "chat" else best.text,
+        "reward": reward,
+        "rewards": _scores(best),
+        "base_completion": base.text,
+        "base_reward": base_reward,
+        "base_rewards": _scores(base),
+        "reward_difference": None if base_reward is None else reward - base_reward,
+        "num_tokens": len(best.token_ids),
+        "prompt_tokens": done.prompt_tokens,
+        "base_num_tokens": len(base.token_ids),
+        "finish_reason": best.finish_reason,
+        "nll": done.nll,
+        "base_nll": done.base_nll,
+        "samples_spent": done.samples_spent,
+        "quarantined": done.quarantined,
+        "best_iteration": best.iteration,
+        "best_sample": best.sample,
+        "curve": list(done.curve),
+        **{name: _cast(value, columns[name]) for name, value in done.prompt.columns},
+        "model": model,
+        "run_id": run_id,
+    }
+
+
+def failed_row(failed: Failed, kind: Kind, columns: Mapping[str, ColumnType], run_id: str) -> Row:
+    """A row of failed/: as much of the input as can be written."""
+    prompt = failed.prompt
+    kept = {name: _cast(value, columns[name]) for name, value in prompt.columns if _fits(value, columns[name])}
+    return {
+        "id": as_utf8(prompt.id),
+        "source_index": prompt.source_index,
+        "prompt": None if prompt.content is None else _read_prompt(prompt.content, kind),
+        "reason": as_utf8(failed.reason),
+        **kept,
+        "run_id": run_id,
+    }
+
+
+def candidates_row(done: Done, keep: Literal["all", "none"] | int, trace: bool) -> Row | None:
+    """A row of candidates/ with the candidates to keep (k: the k best and the k worst); None if nothing is kept."""
+    kept = () if keep == "none" else done.candidates if keep == "all" else _extremes(done.candidates, keep)
+    if not kept and not (trace and done.trace):
+        return None
+    return {
+        "id": done.prompt.id,
+        "source_index": done.prompt.source_index,
+        "candidates": [
+            {
+                "iteration": c.iteration,
+                "sample": c.sample,
+                "text": c.text,
+                "token_ids": c.token_ids,
+                "finish_reason": c.finish_reason,
+                "reward": _finite(c.reward),
+                "reason": None if c.reason is None else as_utf8(c.reason),
+                "rewards": _scores(c),
+            }
+            for c in kept
+        ],
+        "trace": [
+            {
+                "weights": i.weights,
+                "lengths": i.lengths,
+                "ess": i.ess,
+                "kl": i.kl,
+                "mean_reward": i.mean_reward,
+                "best_reward": i.best_reward,
+            }
+            for i in (done.trace if trace else ())
+        ],
+    }
+
+
+def column_types(names: Sequence[str], sample: Iterable[Input]) -> dict[str, ColumnType]:
+    """Types of the kept columns, from a sample of the inputs; nulls say nothing, and a column of nulls only is `json`.
+
+    Raises ConfigError for a value that JSON has no words for (an image, say) and for a name that is kept twice.
+    """
+    if len(set(names)) < len(names):
+        raise ConfigError(f"prompts.keep: {list(names)} names a column twice; name it once")
+    seen: dict[str, list[Any]] = {name: [] for name in names}
+    for line in sample:
+        for name, value in line.columns:
+            if value is not None:
+                seen[name].append(value)
+    types: dict[str, ColumnType] = {}
+    for name, values in seen.items():
+        order: tuple[ColumnType, ...] = ("bool", "int64", "float64", "string", "json")
+        fitting = [type_ for type_ in order if all(_fits(value, type_) for value in values)]
+        if not fitting:
+            odd = next(value for value in values if not _fits(value, "json"))
+            raise ConfigError(
+                f"prompts.keep: column {name!r} holds a {type(odd).__name__}, which is neither text, a number, a bool "
+                "nor JSON; take it out of keep"
+            )
+        types[name] = fitting[0] if values else "json"
+    return types
+
+
+def misfit(line: Input, columns: Mapping[str, ColumnType]) -> str | None:
+    """Why this input cannot be written as a row, or None."""
+    content = line.content or ""
+    texts = (content,) if isinstance(content, str) else (text for message in content for text in message)
+    if any(as_utf8(text) != text for text in (line.id, *texts)):
+        return "the id or the prompt holds half a surrogate pair (\\ud800 to \\udfff), which UTF-8 cannot write"
+    for name, value in line.columns:
+        if not _fits(value, columns[name]):
+            return f"column {name!r} is {columns[name]} in this output, and {_short(value)} does not fit"
+    return None
+
+
+def writable(line: Input, columns: Mapping[str, ColumnType]) -> Input:
+    """The input, or, where it cannot be written as a row, the bad input it then is."""
+    if isinstance(line, BadInput) or (reason := misfit(line, columns)) is None:
+        return line
+    return BadInput(line.id, line.source_index, reason, line.content, line.columns, line.digest)
+
+
+def as_utf8(text: str) -> str:
+    """The text with every half of a surrogate pair as `?`."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _extremes(candidates: Sequence[Candidate], k: int) -> list[Candidate]:
+    """The k best and the k worst by reward, the earlier of equals first, in order of (iteration, sample)."""
+    scored = sorted(
+        ((c.iteration, c.sample, reward, c) for c in candidates if (reward := _finite(c.reward)) is not None),
+        key=lambda entry: entry[:2],
+    )
+    best = sorted(scored, key=lambda entry: -entry[2])[:k]
+    worst = sorted(scored, key=lambda entry: entry[2])[:k]
+    kept = {entry[:2] for entry in (*best, *worst)}
+    return [candidate for iteration, sample, _, candidate in scored if (iteration, sample) in kept]
+
+
+def _prompt(content: str | tuple[Message, ...], kind: Kind) -> Any:
+    if isinstance(content, str) != (kind == "raw"):
+        raise ValueError(f"prompt {_short(content)} in a {kind} output: chat takes messages, all others text")
+    return content if isinstance(content, str) else [{"role": role, "content": text} for role, text in content]
+
+
+def _read_prompt(content: str | tuple[Message, ...], kind: Kind) -> Any:
+    """The prompt of a failed row; what could be read of a bad line need not have the output's format."""
+    if isinstance(content, str):
+        return as_utf8(content) if kind == "raw" else _prompt((("user", as_utf8(content)),), kind)
+    if kind == "raw":
+        return json.dumps(content)
+    return _prompt(tuple((as_utf8(role), as_utf8(text)) for role, text in content), kind)
+
+
+def _scores(candidate: Candidate) -> list[Row]:
+    return [{"name": name, "value": _finite(value)} for name, value in candidate.rewards]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _as_int(value: Any) -> int:
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+        raise ValueError
+    return value
+
+
+def _as_float(value: Any) -> float:
+    if type(value) is float or (type(value) is int and abs(value) <= 1 << 53):  # larger ones would be rounded
+        return float(value)
+    raise ValueError
+
+
+def _as_bool(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError
+    return value
+
+
+def _as_string(value: Any) -> str:
+    if type(value) is not str or as_utf8(value) != value:
+        raise ValueError
+    return value
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value)
+
+
+_ARROW = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "json": pa.string()}
+_CAST: dict[ColumnType, Callable[[Any], Any]] = {
+    "bool": _as_bool, "int64": _as_int, "float64": _as_float, "string": _as_string, "json": _as_json,
+}
+
+
+def _cast(value: Any, type_: ColumnType) -> Any:
+    """`value` as the column holds it. Raises ValueError or TypeError where it does not fit."""
+    return None if value is None else _CAST[type_](value)
+
+
+def _fits(value: Any, type_: ColumnType) -> bool:
+    try:
+        _cast(value, type_)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True

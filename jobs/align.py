@@ -1,0 +1,29 @@
+"""`aisp align CONFIG`: relabel the prompts of a configuration. The same command resumes; a larger limit extends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aisp_dist import summary
+from jobs import cli, session, settings
+from jobs.progress import Progress, say
+
+
+def main(args: Sequence[str]) -> int:
+    parse = settings.parser("align", cli.VERBS["align"])
+    parse.add_argument("--retry-failed", action="store_true", help="compute the rows of failed/ again")
+    parse.add_argument("--dry-run", action="store_true", help="load the models, show the first prompt, write nothing")
+    options, run, base_dir = settings.read(parse, args)
+    prepared = session.prepare(run, base_dir)
+    with session.Session(prepared, say) as cluster:
+        say(cluster.first_prompt())
+        if options.dry_run:
+            return 0
+        with Progress(prepared.output, prepared.located) as progress:
+            cluster.relabel(prepared, options.retry_failed, progress)
+    print(summary.text(prepared.output, progress.seconds, progress.now.get("samples", 0)))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("align")

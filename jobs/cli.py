@@ -1,0 +1,63 @@
+"""`aisp VERB ...`: finds the verb's module and turns what it raises into an exit code and one readable message.
+
+0 done; 1 failed; 2 bad usage or configuration; 3 too many failed rows; 130 / 143 interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from aisp_dist.config import ConfigError
+
+VERBS = {
+    "align": "relabel: prompts in, Parquet out; the same command resumes",
+    "compare": "base, best-of-n, AISP and a shuffled control on the same prompts at equal samples",
+    "validate": "check a configuration without loading anything heavy",
+    "schema": "the JSON schema of a configuration",
+    "status": "progress of an output, from its files",
+    "verify": "account for every input exactly once",
+}
+PLANNED = ("submit", "report", "export", "rescore", "evaluate", "tune", "train-value", "lm-eval", "doctor", "bench")
+
+
+class Exit(Exception):
+    """Ends the command with this code and message."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: aisp VERB ...\n\n" + "\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items()))
+        print("\n`aisp VERB --help` says more; every configuration key is also a flag, as --method.num_iterations 8")
+        sys.exit(0 if args else 2)
+    run(args[0], args[1:])
+
+
+def run(verb: str, args: Sequence[str] | None = None) -> None:
+    """Run one verb and leave the process with its exit code."""
+    if verb not in VERBS:
+        why = "is planned and not implemented yet" if verb in PLANNED else "is not a verb"
+        sys.exit(_complain(f"{verb!r} {why}; there are: {', '.join(VERBS)}", 2))
+    module = importlib.import_module(f"jobs.{verb}")
+    try:
+        sys.exit(module.main(list(sys.argv[1:] if args is None else args)))
+    except ConfigError as error:
+        sys.exit(_complain(str(error), 2))
+    except Exit as error:
+        sys.exit(_complain(str(error), error.code))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted", 130))
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"aisp: {message}", file=sys.stderr)
+    return code

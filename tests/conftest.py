@@ -1,0 +1,21 @@
+"""Fixtures for all tests. Real data is found through AISP_TEST_DATA, a directory with data/ and models/."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real prompts and a real tiny language model; tests that want them skip where they are absent."""
+    root = os.environ.get("AISP_TEST_DATA")
+    if not root or not (Path(root) / "data").is_dir():
+        pytest.skip("AISP_TEST_DATA does not name a directory with data/ and models/")
+    return Path(root)

@@ -1,0 +1,92 @@
+"""Made-up inputs and results for the tests of the store: a pure function of the ordinal, so that a row computed twice
+is the same row. Awkward on purpose: quarantined rewards, rows that fail, unicode, nulls, floats that need all digits."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Iteration, Prompt, Result
+from aisp_dist.store import Store
+
+COLUMNS = {"answer": "string", "grade": "int64", "extra": "json"}
+NUM_SAMPLES, NUM_ITERATIONS = 3, 2
+
+
+def prompt(ordinal: int, kind: str = "chat", version: str = "") -> Input:
+    text = f"Question {ordinal}{version}: é 世界 \n?"
+    digest = f"digest-{ordinal}{version}"
+    if ordinal % 7 == 5:
+        return BadInput(f"file.jsonl:{ordinal}", ordinal, "line is not JSON", text[:9], (), digest)
+    columns = (("answer", None if ordinal % 2 else f"a{ordinal}"), ("grade", ordinal), ("extra", {"k": [ordinal]}))
+    content = (("system", "Be brief."), ("user", text)) if kind == "chat" else text
+    return Prompt(f"id-{ordinal}", ordinal, content, columns, digest)
+
+
+def prompts(count: int, kind: str = "chat") -> list[Input]:
+    return [prompt(ordinal, kind) for ordinal in range(count)]
+
+
+def result(line: Input, fails: bool | None = None) -> Result:
+    """The result of an input; every eleventh prompt fails unless told otherwise."""
+    if isinstance(line, BadInput):
+        return Failed(line, line.reason)
+    if line.source_index % 11 == 3 if fails is None else fails:
+        return Failed(line, "no candidate has a finite reward")
+    rng = random.Random(line.source_index)
+    candidates = [
+        Candidate(
+            iteration=k,
+            sample=i,
+            text=f"answer {k}.{i} of {line.source_index}",
+            token_ids=tuple(rng.randrange(50_000) for _ in range(4)),
+            finish_reason="stop" if i else "length",
+            reward=None if (line.source_index + k + i) % 5 == 1 else rng.gauss(0, 1),
+            rewards=(("main", rng.gauss(0, 1)), ("words", None)),
+            reason="reward main is NaN" if (line.source_index + k + i) % 5 == 1 else None,
+        )
+        for k in range(NUM_ITERATIONS)
+        for i in range(NUM_SAMPLES)
+    ]
+    curve, trace = [], []
+    for k in range(NUM_ITERATIONS):
+        seen = [c.reward for c in candidates if c.iteration <= k and c.reward is not None]
+        curve.append(max(seen))
+        weights = tuple(float(np.float32(w)) for w in (0.1, 0.7, 0.2))
+        trace.append(Iteration(weights, (4, 4, 4), 1.9, 0.1 * k, sum(seen) / len(seen), max(seen)))
+    best = max((c for c in candidates if c.reward is not None), key=lambda c: c.reward)
+    base = Candidate(-1, 0, "base", (1, 2), "stop", None if line.source_index % 4 == 2 else 0.25, (("main", 0.25),))
+    return Done(
+        prompt=line, prompt_tokens=9, best=best, base=base, nll=1 / 3, base_nll=0.5, samples_spent=len(candidates),
+        quarantined=sum(c.reward is None for c in candidates), curve=tuple(curve), candidates=tuple(candidates),
+        trace=tuple(trace),
+    )
+
+
+def store(root: Path, rows_per_file: int = 4, **changes: Any) -> Store:
+    settings = dict(
+        kind="chat", columns=COLUMNS, fingerprint="f" * 8, run_id="f" * 4, model="demo", candidates=1, trace=True,
+        still_owner=lambda: True,
+    )
+    return Store(root, rows_per_file, **(settings | changes))
+
+
+def write(root: Path, inputs: list[Input], rows_per_file: int = 4, **changes: Any) -> Path:
+    """A whole run, undisturbed."""
+    rows = store(root, rows_per_file, **changes)
+    for line in rows.plan(inputs):
+        rows.add(result(line))
+    rows.finish()
+    return root
+
+
+def tables(root: Path) -> dict[str, bytes]:
+    """All that a run has committed, by relative path."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for folder in ("data", "failed", "candidates")
+        for path in sorted((root / folder).glob("*"))
+    }

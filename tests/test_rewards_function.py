@@ -1,0 +1,147 @@
+"""Function rewards: TRL's call, one value for each completion or an error, and a digest that follows the source."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trl.rewards import think_format_reward
+
+from aisp_dist.config import ConfigError, FunctionReward
+from aisp_dist.records import Prompt, Score
+from aisp_dist.rewards import RewardError, load
+from aisp_dist.rewards.function import digest
+
+DATA = Path(__file__).parent / "data"
+CHAT = Prompt("p", 0, (("user", "Hi"),), (("topic", "rain"), ("notes", ["n"])))
+
+
+def named(function):
+    return FunctionReward(kind="function", function=function)
+
+
+def scorer(function, base_dir=DATA):
+    return load("words", named(function if ":" in function else f"my_rewards.py:{function}"), base_dir)
+
+
+def written(tmp_path, source):
+    (tmp_path / "f.py").write_text(source)
+    return load("words", named("f.py:f"), tmp_path)
+
+
+def test_chats_and_texts_arrive_as_trl_hands_them():
+    assert scorer("length")(CHAT, ["ab", "", "ab"]) == [Score(2.0), Score(0.0), Score(2.0)]
+    assert scorer("raw_length")(Prompt("p", 0, "abc"), ["d", ""]) == [Score(4.0), Score(3.0)]
+    thought = scorer("trl.rewards:think_format_reward")(CHAT, ["<think>a</think>b", "b"])
+    assert [score.value for score in thought] == think_format_reward(
+        [[{"role": "assistant", "content": c}] for c in ("<think>a</think>b", "b")]
+    )
+
+
+def test_arguments_as_they_arrive(tmp_path):
+    score = written(tmp_path, "seen = []\ndef f(**kwargs):\n    seen.append(kwargs)\n    return [0, 0]\n")
+    score(CHAT, ["a", "b"])
+    (seen,) = sys.modules[next(name for name in sys.modules if name.startswith("f_"))].seen
+    assert seen == {
+        "prompts": [[{"role": "user", "content": "Hi"}]] * 2,
+        "completions": [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]],
+        "topic": ["rain"] * 2,
+        "notes": [["n"]] * 2,
+    }
+
+
+def test_async_functions_and_columns():
+    assert scorer("mentions")(CHAT, ["rain falls", "sun"]) == [Score(1.0), Score(0.0)]
+
+
+def test_none_does_not_apply_and_what_is_not_finite_is_quarantined():
+    none, nan, inf, one = scorer("sometimes")(CHAT, ["none", "", "inf", "x"])
+    assert none == Score(None) and one == Score(1.0)
+    assert nan == Score(None, "the reward is nan") and inf == Score(None, "the reward is inf")
+
+
+def test_a_function_cannot_change_the_prompt():
+    score = scorer("vandal")
+    before = repr(CHAT)
+    assert score(CHAT, ["a", "b"]) == score(CHAT, ["a", "b"]) == [Score(2.0)] * 2
+    assert repr(CHAT) == before
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("too_few", "1 values for 2 completions"),
+        ("raises", "ZeroDivisionError"),
+        ("leaves", "SystemExit"),
+        ("texts", "'1.0' of type str"),
+        ("needs_tokens", "needs completion_ids"),
+    ],
+)
+def test_errors_name_reward_and_cause(function, words):
+    with pytest.raises(RewardError, match="words: ") as error:
+        scorer(function)(CHAT, ["a", "b"])
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "answer", ["numpy.array([1, 2])", "torch.tensor([1, 2])", "[torch.tensor(1), numpy.float32(2)]", "(1, 2)"]
+)
+def test_arrays_are_numbers(tmp_path, answer):
+    score = written(tmp_path, f"import numpy, torch\ndef f(completions): return {answer}\n")
+    assert score(CHAT, ["a", "b"]) == [Score(1.0), Score(2.0)]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("absent.py:f", "no file"),
+        ("my_rewards.py:absent", "nothing called 'absent'"),
+        ("my_rewards.py:NOT_A_FUNCTION", "no function"),
+        ("my_rewards.py", "no module"),
+        ("no_such_module:f", "no module 'no_such_module'"),
+        ("no_such.module:f", "no module 'no_such.module'"),
+        ("broken.py:f", "SyntaxError"),
+        ("exits.py:f", "SystemExit"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused(tmp_path, function, words):
+    (tmp_path / "my_rewards.py").write_text((DATA / "my_rewards.py").read_text())
+    (tmp_path / "broken.py").write_text("def f(:")
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)")
+    with pytest.raises(ConfigError) as error:
+        load("words", named(function), tmp_path)
+    assert words in str(error.value)
+
+
+def test_files_of_one_name_are_two_modules_and_find_their_neighbours(tmp_path):
+    found = []
+    for folder, value in (("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"near_{folder}.py").write_text(f"VALUE = {value}\n")
+        (tmp_path / folder / "r.py").write_text(f"import near_{folder} as n\ndef f(completions): return [n.VALUE]\n")
+        found.append(load("r", named("r.py:f"), tmp_path / folder))
+    assert [score(CHAT, ["a"])[0].value for score in found] == [1.0, 2.0]
+
+
+def test_the_digest_is_of_source_and_name(tmp_path):
+    seen = set()
+    for source, name in (("def f(): 1\ndef g(): 1\n", "f"), ("def f(): 1\ndef g(): 1\n", "g"), ("def f(): 2\n", "f")):
+        (tmp_path / "r.py").write_text(source)
+        seen.add(digest(named(f"r.py:{name}"), tmp_path))
+    assert len(seen) == 3 and all(len(d) == 32 for d in seen)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "r.py").write_text("def f(): 2\n")
+    assert digest(named("r.py:f"), tmp_path / "else") in seen  # of the source, not of its place
+    assert digest(named("trl.rewards:think_format_reward")) == digest(named("trl.rewards:think_format_reward"))
+    with pytest.raises(ConfigError):
+        digest(named("absent.py:f"), tmp_path)
+
+
+def test_the_digest_runs_nothing(tmp_path):
+    (tmp_path / "r.py").write_text("raise SystemExit('run')\n")
+    digest(named("r.py:f"), tmp_path)
+    code = (
+        "import sys; from aisp_dist.rewards.function import digest; from aisp_dist.config import FunctionReward as F;"
+    )
+    code += "digest(F(kind='function', function='json.tool:main')); assert 'json.tool' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

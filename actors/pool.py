@@ -82,6 +82,8 @@ class Pool:
                 blameless = slot.epoch != epoch and slot.sacrificed
                 faults, errors = faults + (not content and not blameless), errors + content
                 if errors > 1:
+                    if timed_out:  # the process still hangs on it
+                        self._restart(slot, epoch, reason, sacrificed=True)
                     raise RowError(f"{method} on {slot.replica.name}, again in a fresh process: {reason}") from None
                 if faults > self.retries:
                     raise Fault(

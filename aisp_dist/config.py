@@ -30,7 +30,8 @@ def not_yet(default: Any) -> Any:
 
     def refuse(value: Any) -> Any:
         if str(value) != str(default):
-            raise ValueError(f"{value!r} is not implemented yet; leave it at {'null' if default is None else default!r}")
+            leave = "null" if default is None else repr(default)
+            raise ValueError(f"{value!r} is not implemented yet; leave it at {leave}")
         return default
 
     return Annotated[Any, BeforeValidator(refuse)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_dist import checkpoints
-from aisp_dist.config import ConfigError, ModelReward, Run
+from aisp_dist.config import ConfigError, ModelReward, Prompts, Run
 from aisp_dist.rewards import function
 
 
@@ -31,15 +31,20 @@ def locate(run: Run, base_dir: Path) -> Run:
         else:
             function.digest(reward, base_dir)
         rewards[name] = reward
-    source = Path(run.prompts.source)
-    inputs = str(source.resolve()) if source.exists() or "*" in source.name else run.prompts.source
     return run.model_copy(
         update={
             "generator": base.model_copy(update={"model": place, "chat_template": template}),
             "rewards": rewards,
-            "prompts": run.prompts.model_copy(update={"source": inputs}),
+            "prompts": locate_prompts(run.prompts),
         }
     )
+
+
+def locate_prompts(settings: Prompts) -> Prompts:
+    """The section with an absolute source, where it is a local one."""
+    source = Path(settings.source)
+    local = source.exists() or source.suffix or any(c in settings.source for c in "*?[")
+    return settings.model_copy(update={"source": str(source.absolute())}) if local else settings
 
 
 def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:

@@ -52,14 +52,21 @@ def range_digest(inputs: Iterable[Input]) -> str:
     return digest.hexdigest()
 
 
-def encode(table: pa.Table, header: Header) -> bytes:
+def encode(table: pa.Table, covers: Header) -> bytes:
     """A whole Parquet file. A table without rows has no row group either: `datasets` cannot read an empty one."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=3) as writer:
         if table.num_rows:
             writer.write_table(table)
-        writer.add_key_value_metadata({f"aisp.{name}": str(value) for name, value in header._asdict().items()})
+        writer.add_key_value_metadata({f"aisp.{name}": str(value) for name, value in covers._asdict().items()})
     return bytes(sink.getvalue())
+
+
+def header(metadata: pq.FileMetaData) -> Header:
+    """Raises KeyError or ValueError where a file is not one of ours."""
+    found = {key.decode(): value.decode() for key, value in (metadata.metadata or {}).items()}
+    start, end, digest, fingerprint, run_id, version = (found[f"aisp.{name}"] for name in Header._fields)
+    return Header(int(start), int(end), digest, fingerprint, run_id, int(version))
 
 
 def read_standing(root: Path, part: int) -> Standing | None:
@@ -69,10 +76,7 @@ def read_standing(root: Path, part: int) -> Standing | None:
         return None
     try:
         metadata = pq.read_metadata(file)
-        found = {key.decode(): value.decode() for key, value in metadata.metadata.items()}
-        start, end, digest, fingerprint, run_id, version = (found[f"aisp.{name}"] for name in Header._fields)
-        header = Header(int(start), int(end), digest, fingerprint, run_id, int(version))
-        return Standing(header, metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
+        return Standing(header(metadata), metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ConfigError(
             f"output: {file} is damaged ({error}); delete this file, and the same command computes its rows again"

@@ -116,7 +116,8 @@ def starts_with_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
 
 def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     try:
-        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        # verbose would warn of texts over the tokenizer's own limit, which callers check
+        return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
     except (TypeError, UnicodeError) as error:  # how tokenizers say that a str holds a lone surrogate
         raise Unrenderable(f"the tokenizer refuses the text: {error}") from None
 

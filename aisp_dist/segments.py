@@ -78,8 +78,8 @@ def write(root: Path, part: int, owner: str, fingerprint: str, schemas: Tables, 
     durable.write(folder(root, part) / f"seg-{number:06d}-{owner}", _MAGIC + _hash(payload) + b"\n" + payload)
 
 
-def read(root: Path, part: int, schemas: Tables) -> list[Segment]:
-    """The whole segments of a part, oldest first."""
+def read(root: Path, part: int, schemas: Tables | None = None) -> list[Segment]:
+    """The sound segments of a part, of these schemas if given, oldest first."""
     found = (_read(path, schemas) for path in paths(root, part))
     return [segment for segment in found if segment is not None]
 
@@ -94,14 +94,14 @@ def discard(root: Path, part: int, keep: Sequence[Segment] = ()) -> None:
         folder(root, part).rmdir()
 
 
-def _read(path: Path, schemas: Tables) -> Segment | None:
+def _read(path: Path, schemas: Tables | None) -> Segment | None:
     header, _, payload = path.read_bytes().partition(b"\n")
     if header != _MAGIC + _hash(payload):
         _log.warning("%s is damaged (its checksum does not match); its rows are computed again", path)
         return None
     source = pa.BufferReader(payload)
     inputs, *tables = [pa.ipc.open_stream(source).read_all() for _ in range(4)]
-    if tuple(table.schema for table in tables) != schemas:
+    if schemas is not None and tuple(table.schema for table in tables) != schemas:
         _log.warning("%s was written with another schema; its rows are computed again", path)
         return None
     digests = dict(zip(inputs["source_index"].to_pylist(), inputs["digest"].to_pylist(), strict=True))

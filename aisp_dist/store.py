@@ -130,11 +130,11 @@ class Store:
         """Stage what was added and commit the parts that are whole. Raises LeaseLost where another run has the output.
         After an OSError nothing is lost: the next flush writes it."""
         with self._io:
+            self._check_owner()
             with self._lock:
                 whole = sorted(part for part, opened in self._open.items() if not opened.missing)
                 staging = {part: list(rows) for part, rows in self._buffer.items()}
             for part, rows in sorted(staging.items()):
-                self._check_owner()
                 segments.write(self._root, part, self._writer, self._fingerprint, self._schemas, rows)
                 with self._lock:
                     del self._buffer[part][: len(rows)]

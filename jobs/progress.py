@@ -50,6 +50,8 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
+        if self.now:
+            self._log()
 
     def __call__(self, now: dict[str, Any]) -> None:
         self.first = self.first or now
@@ -64,9 +66,12 @@ class Progress:
                 self.bar.update(self.task, completed=done, total=self.total.value, description=self.line())
         if time_now - self.logged >= _PLAIN:
             self.logged = time_now
-            entry = {"time": time.time(), "seconds": self.seconds, "total": self.total.value, **now}
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            self._log()
+
+    def _log(self) -> None:
+        entry = {"time": time.time(), "seconds": self.seconds, "total": self.total.value, **self.now}
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     @property
     def seconds(self) -> float:

@@ -44,7 +44,7 @@ def read(parse: argparse.ArgumentParser, args: Sequence[str]) -> tuple[argparse.
         _flags({}, ["--help"])
     if not files:
         raise ConfigError(f"no configuration: give a YAML file, as in `{parse.prog} configs/quickstart.yaml`")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"method": {"kind": "aisp"}}
     for file in files:
         values = merge(values, load_yaml(file))
     values = merge(values, _flags(values, flags), flags=True)
@@ -118,6 +118,9 @@ def check(values: Mapping[str, Any]) -> Run:
                 message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "; see `aisp schema`")
             elif fault["type"] == "missing":
                 message = "missing; it has no default"
+            elif fault["type"].startswith("union_tag"):
+                expected = fault.get("ctx", {}).get("expected_tags", "'aisp', 'best_of_n', 'model' or 'function'")
+                message = f"kind is {found.get('kind') if isinstance(found, Mapping) else found!r}; it must be {expected}"
             elif fault["type"] != "value_error" and not isinstance(found, Mapping):
                 message += f" (it is {found!r})"
             faults.setdefault(key, []).append(message)

@@ -1,5 +1,5 @@
 """Made-up inputs and results for the tests of the store: a pure function of the ordinal, so that a row computed twice
-is the same row. Awkward on purpose: quarantined rewards, rows that fail, unicode, nulls, floats that need all digits."""
+is the same row. Awkward on purpose: quarantined rewards, rows that fail, unicode, nulls, floats with all digits."""
 
 from __future__ import annotations
 

@@ -71,9 +71,7 @@ def generate(model: Any, round: Round, steps: int, **settings: Any) -> list[list
     hook = model.get_output_embeddings().register_forward_pre_hook(add)
     prompt = torch.tensor([round.prompt_tokens] * len(samples))
     ends = {"eos_token_id": None, "pad_token_id": 0, **settings}
-    made = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, do_sample=False, **ends
-    )
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, do_sample=False, **ends)
     hook.remove()
     return made[:, prompt.shape[1] :].tolist()
 

@@ -67,7 +67,9 @@ def test_every_noise_kind_is_the_one_of_its_covariance(sampling: Sampling, itera
     assert slow_path.tokens(rollout) == slow_path.generate(tiny.causal("llama"), round, STEPS)
 
 
-@pytest.mark.parametrize(("family", "overrides"), [("mistral", {"sliding_window": 9}), ("gemma3", {"sliding_window": 7})])
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("mistral", {"sliding_window": 9}), ("gemma3", {"sliding_window": 7})]
+)
 def test_a_window_off_by_one_would_be_seen(family: str, overrides: dict[str, int]) -> None:
     worst, _ = distance(adapted(family), tiny.causal(family, **overrides), controlled())
     assert worst > 1e-3

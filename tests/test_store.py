@@ -1,5 +1,5 @@
-"""Laws of the store: whatever kills, order of answers, limits and retries, the committed files are byte for byte those of
-an undisturbed run; nothing finished is computed twice; nothing foreign is mixed in."""
+"""Laws of the store: whatever kills, order of answers, limits and retries, the committed files are byte for byte those
+of an undisturbed run; nothing finished is computed twice; nothing foreign is mixed in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -32,8 +33,8 @@ def answered(line):
 
 
 def run(root, inputs, answer=result, retry=False, order=None, flush_every=3, durable=None, **settings):
-    """A run as a coordinator does it; `durable` collects the ordinals that a completed flush has taken over. Returns the
-    ordinals that it computed."""
+    """A run as a coordinator does it; `durable` collects the ordinals that a completed flush has taken over. Returns
+    the ordinals that it computed."""
     rows = store(root, **settings)
     computed, pending = [], []
 
@@ -42,7 +43,8 @@ def run(root, inputs, answer=result, retry=False, order=None, flush_every=3, dur
         if durable is not None:
             durable.update(pending)
 
-    for chunk in iter(lambda plan=rows.plan(inputs, retry): list(itertools.islice(plan, 5)), []):
+    plan = rows.plan(inputs, retry)
+    while chunk := list(itertools.islice(plan, 5)):
         for line in order(chunk) if order else chunk:
             rows.add(answer(line))
             computed.append(line.source_index)
@@ -54,42 +56,42 @@ def run(root, inputs, answer=result, retry=False, order=None, flush_every=3, dur
 
 
 @pytest.fixture(autouse=True)
-def quick(request, monkeypatch):
+def quick(monkeypatch):
     """fsync matters when the power fails, not when a process dies, and is most of the time here."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def test_a_kill_before_any_change_of_any_file_loses_and_doubles_nothing(tmp_path):
-    want = tables(write(tmp_path / "want", prompts(10)))
+    want = tables(write(tmp_path / "want", prompts(7)))
     for changes in itertools.count():
         root, kept = tmp_path / str(changes), set()
         with killed_after(changes) as died:
-            run(root, prompts(10), durable=kept)
-        again = run(root, prompts(10))
+            run(root, prompts(7), durable=kept)
+        again = run(root, prompts(7))
         assert tables(root) == want, changes
         assert not kept & set(again), f"{changes}: finished rows were computed again"
         assert not list((root / ".staging").iterdir())
         if not died:
             break
-    assert changes > 40 and again == []
+    assert changes > 35 and again == []
 
 
 def test_a_kill_while_a_part_is_extended_and_its_failed_rows_are_retried(tmp_path):
-    want = tables(answer_all(tmp_path / "want", 10))
+    want = tables(answer_all(tmp_path / "want", 7))
     before = write(tmp_path / "before", prompts(6))
     for changes in itertools.count():
         root, kept = tmp_path / str(changes), set()
         shutil.copytree(before, root)
         with killed_after(changes) as died:
-            run(root, prompts(10), answered, retry=True, durable=kept)
+            run(root, prompts(7), answered, retry=True, durable=kept)
         good = {n for n in range(6) if n not in (3, 5)}
-        assert not good & set(run(root, prompts(10), answered)), f"{changes}: a done row was computed again"
-        last = run(root, prompts(10), answered, retry=True)
+        assert not good & set(run(root, prompts(7), answered)), f"{changes}: a done row was computed again"
+        last = run(root, prompts(7), answered, retry=True)
         assert tables(root) == want, changes
         assert not kept & set(last) - {5}, f"{changes}: a retried row that succeeded was computed again"
         if not died:
             break
-    assert changes > 30
+    assert changes > 25
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -102,14 +104,14 @@ def test_random_orders_kills_limits_and_retries_end_in_the_same_bytes(tmp_path, 
     def shuffled(chunk):
         return rng.sample(chunk, len(chunk))
 
-    for _ in range(25):
+    for _ in range(15):
         with killed_after(rng.randrange(60)) as died:
             run(root, prompts(limit), rng.choice([result, answered]), retry=rng.random() < 0.5, order=shuffled,
                 flush_every=rng.randrange(1, 7), rows_per_file=rows_per_file)
         deaths += bool(died)
         limit = min(total, max(0, limit + rng.randrange(-2, 4)))
     run(root, prompts(total), answered, retry=True, order=shuffled, rows_per_file=rows_per_file)
-    assert deaths > 2
+    assert deaths > 1
     assert tables(root) == want
 
 
@@ -119,28 +121,27 @@ def answer_all(root, count, rows_per_file=4):
 
 
 def test_a_real_process_killed_by_the_system_at_random_moments(tmp_path):
-    want = tables(write(tmp_path / "want", prompts(40)))
+    want = tables(write(tmp_path / "want", prompts(20)))
     root, rng, kills = tmp_path / "out", random.Random(0), 0
-    script = "from rows import *; import sys, time\n" + textwrap.dedent("""
+    script = "from rows import *; import sys\n" + textwrap.dedent("""
         rows = store(Path(sys.argv[1]))
-        print("started", flush=True)
-        for line in rows.plan(prompts(40)):
+        for line in rows.plan(prompts(20)):
             rows.add(result(line))
-            time.sleep(.005)
             rows.flush()
+            print("one more", flush=True)
         rows.finish()
     """)
     here = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     while True:
-        child = subprocess.Popen([sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, env=env)
-        child.stdout.readline()  # imports are done
-        try:
-            child.wait(rng.uniform(0.02, 0.3))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            kills += 1
-        if child.wait() == 0:
+        with subprocess.Popen([sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, env=env) as child:
+            for _ in range(rng.randrange(3, 9)):
+                child.stdout.readline()
+            time.sleep(rng.uniform(0, 0.02))  # somewhere inside the next flush
+            if child.poll() is None:
+                child.kill()
+                kills += 1
+        if child.returncode == 0:
             break
         assert child.returncode == -signal.SIGKILL
     assert kills >= 2
@@ -219,20 +220,160 @@ def test_an_empty_input_is_an_empty_table(tmp_path):
     assert tables(tmp_path) == tables(write(tmp_path.parent / "want", prompts(10)))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: b"", lambda data: data[:900] + b"x" + data[901:],
-                                    lambda data: b"not ours\n" + data])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-7], lambda data: b"", lambda data: data[:900] + b"x" + data[901:], lambda data: b"x" + data],
+    ids=["torn", "empty", "changed", "foreign"],
+)
 def test_a_damaged_segment_is_computed_again(tmp_path, damage, caplog):
-    rows = store(tmp_path, rows_per_file=50)
+    root = tmp_path / "out"
+    rows = store(root, rows_per_file=50)
     for line in rows.plan(prompts(6)):
         rows.add(result(line))
         if line.source_index == 3:
-            with rows._lock:
-                opened = rows._open[0]
-            opened.missing.add(99)  # keeps the part from its commit: this process dies before the last answer
-            rows.flush()
-            opened.missing.discard(99)
-    (segment,) = segments.paths(tmp_path, 0)
+            rows.flush()  # the last there is: the process dies here
+    (segment,) = segments.paths(root, 0)
     segment.write_bytes(damage(segment.read_bytes()))
-    assert run(tmp_path, prompts(6), rows_per_file=50) == list(range(6))
+    assert run(root, prompts(6), rows_per_file=50) == list(range(6))
     assert "checksum" in caplog.text
-    assert tables(tmp_path) == tables(write(tmp_path.parent / "want", prompts(6), rows_per_file=50))
+    assert tables(root) == tables(write(tmp_path / "want", prompts(6), rows_per_file=50))
+
+
+def test_a_segment_that_decays_during_the_run_leaves_its_rows_to_the_next_run(tmp_path):
+    root = tmp_path / "out"
+    rows = store(root)
+    for line in rows.plan(prompts(4)):
+        rows.add(result(line))
+        if line.source_index == 1:
+            rows.flush()
+            segments.paths(root, 0)[0].write_bytes(b"")
+    with pytest.raises(Unfinished, match="2 inputs have no row, first line 0"):
+        rows.finish()
+    assert rows.counts()[1:] == (1, 1, 0)  # line 3 is the failed one
+    assert run(root, prompts(4)) == [0, 1]
+    assert tables(root) == tables(write(tmp_path / "want", prompts(4)))
+
+
+def test_a_smaller_limit_keeps_what_a_larger_one_finished(tmp_path):
+    root = tmp_path / "out"
+    rows = store(root, rows_per_file=50)
+    for line in rows.plan(prompts(10)):
+        if line.source_index != 4:
+            rows.add(result(line))
+    rows.flush()
+    assert run(root, prompts(6), rows_per_file=50) == [4]
+    assert pq.read_metadata(root / "data/part-000000.parquet").metadata[b"aisp.end"] == b"6"
+    assert run(root, prompts(5), rows_per_file=50) == []
+    assert run(root, prompts(10), rows_per_file=50) == []
+    assert tables(root) == tables(write(tmp_path / "want", prompts(10), rows_per_file=50))
+    assert run(root, prompts(3), rows_per_file=50) == []
+
+
+def test_a_run_that_is_not_through_says_so(tmp_path):
+    rows = store(tmp_path)
+    plan = rows.plan(prompts(9))
+    rows.add(result(next(plan)))
+    with pytest.raises(Unfinished, match="3 inputs have no row, first line 1"):
+        rows.finish()
+    with pytest.raises(ValueError, match="never planned"):
+        rows.add(result(prompt(8)))
+
+
+def changed(ordinal, count=10):
+    return [prompt(n, version=" changed" if n == ordinal else "") for n in range(count)]
+
+
+@pytest.mark.parametrize("ordinal, part", [(0, 0), (7, 1), (9, 2)])
+def test_a_changed_input_is_refused_and_named(tmp_path, ordinal, part):
+    write(tmp_path, prompts(10))
+    with pytest.raises(ConfigError, match=f"part-00000{part} was computed from other inputs"):
+        list(store(tmp_path).plan(changed(ordinal, 13)))
+
+
+def test_a_changed_input_is_refused_while_it_is_staged_only(tmp_path):
+    rows = store(tmp_path)
+    for line in rows.plan(prompts(3)):
+        rows.add(result(line))
+        if line.source_index == 1:
+            rows.flush()
+    list(store(tmp_path).plan(changed(2, 3)))  # not computed yet: no harm
+    with pytest.raises(ConfigError, match="line 1 has changed"):
+        list(store(tmp_path).plan(changed(1, 3)))
+
+
+def test_inputs_in_another_order_are_refused_even_below_the_committed_end(tmp_path):
+    write(tmp_path, prompts(4))
+    other = [Prompt(f"id-{n}", n, (("user", "x"),), (), f"d{n}") for n in (0, 1)]
+    list(store(tmp_path).plan(other))  # too few inputs to check the part's digest; the ids agree
+    with pytest.raises(ConfigError, match="other inputs"):
+        list(store(tmp_path).plan([Prompt("id-1", 0, (("user", "x"),)), Prompt("id-0", 1, (("user", "x"),))]))
+
+
+def test_another_fingerprint_schema_or_a_damaged_part_is_refused_in_words(tmp_path):
+    write(tmp_path, prompts(6))
+    with pytest.raises(ConfigError, match="fingerprint ffffffff, this one has 0000; give another output"):
+        list(store(tmp_path, fingerprint="0000").plan(prompts(6)))
+    with pytest.raises(ConfigError, match="another schema, in answer, grade"):
+        list(store(tmp_path, columns={"extra": "json"}).plan(prompts(6)))
+    path = tmp_path / "data/part-000001.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"part-000001\.parquet is damaged .* delete this file"):
+        list(store(tmp_path).plan(prompts(6)))
+    path.unlink()
+    want = tables(write(tmp_path / "want", prompts(6)))
+    assert run(tmp_path, prompts(6)) == [4, 5]
+    assert tables(tmp_path) == want
+
+
+def test_staging_of_another_run_is_refused(tmp_path):
+    rows = store(tmp_path)
+    rows.add(result(next(rows.plan(prompts(2)))))
+    rows.flush()
+    with pytest.raises(ConfigError, match="fingerprint"):
+        list(store(tmp_path, fingerprint="0000").plan(prompts(2)))
+
+
+@pytest.mark.parametrize("answers", range(3))
+def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lost(tmp_path, answers):
+    """The lease goes to another run after the orphan's first, second, third question; the other then ends the work."""
+    root, asked = tmp_path / "out", itertools.count()
+    orphan = store(root, still_owner=lambda: next(asked) < answers)
+    for line in orphan.plan(prompts(4)):
+        orphan.add(result(line))
+    with pytest.raises(LeaseLost, match="another run has taken"):
+        orphan.flush()
+    assert len(segments.paths(root, 0)) == (answers > 0)
+    assert (root / "data").exists() == (answers > 1)
+    assert run(root, prompts(4)) == ([] if answers else [0, 1, 2, 3])
+    with pytest.raises(LeaseLost):
+        orphan.flush()
+    assert tables(root) == tables(write(tmp_path / "want", prompts(4)))
+
+
+def test_save_settings_may_change_between_resumes(tmp_path):
+    kept = {"all": 6, "none": 0, 1: 2}
+    for number, candidates in enumerate(kept):
+        run(tmp_path, prompts(4 * number + 4), candidates=candidates, trace=candidates != "none")
+    rows = {row["source_index"]: row for row in pq.read_table(tmp_path / "candidates").to_pylist()}
+    assert len(rows[0]["candidates"]) == 6 and len(rows[0]["trace"]) == 2
+    assert not any(n in rows for n in range(4, 8))
+    assert len(rows[8]["candidates"]) == 2
+
+
+def test_an_input_that_cannot_be_a_row_is_planned_as_a_bad_input(tmp_path):
+    columns = (("answer", "a"), ("grade", 1), ("extra", None))
+    lines = [
+        Prompt("half", 0, (("user", "half \ud83d"),), columns, "d0"),
+        Prompt("misfit", 1, (("user", "hello"),), (("answer", 3), *columns[1:]), "d1"),
+        Prompt("good", 2, (("user", "hello"),), columns, "d2"),
+    ]
+    rows = store(tmp_path)
+    planned = list(rows.plan(lines))
+    assert [type(line) for line in planned] == [BadInput, BadInput, Prompt]
+    for line in planned:
+        rows.add(result(line))
+    rows.finish()
+    half, misfit = pq.read_table(tmp_path / "failed").to_pylist()
+    assert half["prompt"] == [{"role": "user", "content": "half ?"}] and "surrogate" in half["reason"]
+    assert "'answer' is string" in misfit["reason"] and misfit["answer"] is None and misfit["grade"] == 1
+    assert list(store(tmp_path).plan(lines)) == []

@@ -90,10 +90,10 @@ JUDGE_SHAPE = Shape(vocab=1536, hidden=128, layers=4, heads=4, kv_heads=4, mlp=3
 REWARD_TASTE = Taste("first", "early", 0.75, (0.7, 1.0, 1.4, 1.8))
 JUDGE_TASTE = Taste("second", "late", 1.0, (0.8, 0.9, 1.3, 2.0))
 PLANS = {
-    "base": Training(800, 48, 3e-3),
-    "reward": Training(450, 32, 1e-3),
-    "judge_lm": Training(500, 40, 3e-3),
-    "judge": Training(500, 32, 1e-3),
+    "base": Training(500, 40, 3e-3),
+    "reward": Training(350, 24, 1e-3),
+    "judge_lm": Training(350, 32, 3e-3),
+    "judge": Training(400, 24, 1e-3),
 }
 
 
@@ -122,12 +122,12 @@ def make_tokenizer(texts: Iterator[str], vocab: int, roles: list[str], template:
     return tok
 
 
-def config(shape: Shape, tok: PreTrainedTokenizerFast) -> LlamaConfig:
+def config(shape: Shape, tok: PreTrainedTokenizerFast, **more: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tok), hidden_size=shape.hidden, num_hidden_layers=shape.layers, intermediate_size=shape.mlp,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=512,
         tie_word_embeddings=True, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id,
+        eos_token_id=tok.eos_token_id, **more,
     )  # fmt: skip
 
 
@@ -189,14 +189,16 @@ def train_lm(
     return model
 
 
-def model_written(base: LlamaForCausalLM, tok: PreTrainedTokenizerFast, taste: Taste, count: int, seed: int) -> Written:
+def model_written(
+    base: LlamaForCausalLM, tok: PreTrainedTokenizerFast, taste: Taste, count: int, limit: int, seed: int
+) -> Written:
     """The base model's answers to questions of the taste's split: fair ones (low temperature) and poor ones."""
     torch.manual_seed(seed)
     rng = Random(f"{seed}/written")
     sets: Written = ([], [])
     for i, temperature in enumerate(taste.temperatures):
         asked = [draw_question(rng, taste.split) for _ in range(count)]
-        sets[i // 2].extend(zip(asked, write(base, tok, [q.text for q in asked], temperature), strict=True))
+        sets[i // 2].extend(zip(asked, write(base, tok, [q.text for q in asked], temperature, limit), strict=True))
     return sets
 
 
@@ -222,14 +224,14 @@ def draw_pair(rng: Random, taste: Taste, written: Written) -> Pair:
 
 
 def train_reward(
-    name: str, start: LlamaForCausalLM, tok: PreTrainedTokenizerFast, plan: Training, taste: Taste, written: Written,
-    seed: int,
+    name: str, shape: Shape, start: LlamaForCausalLM, tok: PreTrainedTokenizerFast, plan: Training, taste: Taste,
+    written: Written, seed: int,
 ) -> LlamaForSequenceClassification:  # fmt: skip
     """Bradley-Terry from a language model's body: cross-entropy of sigmoid(r_better - r_worse) with the annotators'
     preference, and a small pull of the rewards' mean towards 0."""
     torch.manual_seed(seed)
     rng, fill = Random(f"{seed}/{name}"), tok.pad_token_id
-    model = LlamaForSequenceClassification(LlamaConfig(**start.config.to_dict() | {"num_labels": 1}))
+    model = LlamaForSequenceClassification(config(shape, tok, num_labels=1))
     model.model.load_state_dict(start.model.state_dict())
 
     def draw() -> Row:
@@ -263,7 +265,7 @@ def save(model: transformers.PreTrainedModel, tok: PreTrainedTokenizerFast, wher
 def make(out: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     """Train, measure and write everything under `out`; returns what card.json holds."""
     plans = {name: Training(4, 8, 1e-3) for name in PLANS} if quick else PLANS
-    samples, pair_count = (4, 40) if quick else (256, 1500)
+    samples, limit, pair_count = (2, 8, 20) if quick else (192, 80, 1500)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -284,13 +286,13 @@ def make(out: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     save(base, tok, out / "base")
     lap("base")
     # The reward model starts from the base model, as most do; the judge from a smaller one that reads other tokens.
-    written = model_written(base, tok, REWARD_TASTE, samples, seed + 1)
-    reward = train_reward("reward", base, tok, plans["reward"], REWARD_TASTE, written, seed + 1)
+    written = model_written(base, tok, REWARD_TASTE, samples, limit, seed + 1)
+    reward = train_reward("reward", BASE_SHAPE, base, tok, plans["reward"], REWARD_TASTE, written, seed + 1)
     save(reward, tok, out / "reward")
     lap("reward")
     judge_lm = train_lm("judge_lm", JUDGE_SHAPE, judge_tok, plans["judge_lm"], "late", seed + 2)
-    written = model_written(base, tok, JUDGE_TASTE, samples, seed + 2)
-    judge = train_reward("judge", judge_lm, judge_tok, plans["judge"], JUDGE_TASTE, written, seed + 2)
+    written = model_written(base, tok, JUDGE_TASTE, samples, limit, seed + 2)
+    judge = train_reward("judge", JUDGE_SHAPE, judge_lm, judge_tok, plans["judge"], JUDGE_TASTE, written, seed + 2)
     save(judge, judge_tok, out / "judge")
     lap("judge")
 

@@ -3,7 +3,8 @@ parametrises, so that no family needs code of its own. Owns masking, windows, so
 and suffix by log-sum-exp. Knows nothing of prompts' ids, noise or tokens.
 
 The same bits whatever the schedule: kernels are called with shapes that depend on one prompt alone (Dense, and the
-prefix of Shared in tiles of TILE queries) or never change (the suffix of Shared: all rows, full capacity).
+prefix of Shared in tiles of TILE queries) or never change (the suffix of Shared: all rows, full capacity), and on one
+thread or two.
 
 Shapes: B rows (slots), R rows of one prompt, H query heads, K key-value heads, G = H / K, L keys of a prefix, S suffix
 capacity, T queries, C head size.
@@ -23,7 +24,9 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 NAME = "aisp_shared_prefix"
-TILE = 32  # queries that meet a prefix together: a ragged tile would take other kernels, and give other bits
+# Ragged shapes take other kernels, and unaligned ones other paths through them, with other bits: queries that meet a
+# prefix, tokens of a dense pass, rows and the capacity of a suffix all come in multiples of this.
+TILE = 32
 _CHUNK = 512  # queries of a dense pass at a time, to bound its masks and scores
 
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -118,16 +121,18 @@ def _sink(layer: Layer, part: KV) -> torch.Tensor:
 
 @dataclass
 class Dense:
-    """Causal attention of one whole sequence [1, H, T, C]; with `keep`, leaves in `kv` what a suffix can still see."""
+    """Causal attention of one whole sequence [1, H, T, C]. With `keep`, leaves in `kv` what a suffix of its first
+    `length` tokens (the others are padding) can still see."""
 
+    length: int
     keep: bool = False
     kv: list[KV] = field(default_factory=list)
 
     def __call__(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         heads, kv_heads, length = q.shape[1], k.shape[1], q.shape[2]
-        if self.keep:
-            first = 0 if layer.window is None else max(0, length - max(layer.window, 2) + 1)  # no kernel takes 0 keys
-            self.kv.append((k[0, :, first:].clone(), v[0, :, first:].clone()))
+        if self.keep:  # at least one key: no kernel takes none
+            first = 0 if layer.window is None else max(0, self.length - max(layer.window, 2) + 1)
+            self.kv.append((k[0, :, first : self.length].clone(), v[0, :, first : self.length].clone()))
         q_KGTC = q.view(kv_heads, heads // kv_heads, length, -1)
         k_KGTC, v_KGTC = (x[0, :, None].expand(-1, heads // kv_heads, -1, -1) for x in (k, v))
         chunks = []
@@ -153,7 +158,8 @@ class Prefix:
 
 
 def empty_suffix(like: list[KV], rows: int, capacity: int) -> list[KV]:
-    """Keys and values [B, K, S, C] by layer for rows whose prefixes look `like` these."""
+    """Keys and values [B, K, S, C] by layer for rows whose prefixes look `like` these; S >= capacity."""
+    capacity += -capacity % TILE
     shapes = [[(rows, len(x), capacity, x.shape[2]) for x in kv] for kv in like]
     return [
         (k.new_zeros(k_shape), v.new_zeros(v_shape)) for (k, v), (k_shape, v_shape) in zip(like, shapes, strict=True)
@@ -179,7 +185,10 @@ class Shared:
         slots = torch.arange(rows, device=q.device)
         for store, new in zip(self.suffix[layer.index], (k, v), strict=True):
             store[slots, :, self.at_B] = new[:, :, 0]
-        own = attend_part(layer, q_BKGC, *self.suffix[layer.index], self._suffix_mask(layer, q_BKGC.shape[2]))
+        group = q_BKGC.shape[2]
+        even_BKGC = pad(q_BKGC, (0, 0, 0, group % 2))  # an odd number would leave a thread's workspace unaligned
+        own = attend_part(layer, even_BKGC, *self.suffix[layer.index], self._suffix_mask(layer, even_BKGC.shape[2]))
+        own = own[0][:, :, :group], own[1][:, :, :group]
         prompts = torch.zeros_like(own[0]), torch.full_like(own[1], -math.inf)
         for number, (rows_R, prefix) in enumerate(self.groups):
             part = self._prefix_part(layer, q_BKGC[rows_R], number, prefix)

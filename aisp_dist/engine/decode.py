@@ -24,7 +24,6 @@ from aisp_dist.engine.control import Control, cost, rebuild, white
 from aisp_dist.engine.model import LM
 from aisp_dist.records import Finish, Rollout, Round, TopP, Trajectory
 
-_ALIGN = 32  # batches of other sizes end in ragged tiles, whose kernels round in their own way
 _HEAD_ROWS = 256  # positions per head product in nll, to bound the logits
 
 Kind = TypeVar("Kind", bound=Hashable)
@@ -86,13 +85,13 @@ class Engine:
         special = {t.content: i for i, t in lm.tokenizer.added_tokens_decoder.items() if t.special}
         self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
         self.stop = tuple(s for s in stop if s not in special)
-        self.rows: list[Row | None] = [None] * (batch_rows + -batch_rows % _ALIGN)
+        self.rows: list[Row | None] = [None] * (batch_rows + -batch_rows % attention.TILE)
         self._waiting: deque[tuple[_Job, int]] = deque()
         self._jobs: list[_Job] = []
         self._finished: list[tuple[Round, Rollout]] = []
         self._broken: list[DecodeError] = []
-        self._prompts: OrderedDict[Hashable, _Prompt] = OrderedDict()
-        self._suffix: list[attention.KV] = []
+        self.prompts: OrderedDict[Hashable, _Prompt] = OrderedDict()
+        self.suffix: list[attention.KV] = []
         self._tokens_B = torch.zeros(len(self.rows), dtype=torch.long, device=lm.device)
         self._filter_BD = torch.zeros(len(self.rows), lm.hidden_size, device=lm.device)
 
@@ -105,8 +104,8 @@ class Engine:
         """Queues a round's trajectories. Raises ValueError for a round that cannot be decoded."""
         self._check(round)
         key = (round.seed, round.prompt_id, round.prompt_tokens)
-        prompt = self._prompts.setdefault(key, _Prompt(round.prompt_tokens))
-        self._prompts.move_to_end(key)
+        prompt = self.prompts.setdefault(key, _Prompt(round.prompt_tokens))
+        self.prompts.move_to_end(key)
         prompt.rounds += 1
         job = _Job(round, prompt, noise.prompt_key(round.seed, round.prompt_id))
         self._jobs.append(job)
@@ -185,7 +184,7 @@ class Engine:
                 word = noise.sample_word(job.round.iteration, sample) if _noisy(job.round) else 0
                 self.rows[slot] = Row(job, sample, word, self._prefill(job))
                 self._filter_BD[slot] = 0
-                for store in (x for kv in self._suffix for x in kv):
+                for store in (x for kv in self.suffix for x in kv):
                     store[slot] = 0  # masked keys weigh 0, but 0 * NaN left by another row would not be 0
 
     def _prefill(self, job: _Job) -> attention.Prefix:
@@ -194,8 +193,8 @@ class Engine:
         if prompt.prefix is None:
             z_TD, dense = self.lm.dense(prompt.tokens, keep=True)
             prompt.prefix = attention.Prefix(dense.kv, len(prompt.tokens), z_TD[-1].clone())
-            if not self._suffix:
-                self._suffix = attention.empty_suffix(dense.kv, len(self.rows), self.max_new_tokens)
+            if not self.suffix:
+                self.suffix = attention.empty_suffix(dense.kv, len(self.rows), self.max_new_tokens)
         if job.control is None and job.round.sampling.sigma2:
             device = self.lm.device
             job.control = rebuild(job.round, self.max_new_tokens, self.lm.hidden_size, device, prompt.control)
@@ -210,7 +209,7 @@ class Engine:
         if groups:
             lengths_B = torch.tensor([row.prefix.length if row else 0 for row in self.rows], device=self.lm.device)
             at_B = (t_B - 2).clamp(min=0)
-            attend = attention.Shared(self._suffix, at_B, [(rows_R, p) for p, rows_R in groups.items() if p])
+            attend = attention.Shared(self.suffix, at_B, [(rows_R, p) for p, rows_R in groups.items() if p])
             z_BD = self.lm.states(attend, self._tokens_B[:, None], (lengths_B + at_B)[:, None])[:, 0]
         if first_R is not None:
             z_BD[first_R] = torch.stack([row.prefix.z_D for row in self.rows if row and row.step == 1])
@@ -286,10 +285,10 @@ class Engine:
         self._jobs.remove(job)
         job.prompt.rounds -= 1
         idle = 0
-        for key, prompt in reversed(list(self._prompts.items())):
+        for key, prompt in reversed(list(self.prompts.items())):
             idle += 0 if prompt.rounds else len(prompt.tokens)
             if not prompt.rounds and idle > self.idle_tokens:
-                del self._prompts[key]
+                del self.prompts[key]
 
     def _hand_out(self) -> list[tuple[Round, Rollout]]:
         if self._broken:

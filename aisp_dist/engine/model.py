@@ -77,9 +77,11 @@ class LM:
 
     def dense(self, tokens: tuple[int, ...], keep: bool = False) -> tuple[torch.Tensor, attention.Dense]:
         """z [T, D] of one whole sequence, computed alone, and the pass that holds its keys and values if kept."""
-        attend = attention.Dense(keep)
-        ids = torch.tensor([tokens], device=self.device)
-        return self.states(attend, ids, torch.arange(len(tokens), device=self.device)[None])[0], attend
+        attend = attention.Dense(len(tokens), keep)
+        padding = -len(tokens) % attention.TILE  # causal: what follows a sequence cannot change it
+        ids = torch.tensor([(*tokens, *[tokens[-1]] * padding)], device=self.device)
+        positions = torch.arange(ids.shape[1], device=self.device).clamp(max=len(tokens) - 1)
+        return self.states(attend, ids, positions[None])[0, : len(tokens)], attend
 
 
 def _source(settings: Generator) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def load(
             values = function(**{k: v for k, v in arguments.items() if open_ended or k in accepted})
             if inspect.isawaitable(values):
                 values = asyncio.run(_result(values))
-            values = values.tolist() if hasattr(values, "tolist") else list(values)
+            values = list(values)
         except (Exception, SystemExit) as error:
             raise RewardError(f"{name}: {settings.function} raised {type(error).__name__}: {error}") from error
         if len(values) != len(responses):

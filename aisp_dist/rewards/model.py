@@ -52,9 +52,9 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
         except Unrenderable as error:
             return Score(None, str(error))
         if excess > own - head:
+            size = f"{len(ids) - own + head} tokens, more than the {max_length} that fit"
             return Score(
-                None,
-                f"the response has {len(ids) - own} tokens, more than fit into {max_length}; raise {name}'s max_tokens",
+                None, f"the response alone has {size} (rewards.{name}.max_tokens, or all that the model takes)"
             )
         return tuple(ids[:head] + ids[head + excess :])
 
@@ -100,6 +100,7 @@ def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise ConfigError(f"{key}: {settings.model!r} is no trained reward model, it lacks {missing}; give one that is")
+    model.config.get_text_config().use_cache = False  # one pass: keys and values are never asked for again
     return tokenizer, model.eval().to(device)
 
 

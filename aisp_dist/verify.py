@@ -1,0 +1,250 @@
+"""Looking at an output from outside: whether every input has exactly one row and every row is sound (`verify`), and how
+far a run is (`status`). From files only: no cluster, no model, and nothing is changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aisp_dist import lease, parts, segments
+from aisp_dist.config import ConfigError
+from aisp_dist.manifest import TABLES, read_run
+from aisp_dist.parts import Header
+from aisp_dist.records import Input
+from aisp_dist.schema import Row, as_utf8
+
+_NAME = re.compile(r"part-(\d{6,})(\.parquet)?")
+_DATA = ["source_index", "id", "completion", "reward", "base_reward", "reward_difference", "curve", "samples_spent"]
+_DATA += ["best_iteration", "best_sample", "run_id"]
+_FAILED = ["source_index", "id", "reason", "run_id"]
+_CANDIDATES = ["source_index", "id", "trace.list.element.lengths"]
+_CANDIDATES += [f"candidates.list.element.{name}" for name in ("iteration", "sample", "text", "reward")]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """violations: one sentence each, none if the output is whole. done, failed, staged: inputs with such a row; those
+    staged have no committed one."""
+
+    violations: tuple[str, ...]
+    done: int
+    failed: int
+    staged: int
+    parts: int
+
+
+def verify(root: Path, inputs: Iterable[Input] | None = None) -> Verdict:
+    """Check a whole output, against its inputs where they are given. One part is in memory at a time.
+
+    Raises ConfigError where there is no output.
+    """
+    run = _run(root)
+    size = run["rows_per_file"]
+    violations = _strangers(root)
+    numbers = _numbers(root)
+    lines = None if inputs is None else iter(inputs)
+    schemas: dict[str, pa.Schema] = {}
+    done = failed = waiting = part = 0
+    while True:
+        chunk = None if lines is None else list(islice(lines, size))
+        if not chunk and part > max(numbers, default=0):
+            break
+        staged = {ordinal for segment in segments.read(root, part) for ordinal in segment.digests}
+        check = _Part(root, part, run, schemas)
+        check.files(chunk, full=chunk is None and part < max(numbers, default=0))
+        violations += check.violations
+        done += len(check.done)
+        failed += len(check.failed)
+        if left := staged - check.done - check.failed:
+            violations.append(f"unfinished: {len(left)} prompts of part {part} are staged; run the same command again")
+            waiting += len(left)
+        part += 1
+    return Verdict(tuple(violations), done, failed, waiting, len(numbers))
+
+
+def status(root: Path) -> dict[str, Any]:
+    """How far the run is: inputs `done`, `failed` and `staged`, `parts`; `owner` (process, host, whether it lives; None
+    for unknown), or None; `metrics`, the last line of metrics.jsonl, or None.
+
+    Raises ConfigError where there is no output.
+    """
+    _run(root)
+    counts = {"done": 0, "failed": 0, "staged": 0, "parts": 0}
+    for part in _numbers(root):
+        standing = parts.read_standing(root, part)
+        end = 0
+        if standing is not None:
+            end = standing.header.end
+            counts["parts"] += 1
+            counts["done"] += standing.num_done
+            counts["failed"] += end - standing.header.start - standing.num_done
+        counts["staged"] += len({n for segment in segments.read(root, part) for n in segment.digests if n >= end})
+    owner = lease.read_owner(root)
+    process = owner and {"process": owner.pid, "host": owner.host, "alive": owner.alive()}
+    return counts | {"owner": process, "metrics": _last_line(root / "metrics.jsonl")}
+
+
+class _Part:
+    """The checks of one part: fills `violations`, and the ordinals of its rows into `done` and `failed`."""
+
+    def __init__(self, root: Path, part: int, run: dict[str, Any], schemas: dict[str, pa.Schema]) -> None:
+        self.root, self.part, self.run, self.schemas = root, part, run, schemas
+        self.violations: list[str] = []
+        self.done: set[int] = set()
+        self.failed: set[int] = set()
+
+    def files(self, chunk: Sequence[Input] | None, full: bool) -> None:
+        """Check the part's files. chunk: the inputs of its range, if known; full: whether it must cover its range."""
+        start, size = self.part * self.run["rows_per_file"], self.run["rows_per_file"]
+        data = self._read("data", _DATA)
+        if data is None:
+            if not parts.path(self.root, "data", self.part).exists():
+                count = "the" if chunk is None else len(chunk)
+                self._say("data", f"is missing: {count} inputs from line {start} on have no committed row")
+            return
+        header, rows = data
+        end = header.end
+        if header.start != start or not start <= end <= start + size:
+            self._say("data", f"covers lines {header.start} to {end - 1}, its name says {start} to {start + size - 1}")
+        if full and end < start + size:
+            self._say("data", f"ends with line {end - 1}, yet parts follow it")
+        if (header.fingerprint, header.run_id) != (self.run["fingerprint"], self.run["run_id"]):
+            self._say("data", f"is of run {header.run_id}, the output is of run {self.run['run_id']}")
+        failed, candidates = self._beside("failed", _FAILED, header), self._beside("candidates", _CANDIDATES, header)
+        self.done, self.failed = {row["source_index"] for row in rows}, {row["source_index"] for row in failed}
+        for table, found in (("data", rows), ("failed", failed), ("candidates", candidates)):
+            ordinals = [row["source_index"] for row in found]
+            if ordinals != sorted(set(ordinals)):
+                self._say(table, "its rows are not in input order, each once")
+        self._broken("data", "a done and a failed row", self.done & self.failed)
+        covered = set(range(start, end))
+        self._broken("data", "no row", covered - self.done - self.failed)
+        self._broken("data", "outside of the range of the part", (self.done | self.failed) - covered)
+        self._law("failed", failed, "no reason", lambda row: bool(row["reason"]))
+        for table, found in (("data", rows), ("failed", failed)):
+            self._law(table, found, "of another run", lambda row: row["run_id"] == self.run["run_id"])
+        self._rows(rows)
+        self._candidates({row["source_index"]: row for row in rows}, candidates)
+        if chunk is not None:
+            self._inputs(header, chunk, {row["source_index"]: row["id"] for row in (*rows, *failed)})
+
+    def _inputs(self, header: Header, chunk: Sequence[Input], ids: dict[int, str]) -> None:
+        length = header.end - header.start
+        if len(chunk) > length:
+            self._say("data", f"unfinished: {len(chunk) - length} inputs from line {header.end} on have no row")
+        if len(chunk) < length:
+            self._say("data", f"has rows of {length} inputs, but the input has {len(chunk)} there")
+        elif parts.range_digest(chunk[:length]) != header.digest:
+            self._say("data", "was computed from other inputs (the digest of its range differs)")
+        given = {line.source_index: as_utf8(line.id) for line in chunk}
+        self._broken("data", "the id is not the input's", [n for n, id_ in ids.items() if given.get(n, id_) != id_])
+
+    def _rows(self, rows: Sequence[Row]) -> None:
+        def answered(row: Row) -> bool:
+            turns = row["completion"]
+            return isinstance(turns, str) or (bool(turns) and all(turn["content"] is not None for turn in turns))
+
+        def difference(row: Row) -> bool:
+            base = row["base_reward"]
+            return bool(row["reward_difference"] == (None if base is None else row["reward"] - base))
+
+        def curve(row: Row) -> bool:
+            seen = [value for value in row["curve"] if value is not None]
+            return seen == sorted(seen) and (seen[-1:] or [row["reward"]]) == [row["reward"]]
+
+        self._law("data", rows, "no completion", answered)
+        self._law("data", rows, "a reward_difference other than reward - base_reward", difference)
+        self._law("data", rows, "a reward other than the end of its curve", curve)
+
+    def _candidates(self, rows: dict[int, Row], candidates: Sequence[Row]) -> None:
+        self._law("candidates", candidates, "no done row", lambda kept: kept["source_index"] in rows)
+        both = [{"source_index": k["source_index"], "kept": k, "row": rows[k["source_index"]]}
+                for k in candidates if k["source_index"] in rows]
+
+        def best(pair: Row) -> bool:
+            return all(c["reward"] is None or c["reward"] <= pair["row"]["reward"] for c in pair["kept"]["candidates"])
+
+        def same_text(pair: Row) -> bool:
+            row, turns = pair["row"], pair["row"]["completion"]
+            text = turns if isinstance(turns, str) or not turns else turns[-1]["content"]
+            where = (row["best_iteration"], row["best_sample"])
+            return all(c["text"] == text for c in pair["kept"]["candidates"] if (c["iteration"], c["sample"]) == where)
+
+        def spent(pair: Row) -> bool:
+            drawn = sum(len(iteration["lengths"]) for iteration in pair["kept"]["trace"])
+            return drawn in (0, pair["row"]["samples_spent"])
+
+        self._law("candidates", both, "another id than its data row", lambda p: p["kept"]["id"] == p["row"]["id"])
+        self._law("candidates", both, "a better candidate than the one selected", best)
+        self._law("candidates", both, "another text for the best candidate than the completion", same_text)
+        self._law("candidates", both, "a trace of another number of samples than samples_spent", spent)
+
+    def _read(self, table: str, columns: Sequence[str]) -> tuple[Header, list[Row]] | None:
+        path = parts.path(self.root, table, self.part)
+        if not path.exists():
+            return None
+        try:
+            with pq.ParquetFile(path) as file:
+                header = parts.header(file.metadata)
+                schema = file.schema_arrow.remove_metadata()
+                rows: list[Row] = file.read(columns=columns).to_pylist()
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            self._say(table, f"cannot be read: {error}")
+            return None
+        if schema != self.schemas.setdefault(table, schema):
+            self._say(table, f"has another schema than {table}'s first part")
+        return header, rows
+
+    def _beside(self, table: str, columns: Sequence[str], header: Header) -> list[Row]:
+        found = self._read(table, columns)
+        if found is None:
+            return []
+        if found[0] != header:
+            self._say(table, "is of another commit than the data beside it (its metadata differs)")
+        return found[1]
+
+    def _law(self, table: str, rows: Sequence[Row], law: str, holds: Callable[[Row], bool]) -> None:
+        self._broken(table, law, [row["source_index"] for row in rows if not holds(row)])
+
+    def _broken(self, table: str, law: str, ordinals: Iterable[int]) -> None:
+        if found := sorted(ordinals):
+            self._say(table, f"line {found[0]}{f' and {len(found) - 1} others' if found[1:] else ''}: {law}")
+
+    def _say(self, table: str, what: str) -> None:
+        self.violations.append(f"{table}/part-{self.part:06d}: {what}")
+
+
+def _run(root: Path) -> dict[str, Any]:
+    run = read_run(root)
+    if run is None:
+        raise ConfigError(f"output: {root} holds no run (there is no run.json); give the output directory of a run")
+    return run
+
+
+def _numbers(root: Path) -> list[int]:
+    """Parts of which there is any file."""
+    paths = (path for folder in (*TABLES.values(), ".staging") for path in root.glob(f"{folder}/*"))
+    return sorted({int(match[1]) for path in paths if (match := _NAME.fullmatch(path.name))})
+
+
+def _strangers(root: Path) -> list[str]:
+    paths = sorted(path for table in TABLES.values() for path in root.glob(f"{table}/*"))
+    return [f"{p.parent.name}/{p.name}: is no part of this output" for p in paths if not _NAME.fullmatch(p.name)]
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole JSON line; a run that is writing may have left half of one behind it."""
+    if not path.exists():
+        return None
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - (1 << 16)))
+        lines = stream.read().split(b"\n")[:-1]
+    return json.loads(lines[-1]) if lines else None

@@ -1,0 +1,154 @@
+"""How a trajectory ends, and how a token is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import slow_path
+import tiny
+import torch
+
+from aisp_dist.engine import model
+from aisp_dist.engine.decode import Engine, draw
+from aisp_dist.records import BASE_ITERATION, Round, Sampling, TopP, Trajectory
+
+STEPS = 16
+PROMPT = tuple(range(20, 32))
+BASE = Round(0, "p", PROMPT, BASE_ITERATION, 0, 1, Sampling())
+
+
+def engine(
+    ends: Sequence[int] | int | None = None, steps: int = STEPS, stop: Sequence[str] = (), **overrides: Any
+) -> Engine:
+    made = tiny.causal("llama", **overrides)
+    made.generation_config.eos_token_id = list(ends) if isinstance(ends, Sequence) else ends
+    made.config.eos_token_id = None
+    tokenizer = tiny.tokenizer()
+    if ends is None:
+        tokenizer.eos_token = None
+    return Engine(model.adapt(made, tokenizer), 4, steps, stop)
+
+
+def greedy(**settings: Any) -> Trajectory:
+    return engine(**settings).run([BASE])[0].trajectories[0]
+
+
+@pytest.fixture(scope="module")
+def endless() -> Trajectory:
+    return greedy()
+
+
+def test_length(endless: Trajectory) -> None:
+    assert endless.finish_reason == "length" and len(endless.token_ids) == STEPS
+    assert endless.text == tiny.tokenizer().decode(endless.token_ids, skip_special_tokens=True)
+
+
+def test_an_end_token_at_the_first_step(endless: Trajectory) -> None:
+    first = greedy(ends=endless.token_ids[0])
+    assert (first.token_ids, first.text, first.finish_reason) == (endless.token_ids[:1], "", "stop")
+
+
+def test_the_earliest_of_several_end_tokens(endless: Trajectory) -> None:
+    ids = endless.token_ids
+    at = next(i for i in range(3, STEPS) if ids[i] not in ids[:i])
+    ended = greedy(ends=[ids[-1], ids[at]] if ids[-1] not in ids[:at] else [ids[at]])
+    assert ended.token_ids == ids[: at + 1] and ended.finish_reason == "stop"
+    assert ended.text == tiny.tokenizer().decode(ids[:at], skip_special_tokens=True)
+    reference = tiny.causal("llama")
+    assert slow_path.generate(reference, BASE, STEPS, eos_token_id=ids[at]) == [list(ended.token_ids)]
+
+
+def test_an_end_token_as_the_last_step_is_a_stop(endless: Trajectory) -> None:
+    ids = endless.token_ids
+    at = next(i for i in range(3, STEPS) if ids[i] not in ids[:i])
+    ended = greedy(ends=[ids[at]], steps=at + 1)
+    assert ended.finish_reason == "stop" and ended.token_ids == ids[: at + 1]
+
+
+def test_the_tokenizer_s_end_token_counts(endless: Trajectory) -> None:
+    made = tiny.causal("llama")
+    made.generation_config.eos_token_id = made.config.eos_token_id = None
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(endless.token_ids[0])
+    assert len(Engine(model.adapt(made, tokenizer), 4, STEPS, ()).run([BASE])[0].trajectories[0].token_ids) == 1
+
+
+def test_a_stop_string_over_two_tokens_is_cut(endless: Trajectory) -> None:
+    text = endless.text
+    at = next(i for i in range(2, len(text) - 1) if text[i : i + 2].isascii() and text.find(text[i : i + 2]) == i)
+    stop = text[at : at + 2]
+    ended = greedy(stop=[stop, "never\x00there"])
+    assert ended.finish_reason == "stop" and ended.text == text[:at]
+    assert ended.token_ids == endless.token_ids[: len(ended.token_ids)]
+    decode = tiny.tokenizer().decode
+    assert stop in decode(ended.token_ids) and stop not in decode(ended.token_ids[:-1])
+
+
+def test_a_special_token_as_stop_string_ends_the_response() -> None:
+    one = engine(ends=[], stop=[tiny.TURN, "x"])
+    assert tiny.TURN_ID in one.end_ids and one.stop == ("x",)
+
+
+@pytest.mark.parametrize("noise", [("independent", 0.0), ("ar1", 0.7), ("mixture", 0.5), ("shared", 0.0)])
+def test_later_noise_never_changes_earlier_tokens(noise: tuple[str, float]) -> None:
+    sampling = Sampling(0.5, *noise)
+    round = Round(0, "p", PROMPT, 2, 0, 5, sampling, slow_path.trace(2, 5, 6))
+    short, long = (engine(steps=steps).run([round])[0].trajectories for steps in (6, STEPS))
+    assert [t.token_ids for t in short] == [t.token_ids[:6] for t in long]
+
+
+def test_a_draw_is_the_inverse_cdf_over_the_nucleus() -> None:
+    logits_RV = torch.log(torch.tensor([[0.1, 0.4, 0.1, 0.3, 0.1]])).repeat(6, 1)
+    uniform_R = torch.tensor([0.0, 0.49, 0.51, 0.99, 0.6, 1.0], dtype=torch.float64)
+    assert draw(logits_RV, TopP(0.75, 1.0), uniform_R).tolist() == [
+        1,
+        1,
+        3,
+        0,
+        3,
+        0,
+    ]  # 0 is the first of the equal ones
+    assert draw(logits_RV, TopP(0.3, 1.0), uniform_R).tolist() == [1] * 6
+    assert draw(logits_RV, TopP(1.0, 1.0), uniform_R)[5] == 4
+    assert draw(logits_RV, TopP(0.6, 1e-3), uniform_R).tolist() == [1] * 6
+
+
+def test_draws_follow_the_tempered_nucleus() -> None:
+    logits_V = torch.tensor([0.3, -1.0, 2.0, 1.0, -4.0])
+    expected = (logits_V.double() / 0.7).softmax(0) * torch.tensor([1, 0, 1, 1, 0])
+    uniform_R = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    counts = draw(logits_V.expand(20000, -1), TopP(0.95, 0.7), uniform_R).bincount(minlength=5)
+    torch.testing.assert_close(counts / 20000, expected / expected.sum(), rtol=0, atol=2e-4, check_dtype=False)
+
+
+def test_drawn_tokens_differ_between_samples_and_repeat() -> None:
+    round = Round(0, "p", PROMPT, 0, 0, 8, Sampling(decode=TopP(0.95, 1.0)))
+    one = engine().run([round])[0]
+    assert len({t.token_ids for t in one.trajectories}) == 8
+    assert engine().run([round])[0] == one
+    cold = dataclasses.replace(round, sampling=Sampling(decode=TopP(0.95, 1e-6)))
+    assert {t.token_ids for t in engine().run([cold])[0].trajectories} == {greedy().token_ids}
+
+
+def test_what_cannot_be_decoded_is_refused() -> None:
+    one = engine(max_position_embeddings=40)
+    one.submit(dataclasses.replace(BASE, prompt_tokens=(5,) * (40 - STEPS + 1)))  # the last token is never read
+    for change, message in (
+        ({"prompt_tokens": ()}, "no tokens"),
+        (
+            {"prompt_tokens": (5,) * (40 - STEPS + 2)},
+            "26 prompt tokens . 16 new tokens exceed the model's 40 positions",
+        ),
+        ({"prompt_tokens": (260,)}, "vocabulary of 260"),
+        ({"stop": 0}, "start must be below stop"),
+        ({"sampling": Sampling(0.5)}, "iteration -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one.submit(dataclasses.replace(BASE, **change))
+    with pytest.raises(RuntimeError, match="busy"):
+        one.run([BASE])
+    with pytest.raises(ValueError, match="nll"):
+        one.nll(PROMPT, ())

@@ -1,0 +1,55 @@
+"""The architecture's own laws: who may import whom, and what the light commands must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PURE = ["aisp_dist/align.py", *(f"aisp_dist/methods/{p.name}" for p in (ROOT / "aisp_dist/methods").glob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name.split(".")[0] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("aisp_dist", {"ray", "actors", "jobs"}), ("actors", {"jobs"})],
+)
+def test_layers_point_one_way(package, forbidden):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    assert {str(f): bad for f in files if (bad := imports(f) & forbidden)} == {}
+
+
+def test_the_algorithm_knows_no_machinery():
+    for name in PURE:
+        assert not imports(ROOT / name) & {"ray", "torch", "transformers", "pyarrow", "datasets"}, name
+
+
+@pytest.mark.parametrize("command", [["--help"], ["schema"], ["align", "--help"], ["validate", "configs/quickstart.yaml"]])
+def test_light_commands_load_no_torch_and_no_ray(command, tmp_path):
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('HEAVY', sorted({'torch', 'ray', 'transformers'} & set(sys.modules))))\n"
+        f"from jobs import cli; cli.main({command!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "HEAVY []" in done.stdout
+
+
+def test_no_module_says_nothing_by_its_name():
+    vague = {"utils", "util", "common", "helpers", "misc", "manager"}
+    assert not [p for top in ("aisp_dist", "actors", "jobs") for p in (ROOT / top).rglob("*.py") if p.stem in vague]

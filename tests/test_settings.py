@@ -1,0 +1,176 @@
+"""Configuration: every key by file and by flag, merging, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from aisp_dist import config
+from aisp_dist.config import ConfigError, Run
+from jobs import settings
+
+BASE = {
+    "output": "out",
+    "generator": {"model": "demo"},
+    "rewards": {
+        "main": {"kind": "model", "model": "demo"},
+        "words": {"kind": "function", "function": "r.py:f", "use": "report"},
+    },
+    "runtime": {"rewards": {"main": {"replicas": 1}}},
+}
+
+
+def read(tmp_path, *args, values=None, more=()):
+    files = []
+    for i, part in enumerate([values or BASE, *more]):
+        (tmp_path / f"{i}.yaml").write_text(yaml.safe_dump(part))
+        files += [str(tmp_path / f"{i}.yaml")] if i == 0 else ["--config", str(tmp_path / f"{i}.yaml")]
+    return settings.read(settings.parser("align", "test"), [*files, *args])[1]
+
+
+def scalars(model: type[BaseModel], prefix: str = "") -> list[tuple[str, object]]:
+    """Every scalar key of a section with its default."""
+    found = []
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += scalars(kind, key + ".")
+        else:
+            found.append((key, field.default))
+    return found
+
+
+VALUES = {  # a value other than the default for every scalar key; a key that is missing here fails the test below
+    "output": "elsewhere", "seed": 3, "combine": "standardized",
+    "prompts.source": "x.jsonl", "prompts.subset": "s", "prompts.revision": "r", "prompts.split": "test",
+    "prompts.column": "q", "prompts.id_column": "id", "prompts.shuffle_seed": 4, "prompts.limit": 7,
+    "prompts.format": "raw", "prompts.begin": "Human:", "prompts.system": "be brief", "prompts.max_tokens": 9,
+    "prompts.overlong": "left", "prompts.keep": ["a"], "prompts.template_kwargs": {"x": 1},
+    "generator.model": "m", "generator.revision": "r", "generator.dtype": "float32", "generator.chat_template": "t",
+    "generator.batch_rows": 8, "generator.max_new_tokens": 9, "generator.stop": ["x"], "generator.trust_remote_code": True,
+    "save.trace": False, "save.rows_per_file": 5, "save.flush_seconds": 1.5, "save.candidates": "all",
+    "runtime.retries": 1, "runtime.max_failed": 0.5, "runtime.timeouts.startup": 1.0, "runtime.timeouts.round": 2.0,
+    "runtime.timeouts.reward": 3.0, "runtime.generators.replicas": 2, "runtime.generators.num_gpus": 1.0,
+    "runtime.generators.num_cpus": 2.0, "runtime.generators.accelerator": "H100",
+    "method.num_samples": 4, "method.num_iterations": 3, "method.sigma2": 0.1, "method.lambda": 0.3, "method.alpha": 0.5,
+    "method.noise": "shared", "method.after_eos": "marginal", "method.shuffle_rewards": True,
+    "rewards.main.weight": 2.0, "rewards.main.use": "select", "rewards.main.model": "m2", "rewards.main.revision": "r",
+    "rewards.main.dtype": "float32", "rewards.main.max_tokens": 5, "rewards.main.batch_rows": 6,
+    "rewards.main.trust_remote_code": True, "rewards.words.function": "other.py:g", "rewards.words.weight": 0.5,
+    "runtime.rewards.main.replicas": 2, "runtime.rewards.main.num_cpus": 0.25, "runtime.rewards.main.num_gpus": 0.5,
+    "runtime.rewards.main.accelerator": "L4",
+}
+NOT_YET = {"generator.quantization", "generator.tensor_parallel", "runtime.shards", "runtime.storage_options"}
+WHOLE = {"rewards", "method", "runtime.rewards", "method.decode"}  # unions and mappings: tests of their own
+
+
+def dig(run: Run, key: str):
+    value = run.model_dump(mode="json", by_alias=True)
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def test_every_key_of_the_schema_is_covered():
+    keys = {key for key, _ in scalars(Run)} | {f"method.{key}" for key, _ in scalars(config.Aisp)}
+    assert keys - set(VALUES) - NOT_YET - WHOLE - {"method.kind"} == set()
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_every_key_is_overridden_by_a_flag_and_by_a_later_file(key, tmp_path):
+    value = VALUES[key]
+    assert dig(read(tmp_path), key) != value or key == "rewards.main.use"
+    flag = value if isinstance(value, str) else json.dumps(value)
+    assert dig(read(tmp_path, f"--{key}", flag), key) == value
+    if key.startswith(("rewards.", "method.")):
+        return  # unions are replaced whole by a file: below
+    nested: object = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    assert dig(read(tmp_path, more=[nested]), key) == value
+
+
+def test_unions_are_replaced_whole_by_a_file_and_by_a_whole_flag(tmp_path):
+    values = BASE | {"method": {"kind": "aisp", "sigma2": 0.1, "lambda": {"ess": 0.3}}}
+    other = {"method": {"kind": "best_of_n", "num_samples": 3}}
+    run = read(tmp_path, values=values, more=[other])
+    assert run.method == config.BestOfN(num_samples=3)
+    assert read(tmp_path, "--method", '{"kind": "best_of_n"}', values=values).method == config.BestOfN()
+    assert read(tmp_path, "--method.lambda", "0.7", values=values).method.lambda_ == 0.7
+    assert read(tmp_path, "--method.lambda.ess", "0.7", values=values).method.lambda_ == config.Ess(ess=0.7)
+    assert read(tmp_path, "--method.num_samples", "5", values=values).method.sigma2 == 0.1
+    run = read(tmp_path, more=[{"rewards": {"main": {"kind": "function", "function": "a.py:b"}}}])
+    assert run.rewards["main"] == config.FunctionReward(function="a.py:b") and "words" in run.rewards
+
+
+def test_later_files_win_and_flags_win_over_files(tmp_path):
+    more = [{"seed": 1, "prompts": {"limit": 5}}, {"seed": 2}]
+    run = read(tmp_path, "--prompts.limit", "9", more=more)
+    assert (run.seed, run.prompts.limit) == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--method.sigma2", "-1"], r"method.sigma2: .*greater than 0.*'-1'"),
+        (["--method.num_samples", "0"], "method.num_samples: .*greater than or equal to 1"),
+        (["--method.lambda", "-2"], "method.lambda: lambda is -2; it must be positive"),
+        (["--method.lambda.ess", "1.5"], "method.lambda.ess: .*less than 1"),
+        (["--method.noise", "pink"], "method.noise: .*'pink'"),
+        (["--output", "s3://bucket/x"], "output: 's3://bucket/x' is a URI; only local paths"),
+        (["--runtime.shards", "4"], "runtime.shards: '4' is not implemented yet; leave it at 1"),
+        (["--generator.tensor_parallel", "2"], "not implemented yet"),
+        (["--generator.quantization", "awq"], "not implemented yet; leave it at null"),
+        (["--method.nope", "1"], "--method.nope"),
+        (["--rewards.main.use", "report"], "none has use: select"),
+        (["--runtime.rewards", '{"nobody": {"replicas": 2}}'], "nobody is not among rewards"),
+    ],
+)
+def test_a_bad_value_names_key_value_and_rule(args, said, tmp_path):
+    with pytest.raises(ConfigError, match=said) as error:
+        read(tmp_path, *args)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_keys_are_refused_with_a_suggestion(tmp_path):
+    with pytest.raises(ConfigError, match=r"prompts.lmit: unknown key; did you mean 'limit'"):
+        read(tmp_path, values=BASE | {"prompts": {"lmit": 3}})
+    with pytest.raises(ConfigError, match="generator: missing"):
+        read(tmp_path, values={k: v for k, v in BASE.items() if k != "generator"})
+
+
+def test_a_wrong_kind_names_those_that_exist(tmp_path):
+    with pytest.raises(ConfigError, match="method: kind is 'beam'; it must be 'aisp', 'best_of_n'"):
+        read(tmp_path, values=BASE | {"method": {"kind": "beam"}})
+    with pytest.raises(ConfigError, match="rewards.main: kind is None"):
+        read(tmp_path, values=BASE | {"rewards": {"main": {"model": "demo"}}})
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing.yaml.*No such file"):
+        settings.load_yaml(tmp_path / "nothing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        settings.load_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "tag.yaml").write_text("a: !!python/object/apply:os.system [echo]")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        settings.load_yaml(tmp_path / "tag.yaml")
+
+
+def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
+    before = read(tmp_path).row_settings()
+    for key in VALUES:
+        free = key.startswith(("save.", "runtime.")) or key in ("output", "prompts.limit", "rewards.main.use")
+        value = VALUES[key]
+        flag = value if isinstance(value, str) else json.dumps(value)
+        assert (read(tmp_path, f"--{key}", flag).row_settings() == before) is free, key
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid(path):
+    settings.check(settings.load_yaml(path))

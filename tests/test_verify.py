@@ -1,0 +1,162 @@
+"""verify finds nothing in a sound output and each kind of damage in a spoilt one; status counts from files only."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rows import prompts, result, store, write
+
+from aisp_dist import manifest, parts
+from aisp_dist.config import ConfigError
+from aisp_dist.lease import Lease
+from aisp_dist.verify import status, verify
+
+RUN = {"fingerprint": "f" * 8, "run_id": "f" * 4, "rows_per_file": 4, "components": {}, "config": {"output": "o"}}
+
+
+@pytest.fixture(params=["chat", "raw"])
+def output(tmp_path, request):
+    manifest.write_run(tmp_path, RUN)
+    return write(tmp_path, prompts(10, request.param), kind=request.param)
+
+
+def edit(path, change):
+    """Rewrite a part file with its rows changed, its metadata as it was."""
+    file = pq.ParquetFile(path)
+    rows = file.read().to_pylist()
+    header = parts.header(file.metadata)
+    change(rows)
+    path.write_bytes(parts.encode(pa.Table.from_pylist(rows, file.schema_arrow.remove_metadata()), header))
+
+
+def kind_of(output):
+    return "raw" if pq.read_schema(output / "data/part-000000.parquet").field("prompt").type == pa.string() else "chat"
+
+
+def test_a_sound_output_has_no_violation(output):
+    verdict = verify(output, prompts(10, kind_of(output)))
+    assert verdict.violations == () and verify(output).violations == ()
+    assert (verdict.done, verdict.failed, verdict.staged, verdict.parts) == (8, 2, 0, 3)
+
+
+DAMAGE = {
+    "no row": ("data/part-000000", lambda rows: rows.pop(1)),
+    "a done and a failed row": ("failed/part-000000", lambda rows: rows.insert(0, rows[0] | {"source_index": 1})),
+    "outside of the range": ("data/part-000001", lambda rows: rows.append(rows[0] | {"source_index": 30})),
+    "not in input order": ("data/part-000001", lambda rows: rows.reverse()),
+    "not in input order, each once": ("data/part-000000", lambda rows: rows.insert(0, rows[0])),
+    "the id is not the input's": ("data/part-000000", lambda rows: rows[0].update(id="id-8")),
+    "no completion": ("data/part-000000", lambda rows: rows[0].update(completion=None)),
+    "a reward_difference": ("data/part-000000", lambda rows: rows[0].update(reward_difference=0.1)),
+    "end of its curve": ("data/part-000000", lambda rows: rows[0]["curve"].append(9.0)),
+    "another run": ("data/part-000000", lambda rows: rows[0].update(run_id="0000")),
+    "no reason": ("failed/part-000000", lambda rows: rows[0].update(reason=None)),
+    "no done row": ("candidates/part-000000", lambda rows: rows[0].update(source_index=-1)),
+    "another id than its data row": ("candidates/part-000000", lambda rows: rows[0].update(id="x")),
+    "a better candidate": ("candidates/part-000000", lambda rows: rows[0]["candidates"][0].update(reward=99.0)),
+    "another text": (
+        "candidates/part-000000", lambda rows: [c.update(text="x") for row in rows for c in row["candidates"]]
+    ),
+    "samples_spent": ("candidates/part-000000", lambda rows: rows[0]["trace"].pop()),
+}
+
+
+@pytest.mark.parametrize("law", DAMAGE)
+def test_each_law_is_seen_broken(output, law):
+    name, change = DAMAGE[law]
+    edit(output / f"{name}.parquet", change)
+    violations = verify(output, prompts(10, kind_of(output))).violations
+    assert any(law in violation and name[-6:] in violation for violation in violations), violations
+
+
+def test_files_that_are_missing_foreign_torn_or_of_another_commit_are_named(output):
+    data = output / "data"
+    whole = (data / "part-000001.parquet").read_bytes()
+
+    def found(*needles):
+        return all(any(needle in violation for violation in verify(output).violations) for needle in needles)
+
+    (data / "part-000001.parquet").unlink()
+    assert found("data/part-000001: is missing")
+    (data / "part-000001.parquet").write_bytes(whole[:-5])
+    assert found("data/part-000001: cannot be read")
+    (data / "part-000001.parquet").write_bytes((data / "part-000000.parquet").read_bytes())
+    assert found("covers lines 0 to 3, its name says 4 to 7", "failed/part-000001: is of another commit")
+    (data / "part-000001.parquet").write_bytes((data / "part-000002.parquet").read_bytes())
+    (data / "part-000002.parquet").write_bytes(whole)
+    assert found("part-000001: covers lines 8", "part-000002: covers lines 4")
+    (data / "part-000001.parquet").write_bytes(whole)
+    table = pq.read_table(data / "part-000001.parquet").drop_columns("grade")
+    header = parts.header(pq.read_metadata(data / "part-000001.parquet"))
+    (data / "part-000001.parquet").write_bytes(parts.encode(table.replace_schema_metadata(None), header))
+    (data / "part-1.parquet").write_bytes(whole)
+    assert found("another schema", "data/part-1.parquet: is no part")
+
+
+def test_other_more_and_fewer_inputs_are_seen(output):
+    kind = kind_of(output)
+    assert any("digest" in v for v in verify(output, [*prompts(9, kind), prompts(12, kind)[11]]).violations)
+    assert verify(output, prompts(11, kind)).violations == (
+        "data/part-000002: unfinished: 1 inputs from line 10 on have no row",
+    )
+    assert any("part-000003: is missing: 1 inputs" in v for v in verify(output, prompts(13, kind)).violations)
+    assert any("has rows of 2 inputs" in v for v in verify(output, prompts(9, kind)).violations)
+    assert any("part-000002: has rows of 2 inputs" in v for v in verify(output, prompts(8, kind)).violations)
+
+
+def test_an_unfinished_run_is_counted_and_said(tmp_path):
+    manifest.write_run(tmp_path, RUN)
+    write(tmp_path, prompts(6))
+    rows = store(tmp_path)
+    for line in rows.plan(prompts(10)):
+        if line.source_index != 8:
+            rows.add(result(line))
+    rows.flush()
+    verdict = verify(tmp_path, prompts(10))
+    assert (verdict.done, verdict.failed, verdict.staged) == (6, 2, 1)
+    assert "unfinished: 1 prompts of part 2 are staged; run the same command again" in verdict.violations
+    assert status(tmp_path) == {"done": 6, "failed": 2, "staged": 1, "parts": 2, "owner": None, "metrics": None}
+
+
+def test_status_names_the_owner_and_the_last_whole_metrics_line(output):
+    lease = Lease.take(output)
+    (output / "metrics.jsonl").write_text('{"done": 1}\n{"done": 2}\n{"do')
+    seen = status(output)
+    assert seen["owner"]["alive"] is True and seen["metrics"] == {"done": 2}
+    lease.release()
+    assert status(output)["owner"] is None
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    for look in (verify, status):
+        with pytest.raises(ConfigError, match=r"no run\.json"):
+            look(tmp_path)
+
+
+def test_run_json_comes_back_and_is_replaced_whole(tmp_path):
+    assert manifest.read_run(tmp_path) is None
+    manifest.write_run(tmp_path, RUN)
+    assert manifest.read_run(tmp_path) == RUN
+    manifest.write_run(tmp_path, RUN | {"run_id": "é"})
+    assert manifest.read_run(tmp_path)["run_id"] == "é"
+    assert (tmp_path / "config.yaml").read_text() == "output: o\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.json"]
+    (tmp_path / "run.json").write_text(json.dumps(RUN)[:20])
+    with pytest.raises(ConfigError, match="is not JSON"):
+        manifest.read_run(tmp_path)
+
+
+def test_a_resume_with_other_settings_is_refused_and_names_the_keys():
+    parts_of = {"seed": 0, "method": {"kind": "aisp", "sigma2": 0.5}, "rewards": {"main": {"weight": 1.0}}}
+    old = RUN | {"components": parts_of}
+    new = {"seed": 0, "method": {"kind": "aisp", "sigma2": 0.7}, "rewards": {"main": {"weight": 1.0}, "words": {}}}
+    manifest.check_resume(old, old)
+    with pytest.raises(ConfigError, match=r"differs in method\.sigma2, rewards\.words; give another output"):
+        manifest.check_resume(old, old | {"fingerprint": "0", "components": new})
+    with pytest.raises(ConfigError, match=r"save\.rows_per_file: 5, .* set it to 4"):
+        manifest.check_resume(old, old | {"rows_per_file": 5})
+    assert manifest.differing_keys({"a": {"b": 1}}, {"a": 1}) == ["a"]
+    assert manifest.differing_keys(old, old) == []

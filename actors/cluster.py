@@ -83,19 +83,20 @@ class RayReplica:
 
 
 async def start_pools(
-    run: Run, groups: Sequence[Group], base_dir: Path, window: int
+    run: Run, groups: Sequence[Group], base_dir: Path, window: int, suffix: str = ""
 ) -> tuple[Mapping[str, Pool], int | None]:
-    """All replicas of a run, started side by side, as a pool for each role; and the base model's context length."""
+    """All replicas of a run, started side by side, as a pool for each role; and the base model's context length. suffix:
+    of the actors' names, for another try beside actors that are not gone yet."""
     timeouts = run.runtime.timeouts
     mask = ray.cluster_resources().get("GPU", 0) > 0
     replicas: dict[str, list[RayReplica]] = {}
     for group in groups:
         for i in range(group.replicas):
             if group.role == "generator":
-                name, cls = f"generator-{i}", Generator
+                name, cls = f"generator-{i}{suffix}", Generator
                 args: tuple[Any, ...] = (run.generator, name, group.threads)
             else:
-                name, cls = f"scorer-{group.role}-{i}", Scorer
+                name, cls = f"scorer-{group.role}-{i}{suffix}", Scorer
                 args = (group.role, run.rewards[group.role], base_dir, name, group.threads)
             replica = RayReplica(name, cls, args, group, timeouts.startup, mask)
             replicas.setdefault(group.role, []).append(replica)

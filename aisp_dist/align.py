@@ -99,9 +99,9 @@ async def _search(
     if best is None:
         raise RowError(f"no candidate has a finite reward; the first says: {candidates[0].reason}")
     (base,), _ = await scored(BASE_ITERATION, base_drawn.trajectories, frozen)
-    losses, *reports = await asyncio.gather(
+    losses, reports = await asyncio.gather(
         nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids]),
-        *(score(name, prompt, [best.text, base.text]) for name in held_out),
+        asyncio.gather(*(score(name, prompt, [best.text, base.text]) for name in held_out)),
     )
     judged = list(zip(held_out, reports, strict=True))
     best, base = (

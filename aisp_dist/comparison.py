@@ -73,7 +73,9 @@ def compare(outputs: Mapping[str, Sequence[Path]], held_out: Sequence[str]) -> C
     seen = set.union(*map(set, everything))
 
     def column(arm: str, value: Any) -> np.ndarray:  # [P], mean over seeds
-        return np.array([[value(rows[id]) for id in shared] for rows in tables[arm]], dtype=np.float64).mean(0)
+        by_seed: np.ndarray = np.array([[value(rows[id]) for id in shared] for rows in tables[arm]], dtype=np.float64)
+        mean: np.ndarray = by_seed.mean(axis=0)
+        return mean
 
     aisp = column(AISP, lambda row: row["reward"])
     found = []

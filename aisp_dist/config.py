@@ -25,8 +25,8 @@ def doc(text: str, default: Any = ..., **bounds: Any) -> Any:
     return Field(default=default, description=text, **bounds)
 
 
-def not_yet(default: Any) -> Any:
-    """The type of a key whose other values are planned: they are refused, never ignored."""
+def _only(default: Any) -> BeforeValidator:
+    """For a key whose other values are planned: they are refused, never ignored."""
 
     def refuse(value: Any) -> Any:
         if str(value) != str(default):
@@ -34,7 +34,7 @@ def not_yet(default: Any) -> Any:
             raise ValueError(f"{value!r} is not implemented yet; leave it at {leave}")
         return default
 
-    return Annotated[Any, BeforeValidator(refuse)]
+    return BeforeValidator(refuse)
 
 
 class Prompts(Section):
@@ -66,8 +66,8 @@ class Generator(Section):
     revision: str | None = doc("hub revision; resolved once and re-used by a resume", None)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto: the checkpoint's own", "auto")
     chat_template: str | None = doc("path of a template that replaces the tokenizer's", None)
-    quantization: not_yet(None) = doc("not implemented yet", None)
-    tensor_parallel: not_yet(1) = doc("not implemented yet", 1)
+    quantization: Annotated[None, _only(None)] = doc("not implemented yet", None)
+    tensor_parallel: Annotated[int, _only(1)] = doc("not implemented yet", 1)
     batch_rows: int = doc("rows decoded together; part of the fingerprint, since bits can depend on it", 64, ge=1)
     max_new_tokens: int = doc("tau, the longest response in tokens", 128, ge=1, lt=1 << 31)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = doc("strings that end a response; cut from it", ())
@@ -221,8 +221,8 @@ class Runtime(Section):
     timeouts: Timeouts = doc("timeouts in seconds", Timeouts())
     retries: int = doc("how often a call is repeated on a fault of the infrastructure", 3, ge=0)
     max_failed: float = doc("share of failed rows, after 200 prompts, that ends the run", 0.02, ge=0, le=1)
-    shards: not_yet(1) = doc("not implemented yet", 1)
-    storage_options: not_yet({}) = doc("not implemented yet", {})
+    shards: Annotated[int, _only(1)] = doc("not implemented yet", 1)
+    storage_options: Annotated[dict[str, Any], _only({})] = doc("not implemented yet", {})
 
 
 class Run(Section):

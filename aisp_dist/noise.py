@@ -44,7 +44,8 @@ def white(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor, dim: int)
         [key[..., :1], key[..., 1:]],
     )
     halves = torch.stack([h for w in words for h in (w & 0xFFFF, w >> 16)], dim=-1)
-    return normal_table(key.device)[halves.flatten(-2)[..., :dim]]
+    drawn: torch.Tensor = normal_table(key.device)[halves.flatten(-2)[..., :dim]]
+    return drawn
 
 
 def uniform(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:

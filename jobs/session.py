@@ -139,6 +139,7 @@ class Session:
     def __init__(self, prepared: Prepared, say: Callable[[str], None]) -> None:
         self.prepared, self.say = prepared, say
         self.coordinator: Any = None
+        self.starts = 0
 
     def __enter__(self) -> Session:
         import ray
@@ -168,9 +169,10 @@ class Session:
         from actors.coordinator import Coordinator, window
 
         run = self.prepared.located
-        per_generator = window(run)
-        pools = partial(start_pools, run, self.groups, self.prepared.base_dir, per_generator)
-        actor = ray.remote(Coordinator).options(name="coordinator", num_cpus=0, max_concurrency=100)
+        again = f"-again-{self.starts}" if self.starts else ""  # names of the dead are free only after a while
+        self.starts += 1
+        pools = partial(start_pools, run, self.groups, self.prepared.base_dir, window(run), again)
+        actor = ray.remote(Coordinator).options(name=f"coordinator{again}", num_cpus=0, max_concurrency=100)
         self.coordinator = actor.remote(run, pools)
         self.wait(self.coordinator.load.remote())
 
@@ -241,7 +243,10 @@ def connect(run: Run, say: Callable[[str], None]) -> None:
 
     quiet = {"log_to_driver": True, "logging_level": "error", "namespace": f"aisp-{os.getpid()}"}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # then the working directory has our modules
+        here = Path(__file__).parent.parent
+        modules = [] if in_job else [str(here / name) for name in ("aisp_dist", "actors", "jobs")]
+        ray.init(runtime_env={"py_modules": modules} if modules else None, **quiet)
         say(f"joined the Ray cluster at {os.environ['RAY_ADDRESS']}")
         return
     wanted = run.runtime.generators.replicas * run.runtime.generators.num_cpus

@@ -1,5 +1,6 @@
-"""Dies before the n-th change of a file: an audit hook sees every rename, removal, directory and file opened for
-writing, wherever it is done, and once dead the process changes nothing more, so `finally` cannot tidy up."""
+"""Dies at the n-th change of a file: an audit hook sees every rename, removal, directory and file opened for writing,
+wherever it is done. A rename or removal is not done at all, a file that is being written is left empty; once dead the
+process changes nothing more, so `finally` cannot tidy up."""
 
 from __future__ import annotations
 
@@ -20,9 +21,14 @@ def _hook(event: str, args: tuple) -> None:
     global _left
     if _left is None or not (event in _CHANGES or (event == "open" and _writes(args))):
         return
-    if _left <= 0:
-        raise Killed
     _left -= 1
+    if _left >= 0:
+        return
+    if _left == -1 and event == "open":
+        _left = None
+        open(args[0], "wb").close()
+        _left = -1
+    raise Killed
 
 
 def _writes(args: tuple) -> bool:

@@ -142,7 +142,7 @@ def test_what_cannot_be_decoded_is_refused() -> None:
             {"prompt_tokens": (5,) * (40 - STEPS + 2)},
             "26 prompt tokens . 16 new tokens exceed the model's 40 positions",
         ),
-        ({"prompt_tokens": (260,)}, "vocabulary of 260"),
+        ({"prompt_tokens": (260,)}, "260 to 260 leave the model's vocabulary of 260"),
         ({"stop": 0}, "start must be below stop"),
         ({"sampling": Sampling(0.5)}, "iteration -1"),
     ):

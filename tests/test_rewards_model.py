@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny_chat import TEMPLATE, classifier, tokenizer
+from transformers import BertConfig, BertForSequenceClassification
 
 from aisp_dist.config import ConfigError, ModelReward
 from aisp_dist.records import Prompt, Score
@@ -63,6 +64,20 @@ def test_a_batch_of_one_scores_like_any_batch(loaded):
     for batch_rows in (1, 2, 3):
         small = load("main", settings(folder, batch_rows=batch_rows), device="cpu")
         assert values(small(PROMPT, RESPONSES)) == pytest.approx(want, abs=1e-5)
+
+
+def test_an_encoder_does_not_see_its_padding(tmp_path):
+    torch.manual_seed(0)
+    tok = tokenizer()
+    config = BertConfig(
+        vocab_size=len(tok), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128, initializer_range=0.5, num_labels=1,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    score = load("main", settings(tmp_path), device="cpu")
+    alone = [values(score(PROMPT, [r]))[0] for r in RESPONSES]
+    assert values(score(PROMPT, RESPONSES)) == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_permuted_request_has_the_permuted_bits(loaded):

@@ -20,7 +20,7 @@ import pytest
 from killing import killed_after
 from rows import prompt, prompts, result, store, tables, write
 
-from aisp_dist import segments
+from aisp_dist import schema, segments
 from aisp_dist.config import ConfigError
 from aisp_dist.lease import LeaseLost
 from aisp_dist.records import BadInput, Prompt
@@ -67,6 +67,7 @@ def test_a_kill_before_any_change_of_any_file_loses_and_doubles_nothing(tmp_path
         root, kept = tmp_path / str(changes), set()
         with killed_after(changes) as died:
             run(root, prompts(7), durable=kept)
+        assert_parts_are_whole(root)
         again = run(root, prompts(7))
         assert tables(root) == want, changes
         assert not kept & set(again), f"{changes}: finished rows were computed again"
@@ -74,6 +75,15 @@ def test_a_kill_before_any_change_of_any_file_loses_and_doubles_nothing(tmp_path
         if not died:
             break
     assert changes > 35 and again == []
+
+
+def assert_parts_are_whole(root):
+    """A reader who finds data/part-k finds beside it all that belongs to it."""
+    for path in root.glob("data/part-*"):
+        start, end = (int(pq.read_metadata(path).metadata[b"aisp." + name]) for name in (b"start", b"end"))
+        beside = [root / table / path.name for table in ("data", "failed", "candidates")]
+        done, failed, kept = ([] if not p.exists() else pq.read_table(p)["source_index"].to_pylist() for p in beside)
+        assert sorted(done + failed) == list(range(start, end)) and kept == done
 
 
 def test_a_kill_while_a_part_is_extended_and_its_failed_rows_are_retried(tmp_path):
@@ -348,6 +358,15 @@ def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lo
     with pytest.raises(LeaseLost):
         orphan.flush()
     assert tables(root) == tables(write(tmp_path / "want", prompts(4)))
+
+
+def test_two_owners_that_stage_at_one_moment_do_not_overwrite_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(segments, "paths", lambda root, part: [])  # both look before either has written
+    rows = [segments.Finished(n, "", failed={"id": str(n), "source_index": n}) for n in (0, 1)]
+    for owner, row in zip("ab", rows, strict=True):
+        segments.write(tmp_path, 0, owner, "f", schema.schemas("chat", {}), [row])
+    monkeypatch.undo()
+    assert [list(segment.digests) for segment in segments.read(tmp_path, 0)] == [[0], [1]]
 
 
 def test_save_settings_may_change_between_resumes(tmp_path):

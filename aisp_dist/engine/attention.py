@@ -104,6 +104,11 @@ def attend_part(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     return out, (top + total.log())[..., 0]
 
 
+def _seen(at: torch.Tensor, to: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Whether a query at position `at` sees the key at position `to`."""
+    return (to <= at) if window is None else (to <= at) & (to > at - window)
+
+
 def merge(first: KV, second: KV) -> KV:
     """Attention over the union of two disjoint parts, the second of them seen by every query."""
     (out1, lse1), (out2, lse2) = first, second
@@ -140,9 +145,9 @@ class Dense:
             stop = min(start + _CHUNK, length)
             low = 0 if layer.window is None else max(0, start - layer.window + 1)
             at, to = torch.arange(start, stop, device=q.device)[:, None], torch.arange(low, stop, device=q.device)
-            mask = (to <= at) if layer.window is None else (to <= at) & (to > at - layer.window)
             keys, values = k_KGTC[:, :, low:stop], v_KGTC[:, :, low:stop]
-            out, lse = attend_part(layer, q_KGTC[:, :, start:stop], keys, values, mask[None, None])
+            mask = _seen(at, to, layer.window)[None, None]
+            out, lse = attend_part(layer, q_KGTC[:, :, start:stop], keys, values, mask)
             chunks.append(_sink(layer, (out[None], lse[None]))[0])
         return torch.cat(chunks, dim=2).reshape(1, heads, length, -1)
 
@@ -160,10 +165,8 @@ class Prefix:
 def empty_suffix(like: list[KV], rows: int, capacity: int) -> list[KV]:
     """Keys and values [B, K, S, C] by layer for rows whose prefixes look `like` these; S >= capacity."""
     capacity += -capacity % TILE
-    shapes = [[(rows, len(x), capacity, x.shape[2]) for x in kv] for kv in like]
-    return [
-        (k.new_zeros(k_shape), v.new_zeros(v_shape)) for (k, v), (k_shape, v_shape) in zip(like, shapes, strict=True)
-    ]
+    sized = [[x.new_zeros(rows, len(x), capacity, x.shape[2]) for x in kv] for kv in like]
+    return [(k, v) for k, v in sized]
 
 
 @dataclass
@@ -198,11 +201,10 @@ class Shared:
     def _suffix_mask(self, layer: Layer, queries: int) -> torch.Tensor:
         """[B, 1, G, S]"""
         if layer.window not in self._masks:
-            to, at = torch.arange(self.suffix[0][0].shape[2], device=self.at_B.device), self.at_B[:, None]
-            mask = (to <= at) if layer.window is None else (to <= at) & (to > at - layer.window)
-            self._masks[layer.window] = mask[:, None, None]
-        mask_: torch.Tensor = self._masks[layer.window]
-        return mask_.expand(-1, -1, queries, -1)
+            to = torch.arange(self.suffix[0][0].shape[2], device=self.at_B.device)
+            self._masks[layer.window] = _seen(self.at_B[:, None], to, layer.window)[:, None, None]
+        mask: torch.Tensor = self._masks[layer.window]
+        return mask.expand(-1, -1, queries, -1)
 
     def _prefix_part(self, layer: Layer, q_RKGC: torch.Tensor, number: int, prefix: Prefix) -> KV:
         """Output [R, K, G, C] and log-sum-exp [R, K, G] over the prefix, in tiles of TILE queries."""
@@ -223,7 +225,7 @@ class Shared:
         if (layer.window, number) not in self._masks:
             at_Q = self.at_B[self.groups[number][0]].repeat_interleave(group)
             to = torch.arange(-kept, 0, device=at_Q.device)  # positions counted from the end of the prompt
-            mask_QL = to > pad(at_Q, (0, -len(at_Q) % TILE))[:, None] - layer.window
+            mask_QL = _seen(pad(at_Q, (0, -len(at_Q) % TILE))[:, None], to, layer.window)
             self._masks[layer.window, number] = [m[None, None] for m in torch.split(mask_QL, TILE)]
         masks: list[torch.Tensor | None] = self._masks[layer.window, number]
         return masks

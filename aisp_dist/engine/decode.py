@@ -60,11 +60,10 @@ class _Job:
 
 @dataclass(eq=False)
 class Row:
-    """A trajectory in a slot. word: its sample word, where it has noise. step: t of the token it gets next, from 1."""
+    """A trajectory in a slot. step: t of the token it gets next, from 1."""
 
     job: _Job
     sample: int
-    word: int
     prefix: attention.Prefix
     step: int = 1
     tokens: list[int] = field(default_factory=list)
@@ -165,13 +164,14 @@ class Engine:
                 f"{length} prompt tokens + {self.max_new_tokens} new tokens exceed the model's {context} positions; "
                 "lower generator.max_new_tokens or prompts.max_tokens"
             )
-        if not set(round.prompt_tokens) <= set(range(vocab := self.lm.vocab_size)):
+        low, high, vocab = min(round.prompt_tokens), max(round.prompt_tokens), self.lm.vocab_size
+        if low < 0 or high >= vocab:
             raise ValueError(
-                f"a prompt token is outside the model's vocabulary of {vocab}; use the model's own tokenizer"
+                f"prompt tokens {low} to {high} leave the model's vocabulary of {vocab}; use its tokenizer"
             )
         if not 0 <= round.start < round.stop:
             raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")
-        if _noisy(round):
+        if round.sampling.sigma2 or round.sampling.decode:
             noise.sample_word(round.iteration, round.stop - 1)
         if any(len(entry.weights) != len(entry.lengths) for entry in round.trace):
             raise ValueError("an iteration of the trace has not one length per weight")
@@ -181,8 +181,7 @@ class Engine:
         for slot, row in enumerate(self.rows):
             if row is None and self._waiting:
                 job, sample = self._waiting.popleft()
-                word = noise.sample_word(job.round.iteration, sample) if _noisy(job.round) else 0
-                self.rows[slot] = Row(job, sample, word, self._prefill(job))
+                self.rows[slot] = Row(job, sample, self._prefill(job))
                 self._filter_BD[slot] = 0
                 for store in (x for kv in self.suffix for x in kv):
                     store[slot] = 0  # masked keys weigh 0, but 0 * NaN left by another row would not be 0
@@ -241,29 +240,30 @@ class Engine:
         """Appends each row's token; trajectories that end leave their slots, completed rounds leave the engine."""
         self._tokens_B = tokens_B
         finite_B = logits_BV.gather(1, tokens_B[:, None])[:, 0].isfinite()
-        broken: list[_Job] = []
         for slot, (token, finite) in enumerate(torch.stack([tokens_B, finite_B.long()], dim=1).tolist()):
             row = self.rows[slot]
             if row is None:
                 continue
-            if not finite and row.job not in broken:
-                broken.append(row.job)
+            if not finite:
+                reason = f"logits at step {row.step} are not finite; try a dtype with a wider range (generator.dtype)"
+                self._broken.append(DecodeError(row.job.round, reason))
+                self.cancel(row.job.round)
+                continue
             row.tokens.append(token)
             row.step += 1
-            ending = self._ending(row.tokens)
-            if ending is not None:
+            if ending := self._ending(row.tokens):
                 self.rows[slot] = None
-                job, length = row.job, len(row.tokens)
-                costs = cost(job.control, job.round, row.sample, length) if job.control else (0.0, 0.0)
-                job.done[row.sample] = Trajectory(row.sample, tuple(row.tokens), ending[1], ending[0], *costs)
-                if len(job.done) == job.round.stop - job.round.start and job not in broken:
-                    self._leave(job)
-                    trajectories = tuple(job.done[sample] for sample in sorted(job.done))
-                    self._finished.append((job.round, Rollout(trajectories, job.control.u_sq if job.control else 0.0)))
-        for job in broken:
-            self.cancel(job.round)
-            reason = "its logits are not finite; a dtype with a wider range may help (generator.dtype)"
-            self._broken.append(DecodeError(job.round, reason))
+                self._complete(row, *ending)
+
+    def _complete(self, row: Row, finish: Finish, text: str) -> None:
+        """A row's trajectory into its round, which leaves with the last one."""
+        job, tokens = row.job, tuple(row.tokens)
+        costs = cost(job.control, job.round, row.sample, len(tokens)) if job.control else (0.0, 0.0)
+        job.done[row.sample] = Trajectory(row.sample, tokens, text, finish, *costs)
+        if len(job.done) == job.round.stop - job.round.start:
+            self._leave(job)
+            trajectories = tuple(job.done[sample] for sample in sorted(job.done))
+            self._finished.append((job.round, Rollout(trajectories, job.control.u_sq if job.control else 0.0)))
 
     def _ending(self, tokens: list[int]) -> tuple[Finish, str] | None:
         """Why a trajectory of these tokens ends, and its text; None if it goes on."""
@@ -308,12 +308,9 @@ class Engine:
 
     def _counters(self, rows: list[Row], t_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Key [R, 2], step [R] and sample word [R] of rows' noise."""
-        keys, words = [row.job.key for row in rows], [row.word for row in rows]
+        keys = [row.job.key for row in rows]
+        words = [noise.sample_word(row.job.round.iteration, row.sample) for row in rows]
         return torch.tensor(keys, device=self.lm.device), t_R, torch.tensor(words, device=self.lm.device)
-
-
-def _noisy(round: Round) -> bool:
-    return bool(round.sampling.sigma2 or round.sampling.decode)
 
 
 def draw(logits_RV: torch.Tensor, decode: TopP, uniform_R: torch.Tensor) -> torch.Tensor:

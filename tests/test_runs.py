@@ -1,0 +1,246 @@
+"""Whole runs as a user starts them: the command line on a real Ray cluster with real models, killed in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+REWARD = """
+import time
+def words(prompts, completions, **columns):
+    return [float(len(set(c[-1]["content"].split()))) for c in completions]
+def minus(prompts, completions, **columns):
+    return [-float(len(c[-1]["content"])) for c in completions]
+def raises(prompts, completions, **columns):
+    if "coffee" in prompts[0][-1]["content"]:
+        raise RuntimeError("no opinion on coffee")
+    return words(prompts, completions)
+def hangs(prompts, completions, **columns):
+    if "coffee" in prompts[0][-1]["content"]:
+        time.sleep(3600)
+    return words(prompts, completions)
+def all_nan(prompts, completions, **columns):
+    bad = "coffee" in prompts[0][-1]["content"]
+    return [float("nan") if bad or i == 1 else x for i, x in enumerate(words(prompts, completions))]
+def too_few(prompts, completions, **columns):
+    values = words(prompts, completions)
+    return values[1:] if "coffee" in prompts[0][-1]["content"] else values
+"""
+QUESTIONS = ["How do I train a puppy?", "Is coffee good?", "What is a bicycle for?", "How do I learn Spanish?"] * 3
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A head node of our own, as `ray start --head` makes it; commands join it through RAY_ADDRESS."""
+    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    ray = str(Path(sys.executable).with_name("ray"))
+    temp = tmp_path_factory.mktemp("ray", numbered=False)
+    start = [ray, "start", "--head", "--port=0", "--num-cpus=8", "--dashboard-port=0", "--include-dashboard=true",
+             "--object-store-memory=200000000", f"--temp-dir={temp}"]
+    before = {p.pid for p in psutil.process_iter()}
+    done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    address = (temp / "ray_current_cluster").read_text().strip()
+    yield env | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+    for process in psutil.process_iter():
+        if process.pid not in before and str(temp) in " ".join(_command(process)):
+            process.kill()
+
+
+def _command(process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARD)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": q, "n": i}) + "\n" for i, q in enumerate(QUESTIONS)))
+    write(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, **changes) -> None:
+    config = {
+        "output": "out",
+        "prompts": {"source": "prompts.jsonl", "keep": ["n"]},
+        "generator": {"model": "demo", "max_new_tokens": 24, "batch_rows": 32},
+        "rewards": {
+            "words": {"kind": "function", "function": "rewards.py:words"},
+            "minus": {"kind": "function", "function": "rewards.py:minus", "use": "report"},
+        },
+        "method": {"kind": "aisp", "num_samples": 8, "num_iterations": 3},
+        "save": {"rows_per_file": 5, "flush_seconds": 0.2},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config | changes))
+
+
+def aisp(verb: str, *args: str, cwd: Path, env: dict[str, str], code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"jobs.{verb}", *args]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    if code is not None:
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def tables(output: Path) -> dict[str, list[dict]]:
+    return {str(f.relative_to(output)): pq.read_table(f).to_pylist() for f in sorted(output.glob("*/part-*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    """The table of one quiet run; what every disturbed run must equal. The run id is the configuration's alone."""
+    folder = tmp_path_factory.mktemp("quiet")
+    (folder / "rewards.py").write_text(REWARD)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": q, "n": i}) + "\n" for i, q in enumerate(QUESTIONS)))
+    write(folder)
+    done = aisp("align", "run.yaml", cwd=folder, env=cluster)
+    assert "12 rows done, 0 failed" in done.stdout and "held out: minus" in done.stdout
+    return tables(folder / "out"), folder
+
+
+def test_a_run_can_be_read_by_pandas_and_datasets_and_verified(cluster, undisturbed):
+    rows, folder = undisturbed
+    frame = pd.concat(pd.read_parquet(f) for f in sorted((folder / "out" / "data").glob("*.parquet")))
+    assert list(frame["source_index"]) == list(range(12)) and list(frame["n"]) == list(range(12))
+    assert frame["id"].is_unique and (frame["samples_spent"] == 24).all()
+    assert ((frame["reward"] - frame["base_reward"]) == frame["reward_difference"]).all()
+    import datasets
+
+    loaded = datasets.load_dataset(str(folder / "out"), split="train", cache_dir=str(folder / "cache"))
+    assert loaded[3]["prompt"] == [{"role": "user", "content": QUESTIONS[3]}]
+    assert loaded[3]["completion"][0]["role"] == "assistant"
+    done = aisp("verify", "out", cwd=folder, env=cluster)
+    assert "every input is there exactly once" in done.stdout
+    assert "12 done" in aisp("status", "out", cwd=folder, env=cluster).stdout
+
+
+def test_a_damaged_table_fails_verify(cluster, undisturbed, tmp_path):
+    import shutil
+
+    shutil.copytree(undisturbed[1], tmp_path / "copy")
+    part = tmp_path / "copy" / "out" / "data" / "part-000001.parquet"
+    part.unlink()
+    done = aisp("verify", "out", cwd=tmp_path / "copy", env=cluster, code=1)
+    assert "violation" in done.stdout
+
+
+def test_the_same_rows_from_other_replicas_and_a_job_of_another_order(cluster, undisturbed, project):
+    aisp("align", "run.yaml", "--runtime.generators.replicas", "3", "--runtime.rewards.words.replicas", "2",
+         cwd=project, env=cluster)  # fmt: skip
+    assert tables(project / "out") == undisturbed[0]
+
+
+def actor(name: str) -> psutil.Process:
+    """The process of an actor, by the name that `ps` shows."""
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [""])[0].startswith(f"ray::{name}"):
+            return process
+    raise LookupError(name)
+
+
+def start_and_wait(project: Path, env: dict[str, str], rows: int = 1) -> subprocess.Popen:
+    """A run that has finished some rows and is in the middle of others."""
+    log = (project / "log").open("w")
+    run = subprocess.Popen([sys.executable, "-m", "jobs.align", "run.yaml"], cwd=project, env=env, stdout=log, stderr=log)
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and run.poll() is None:
+        if len(list((project / "out" / ".staging").glob("part-*/seg-*"))) + len(list((project / "out").glob("data/*"))) >= rows:
+            return run
+        time.sleep(0.02)
+    raise AssertionError((project / "log").read_text())
+
+
+@pytest.mark.parametrize("victim", ["Generator", "Scorer", "Coordinator"])
+def test_a_killed_actor_is_replaced_within_the_run(victim, cluster, undisturbed, project):
+    run = start_and_wait(project, cluster)
+    actor(victim).send_signal(signal.SIGKILL)
+    assert run.wait(200) == 0, (project / "log").read_text()
+    assert tables(project / "out") == undisturbed[0]
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_resumes(how, code, cluster, undisturbed, project):
+    run = start_and_wait(project, cluster)
+    run.send_signal(how)
+    assert run.wait(100) == code, (project / "log").read_text()
+    if how != signal.SIGKILL:
+        assert "same command goes on" in (project / "log").read_text()
+    aisp("align", "run.yaml", cwd=project, env=cluster)
+    assert tables(project / "out") == undisturbed[0]
+    assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
+
+
+@pytest.mark.parametrize("function", ["raises", "hangs", "all_nan", "too_few"])
+def test_a_reward_that_fails_on_a_prompt_fails_that_row(function, cluster, project):
+    rewards = {"words": {"kind": "function", "function": f"rewards.py:{function}"}}
+    write(project, rewards=rewards, prompts={"source": "prompts.jsonl", "keep": ["n"], "limit": 4},
+          runtime={"timeouts": {"reward": 8}})  # fmt: skip
+    aisp("align", "run.yaml", cwd=project, env=cluster)
+    rows = tables(project / "out")
+    assert [row["source_index"] for row in rows["failed/part-000000.parquet"]] == [1]
+    assert [row["source_index"] for row in rows["data/part-000000.parquet"]] == [0, 2, 3]
+    reason = {"raises": "no opinion on coffee", "hangs": "no answer within 8 s", "all_nan": "finite", "too_few": "values for"}
+    assert reason[function] in rows["failed/part-000000.parquet"][0]["reason"]
+    if function == "all_nan":
+        assert {row["quarantined"] for row in rows["data/part-000000.parquet"]} == {3}
+
+
+def test_real_posts_through_a_real_story_model(cluster, project, real_data):
+    """SHP posts, a pretrained model from a path, a function as reward: the whole path on what users have."""
+    write(
+        project,
+        prompts={"source": str(real_data / "data/shp_test_500.jsonl.gz"), "column": "history", "id_column": "post_id",
+                 "format": "shp", "limit": 5, "max_tokens": 300, "overlong": "left"},
+        generator={"model": str(real_data / "models/stories260k"), "max_new_tokens": 32, "batch_rows": 32},
+        method={"kind": "aisp", "num_samples": 8, "num_iterations": 2, "sigma2": 1.0, "noise": {"ar1": 0.5}},
+    )  # fmt: skip
+    aisp("align", "run.yaml", cwd=project, env=cluster)
+    rows = tables(project / "out")["data/part-000000.parquet"]
+    assert [row["id"] for row in rows][:2] == ["puaynu", "nqvub1"]
+    assert all(row["reward"] >= max(filter(None, row["curve"])) for row in rows)
+    assert any(row["completion"][0]["content"] != row["base_completion"] for row in rows)
+    assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
+
+
+def test_compare_prints_every_arm_at_equal_samples(cluster, project):
+    done = aisp("compare", "run.yaml", "--prompts", "4", cwd=project, env=cluster)
+    found = json.loads((project / "out" / "compare" / "comparison.json").read_text())
+    assert [arm["name"] for arm in found["arms"]] == [
+        "base", "best-of-n top-p", "best-of-n gaussian", "aisp", "aisp, rewards shuffled",
+    ]  # fmt: skip
+    assert {arm["samples"] for arm in found["arms"][1:]} == {24}
+    assert all("minus" in arm["held_out"] for arm in found["arms"])
+    assert "full run: 12 prompts, 288 samples" in done.stdout
+
+
+def test_ray_job_submit(cluster, undisturbed, project):
+    """What the README tells: the unpacked working directory is all that the job has."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    job = project / "job"
+    job.mkdir()
+    for top in ("aisp_dist", "actors", "jobs"):
+        (job / top).symlink_to(ROOT / top)
+    for name in ("rewards.py", "prompts.jsonl", "run.yaml"):
+        (job / name).write_text((project / name).read_text())
+    env = {k: v for k, v in cluster.items() if k != "PYTHONPATH"}
+    command = [ray, "job", "submit", "--working-dir", str(job), "--", sys.executable, "-m", "jobs.align", "run.yaml"]
+    refused = subprocess.run(command, cwd=job, env=env, capture_output=True, text=True, timeout=200)
+    assert refused.returncode == 1 and "is relative, and a Ray job runs in a temporary copy" in refused.stdout + refused.stderr
+    done = subprocess.run([*command, "--output", str(project / "out")], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tables(project / "out") == undisturbed[0]

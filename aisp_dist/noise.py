@@ -51,7 +51,8 @@ def white(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor, dim: int)
 def uniform(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
     """fp64 uniforms in (0, 1) with 32 bits, for drawing tokens; shapes as `white` without the last dimension."""
     counter = [torch.zeros_like(step), step, sample, torch.full_like(step, UNIFORM)]
-    return (philox4x32(counter, [key[..., 0], key[..., 1]])[0].double() + 0.5) / 2**32
+    u: torch.Tensor = (philox4x32(counter, [key[..., 0], key[..., 1]])[0].double() + 0.5) / 2**32
+    return u
 
 
 @dataclass(frozen=True)

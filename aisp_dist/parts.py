@@ -92,7 +92,8 @@ def read_rows(root: Path, part: int, end: int, schemas: Tables, columns: Sequenc
         if not file.exists():
             return schema.empty_table() if columns is None else schema.empty_table().select(columns)
         try:
-            return pq.ParquetFile(file).read(columns=columns).replace_schema_metadata(None)
+            with pq.ParquetFile(file) as opened:
+                return opened.read(columns=columns).replace_schema_metadata(None)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(
                 f"output: {file} is damaged ({error}); delete this part's file in data/, and the same command computes "

@@ -236,7 +236,7 @@ def _numbers(root: Path) -> list[int]:
 
 
 def _strangers(root: Path) -> list[str]:
-    paths = sorted(path for table in TABLES.values() for path in root.glob(f"{table}/*"))
+    paths = sorted(path for table in TABLES.values() for path in root.glob(f"{table}/[!.]*"))
     return [f"{p.parent.name}/{p.name}: is no part of this output" for p in paths if not _NAME.fullmatch(p.name)]
 
 

@@ -74,6 +74,15 @@ def _version(package: str) -> str | None:
 
 def check(run: Run, base_dir: Path) -> Run:
     """The checks that need neither torch nor a cluster; answers the located run. Raises ConfigError."""
+    check_output(run)
+    located = fingerprint.locate(run, base_dir)
+    schema.schemas("chat", dict.fromkeys(run.prompts.keep, "string"))
+    next(prompts.read(located.prompts), None)
+    return located
+
+
+def check_output(run: Run) -> None:
+    """Raise ConfigError for an output that cannot be written, or that a Ray job would lose."""
     output = Path(run.output)
     if not output.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise ConfigError(
@@ -85,10 +94,6 @@ def check(run: Run, base_dir: Path) -> Run:
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"output: {str(parent)!r} is not writable; give a directory that is")
-    located = fingerprint.locate(run, base_dir)
-    schema.schemas("chat", dict.fromkeys(run.prompts.keep, "string"))
-    next(prompts.read(located.prompts), None)
-    return located
 
 
 def prepare(run: Run, base_dir: Path) -> Prepared:
@@ -96,6 +101,7 @@ def prepare(run: Run, base_dir: Path) -> Prepared:
 
     Raises ConfigError, for an output of another fingerprint or a live owner too.
     """
+    check_output(run)
     output = Path(run.output).absolute()
     before = manifest.read_run(output)
     run = _pin(run, before["config"] if before else {})

@@ -1,0 +1,136 @@
+"""What a user's mistake is answered with: exit code 2, one readable message, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aisp_dist import manifest
+from aisp_dist.lease import Lease
+from jobs import cli, session, settings
+
+CONFIG = {
+    "output": "out",
+    "prompts": {"source": "prompts.jsonl"},
+    "generator": {"model": "demo"},
+    "rewards": {"words": {"kind": "function", "function": "rewards.py:words"}},
+    "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2},
+}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("def words(completions, **_):\n    return [1.0 for _ in completions]\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def refused(capsys, *args: str) -> str:
+    """Run `aisp align run.yaml ...` here; its one line of complaint."""
+    with pytest.raises(SystemExit) as left:
+        cli.run("align", ["run.yaml", *args])
+    said = capsys.readouterr()
+    assert left.value.code == 2 and said.out == ""
+    assert "Traceback" not in said.err and said.err.startswith("aisp: ") and said.err.count("\n") == 1
+    assert not Path("out").exists()
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--prompts.source", "nothing.jsonl"], "nothing.jsonl"),
+        (["--prompts.source", "nothing-*.jsonl"], "matches no file"),
+        (["--prompts.column", "question"], "question"),
+        (["--prompts.id_column", "uid"], "uid"),
+        (["--prompts.keep", '["reward"]'], "reward"),
+        (["--method.sigma2", "-1"], "method.sigma2"),
+        (["--method.num_samples", "0"], "method.num_samples"),
+        (["--method.colour", "red"], "--method.colour"),
+        (["--generator.model", "/no/such/model"], "'/no/such/model' is not a directory"),
+        (["--generator.model", "."], "holds no config.json"),
+        (["--generator.chat_template", "no.jinja"], "no.jinja"),
+        (["--rewards.words.function", "gone.py:words"], "gone.py"),
+        (["--rewards.words.function", "no_such_module_here:words"], "no_such_module_here"),
+        (["--rewards", '{"m": {"kind": "model", "model": "./nowhere"}}'], "rewards.m.model"),
+        (["--output", "run.yaml"], "is a file"),
+        (["--output", "s3://bucket/out"], "only local paths"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_static_faults(project, capsys, args, said):
+    assert said in refused(capsys, *args)
+
+
+def test_pickled_weights(project, capsys):
+    (project / "model").mkdir()
+    (project / "model" / "config.json").write_text("{}")
+    (project / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    assert "pickled weights can run code" in refused(capsys, "--generator.model", "./model")
+
+
+def test_a_relative_output_inside_a_ray_job(project, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert "give an absolute path" in refused(capsys)
+
+
+def prepared(project):
+    _, run, base_dir = settings.read(settings.parser("align", ""), ["run.yaml"])
+    return session.prepare(run, base_dir)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused_with_output(capsys, *args):
+    before = snapshot(Path("out"))
+    with pytest.raises(SystemExit) as left:
+        cli.run("align", ["run.yaml", *args])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "Traceback" not in said and snapshot(Path("out")) == before
+    return said
+
+
+def test_an_output_of_another_fingerprint_names_the_keys(project, capsys):
+    manifest.write_run(project / "out", prepared(project).record())
+    said = refused_with_output(capsys, "--method.sigma2", "0.9", "--seed", "4")
+    assert "method.sigma2" in said and "seed" in said
+    (project / "rewards.py").write_text("def words(completions, **_):\n    return [2.0 for _ in completions]\n")
+    assert "digests.rewards.words" in refused_with_output(capsys)
+
+
+def test_other_part_sizes_are_refused(project, capsys):
+    manifest.write_run(project / "out", prepared(project).record())
+    assert "save.rows_per_file: 7" in refused_with_output(capsys, "--save.rows_per_file", "7")
+
+
+def test_an_output_that_a_live_run_owns(project, capsys):
+    manifest.write_run(project / "out", prepared(project).record())
+    lease = Lease.take(project / "out")
+    assert "is owned by a live run" in refused_with_output(capsys)
+    lease.release()
+
+
+def test_run_json_holds_no_environment(project, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted_secret")
+    assert "hf_planted_secret" not in json.dumps(prepared(project).record())
+
+
+@pytest.mark.parametrize(("verb", "said"), [("export", "planned and not implemented yet"), ("fly", "is not a verb")])
+def test_unknown_and_planned_verbs(capsys, verb, said):
+    with pytest.raises(SystemExit) as left:
+        cli.run(verb, [])
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_verify_and_status_of_nothing(project, capsys):
+    for verb in ("verify", "status"):
+        with pytest.raises(SystemExit) as left:
+            cli.run(verb, ["nowhere"])
+        assert left.value.code == 2 and "no run" in capsys.readouterr().err

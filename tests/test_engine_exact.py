@@ -20,7 +20,7 @@ SAMPLING = Sampling(sigma2=0.3)
 def adapted(family: str, **overrides: Any) -> model.LM:
     """A model that no end token stops, so that every comparison runs over all steps."""
     made = tiny.causal(family, **overrides)
-    made.config.eos_token_id = made.generation_config.eos_token_id = None
+    made.config.get_text_config().eos_token_id = made.generation_config.eos_token_id = None
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = None
     return model.adapt(made, tokenizer)
@@ -44,7 +44,20 @@ def distance(lm: model.LM, reference: Any, round: Round) -> tuple[float, list[li
     return worst, made
 
 
-FAMILIES = ["llama", "mistral", "qwen3", "gemma3", "gemma2", "gpt2", "phi3", "gpt_oss", "mixtral", "cohere", "opt"]
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma3",
+    "gemma2",
+    "gpt2",
+    "phi3",
+    "gemma3_multimodal",
+    "gpt_oss",
+    "mixtral",
+    "cohere",
+    "opt",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -396,3 +396,9 @@ def test_an_input_that_cannot_be_a_row_is_planned_as_a_bad_input(tmp_path):
     assert half["prompt"] == [{"role": "user", "content": "half ?"}] and "surrogate" in half["reason"]
     assert "'answer' is string" in misfit["reason"] and misfit["answer"] is None and misfit["grade"] == 1
     assert list(store(tmp_path).plan(lines)) == []
+
+
+def test_looking_at_an_output_imports_neither_torch_nor_ray():
+    script = "import sys, aisp_dist.store, aisp_dist.verify; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.check_output([sys.executable, "-c", script], env=env) == b"set()\n"

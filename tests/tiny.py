@@ -33,13 +33,18 @@ _SMALL = {
 }
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": SCALE}
 _GEMMA = {**_SMALL, "num_hidden_layers": 4, "query_pre_attn_scalar": 16}
+_TYPES = {"gemma3": "gemma3_text", "gemma3_multimodal": "gemma3"}  # the others are named as transformers does
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _SMALL,
     "mistral": {**_SMALL, "sliding_window": 8},
     "qwen3": _SMALL,
     "qwen2": {key: value for key, value in _SMALL.items() if key != "head_dim"},
     "gemma2": {**_GEMMA, "sliding_window": 8},
-    "gemma3_text": {**_GEMMA, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3": {**_GEMMA, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3_multimodal": {
+        "text_config": {**_GEMMA, "sliding_window": 8, "vocab_size": 260, "eos_token_id": EOS_ID},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1},
+    },
     "gpt2": _GPT,
     "phi3": {**_SMALL, "pad_token_id": PAD_ID},
     "mixtral": {**_SMALL, "num_local_experts": 4},
@@ -74,9 +79,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def causal(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model in fp32 with the tokenizer's vocabulary of 260; `overrides` change its config."""
-    settings = {**FAMILIES[{"gemma3": "gemma3_text"}.get(family, family)], **overrides}
+    settings = {**FAMILIES[family], **overrides}
     config = AutoConfig.for_model(
-        {"gemma3": "gemma3_text"}.get(family, family),
+        _TYPES.get(family, family),
         vocab_size=260,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,

@@ -148,7 +148,7 @@ def adapt(model: Any, tokenizer: Any) -> LM:
     config = model.config.get_text_config(decoder=True)
     decoder = model.get_decoder()
     ends: set[int] = set()
-    for value in (model.generation_config.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
+    for value in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         ends.update(() if value is None else [value] if isinstance(value, int) else value)
     lm = LM(
         decoder=decoder,

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from aisp_dist.demo import domain
-from aisp_dist.demo.domain import Pair, Question, Split, Voice
+from aisp_dist.demo.domain import Answer, Question, Split, Voice
 from aisp_dist.demo.measure import (
     answer_loss,
     draw_question,
@@ -52,7 +52,7 @@ QUESTION_ANSWER = (
     "{% else %}{{ '<|question|>' + m['content'] | trim }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}"
 )
-Row = tuple[list[int], list[int], float]  # an exchange, its beginning or a worse one, and how surely it is preferred
+Row = tuple[list[list[int]], list[float]]  # token ids of a question's exchanges, and the answers' grades
 Written = tuple[list[tuple[Question, str]], list[tuple[Question, str]]]  # (question, answer): fair ones, poor ones
 SYSTEMS = ("You are a helpful assistant.", "Answer politely and give an example.", "You help people with daily life.")
 
@@ -70,7 +70,7 @@ class Shape:
 @dataclass(frozen=True, slots=True)
 class Training:
     steps: int
-    batch: int  # sequences, or pairs for a reward model
+    batch: int  # answers, or questions with six answers each for a reward model
     lr: float
 
 
@@ -91,9 +91,9 @@ REWARD_TASTE = Taste("first", "early", 0.75, (0.7, 1.0, 1.4, 1.8))
 JUDGE_TASTE = Taste("second", "late", 1.0, (0.8, 0.9, 1.3, 2.0))
 PLANS = {
     "base": Training(500, 40, 3e-3),
-    "reward": Training(350, 24, 1e-3),
+    "reward": Training(400, 8, 1.5e-3),
     "judge_lm": Training(350, 32, 3e-3),
-    "judge": Training(400, 24, 1e-3),
+    "judge": Training(500, 8, 1.5e-3),
 }
 
 
@@ -134,7 +134,7 @@ def config(shape: Shape, tok: PreTrainedTokenizerFast, **more: int) -> LlamaConf
 def in_length_order(draw: Callable[[], Row], rng: Random, batch: int) -> Iterator[list[Row]]:
     """Batches of draws of similar length, so that little is padding; the batches come in random order."""
     while True:
-        pool = sorted((draw() for _ in range(16 * batch)), key=lambda row: max(len(row[0]), len(row[1])))
+        pool = sorted((draw() for _ in range(16 * batch)), key=lambda row: max(map(len, row[0])))
         batches = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         rng.shuffle(batches)
         yield from batches
@@ -177,13 +177,14 @@ def train_lm(
     def draw() -> Row:
         q = draw_question(rng, "first", "second", voice=voice)
         system = rng.choice(SYSTEMS) if rng.random() < 0.1 else ""
-        return render(tok, q.text, domain.answer(rng, q, voice).text, system), render(tok, q.text, None, system), 1.0
+        text = domain.answer(rng, q, voice).text
+        return [render(tok, q.text, text, system), render(tok, q.text, None, system)], []
 
     batches = in_length_order(draw, rng, plan.batch)
 
     def loss() -> Tensor:
-        batch = next(batches)
-        return answer_loss(model, [row[0] for row in batch], [len(row[1]) for row in batch], fill)
+        batch = [exchanges for exchanges, _ in next(batches)]
+        return answer_loss(model, [full for full, _ in batch], [len(head) for _, head in batch], fill)
 
     fit(model, loss, plan, name)
     return model
@@ -202,52 +203,48 @@ def model_written(
     return sets
 
 
-def draw_pair(rng: Random, taste: Taste, written: Written) -> Pair:
-    """A pair to train on: half graded by the domain; for the rest, orders that need no judgement, which is all that can
-    be said of texts the base model wrote."""
-    share, (fair, poor) = rng.random(), written
-    q = draw_question(rng, taste.split, voice=taste.voice)
+def draw_graded(rng: Random, taste: Taste, written: Written) -> tuple[Question, list[Answer]]:
+    """A question and six graded answers: two of the domain's, one of the base model's (fair ones are graded like the
+    domain's average, poor ones 0) or a third of the domain's, a damaged copy of two of them, and one off topic."""
+    q, voice, share = draw_question(rng, taste.split, voice=taste.voice), taste.voice, rng.random()
+    third = domain.answer(rng, q, voice, flawed=0.5)
     if share < 0.5:
-        return domain.pair(rng, q, taste.voice)
-    if share < 0.65:  # the same kind of answer on another topic
-        topic = rng.choice([t for t, k in domain.combinations(taste.split) if k == q.kind and t != q.topic])
-        other = domain.question(rng, topic, q.kind, taste.voice)
-        better, worse = (domain.answer(rng, x, taste.voice, flawed=0.0) for x in (q, other))
-        return Pair(q, better.text, worse.text, better.quality + 2.0)
-    if share < 0.75:
-        q, text = rng.choice(poor)
-        return Pair(q, domain.complete(rng, q, taste.voice).text, text, 4.0)
-    (q, text), (other, stray) = rng.choice(fair), rng.choice(fair)
-    if share < 0.85 and other.topic != q.topic:
-        return Pair(q, text, stray, 4.0)
-    return Pair(q, text, domain.damage(rng, text, 4.0, stray).text, 3.0)
+        q, text = rng.choice(written[share < 0.2])
+        third = Answer(text, 0.0 if share < 0.2 else 4.5)
+    first = domain.complete(rng, q, voice) if rng.random() < 0.3 else domain.answer(rng, q, voice, flawed=0.5)
+    second = domain.answer(rng, q, voice, flawed=0.5)
+    topic = rng.choice([t for t, k in domain.combinations(taste.split) if k == q.kind and t != q.topic])
+    stray = domain.answer(rng, domain.question(rng, topic, q.kind, voice), voice, flawed=0.0).text
+    spoilt = [domain.damage(rng, a.text, a.quality, stray) for a in (rng.choice((first, second)), third)]
+    return q, [first, second, third, *spoilt, Answer(stray, -1.5)]
 
 
 def train_reward(
     name: str, shape: Shape, start: LlamaForCausalLM, tok: PreTrainedTokenizerFast, plan: Training, taste: Taste,
     written: Written, seed: int,
 ) -> LlamaForSequenceClassification:  # fmt: skip
-    """Bradley-Terry from a language model's body: cross-entropy of sigmoid(r_better - r_worse) with the annotators'
-    preference, and a small pull of the rewards' mean towards 0."""
+    """Bradley-Terry from a language model's body, on all pairs among the answers to a question: cross-entropy of
+    sigmoid(r_i - r_j) with the annotators' preference (Ouyang et al. 2022, eq. 1), and a small pull towards mean 0."""
     torch.manual_seed(seed)
     rng, fill = Random(f"{seed}/{name}"), tok.pad_token_id
     model = LlamaForSequenceClassification(config(shape, tok, num_labels=1))
     model.model.load_state_dict(start.model.state_dict())
 
     def draw() -> Row:
-        p = draw_pair(rng, taste, written)
-        better, worse = (render(tok, p.question.text, text) for text in (p.better, p.worse))
-        return better, worse, 1 / (1 + math.exp(-p.gap / taste.doubt))
+        q, answers = draw_graded(rng, taste, written)
+        return [render(tok, q.text, a.text) for a in answers], [a.quality for a in answers]
 
     batches = in_length_order(draw, rng, plan.batch)
 
     def loss() -> Tensor:
         batch = next(batches)
-        ids, mask = pad([row[0] for row in batch] + [row[1] for row in batch], fill)
-        better, worse = model(input_ids=ids, attention_mask=mask).logits[:, 0].chunk(2)
-        preferred = torch.tensor([row[2] for row in batch])
-        centre: Tensor = 0.002 * (better + worse).square().mean()
-        return centre + F.binary_cross_entropy_with_logits(better - worse, preferred)
+        ids, mask = pad([exchange for exchanges, _ in batch for exchange in exchanges], fill)
+        grades = torch.tensor([grades for _, grades in batch])  # [questions, answers]
+        rewards = model(input_ids=ids, attention_mask=mask).logits.view_as(grades)
+        i, j = torch.triu_indices(grades.shape[1], grades.shape[1], 1)
+        preferred = torch.sigmoid((grades[:, i] - grades[:, j]) / taste.doubt)
+        centre: Tensor = 0.002 * rewards.square().mean()
+        return centre + F.binary_cross_entropy_with_logits(rewards[:, i] - rewards[:, j], preferred)
 
     fit(model, loss, plan, name)
     return model

@@ -1,0 +1,76 @@
+"""What compare says of finished tables: equal prompts, paired differences, honest losses."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aisp_dist import comparison
+from aisp_dist.comparison import AISP, GAUSSIAN, SHUFFLED, TOP_P
+from aisp_dist.config import Aisp, BestOfN, Gaussian, Nucleus, Run
+
+
+def write(folder, rewards: dict[str, float], base=0.0, judge=1.0):
+    rows = [
+        {
+            "id": id, "prompt": [{"role": "user", "content": f"ask {id}"}], "reward": reward, "base_reward": base,
+            "completion": [{"role": "assistant", "content": f"a b c d {id}"}], "base_completion": "e f g h",
+            "rewards": [{"name": "judge", "value": judge * reward}], "base_rewards": [{"name": "judge", "value": None}],
+            "nll": 1.0, "base_nll": 0.5, "samples_spent": 32, "num_tokens": 9, "base_num_tokens": 4,
+        }
+        for id, reward in rewards.items()
+    ]  # fmt: skip
+    (folder / "data").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "data" / "part-000000.parquet")
+    return folder
+
+
+def test_paired_differences_are_over_the_prompts_that_every_arm_finished(tmp_path):
+    outputs = {
+        TOP_P: [write(tmp_path / "p", {"x": 1.0, "y": 2.0, "z": 9.0})],
+        GAUSSIAN: [write(tmp_path / "g", {"x": 0.0, "y": 0.0, "z": 0.0})],
+        AISP: [write(tmp_path / "a", {"x": 3.0, "y": 1.5})],
+        SHUFFLED: [write(tmp_path / "s", {"x": 1.0, "y": 1.0, "z": 1.0})],
+    }
+    found = comparison.compare(outputs, ["judge"])
+    arms = {arm.name: arm for arm in found.arms}
+    assert found.left_out == 1 and all(arm.prompts == 2 for arm in found.arms)
+    assert arms[TOP_P].reward.mean == 1.5 and arms[TOP_P].versus.mean == pytest.approx((2.0 - 0.5) / 2)
+    assert arms[AISP].versus == (0, 0, 0) and arms["base"].reward.mean == 0
+    assert arms[AISP].held_out["judge"].mean == 2.25 and "judge" not in arms["base"].held_out
+    assert found.loss["prompt"] == "ask y" and found.loss["best_of_n_reward"] == 2.0
+    text = comparison.text(found)
+    assert "where AISP loses most" in text and "1 prompts failed in some arm" in text
+
+
+def test_seeds_are_averaged_before_prompts(tmp_path):
+    def two(name, a, b):
+        return [write(tmp_path / f"{name}0", {"x": a, "y": a}), write(tmp_path / f"{name}1", {"x": b, "y": b})]
+
+    outputs = {TOP_P: two("p", 0.0, 2.0), GAUSSIAN: two("g", 1.0, 1.0), AISP: two("a", 2.0, 4.0), SHUFFLED: two("s", 0.0, 0.0)}
+    arms = {arm.name: arm for arm in comparison.compare(outputs, []).arms}
+    assert arms[AISP].reward == (3, 3, 3) and arms[TOP_P].versus == (2, 2, 2)
+    assert comparison.compare(outputs, []).loss is None
+
+
+def run(method) -> Run:
+    rewards = {"r": {"kind": "function", "function": "a.py:b"}}
+    return Run.model_validate({"output": "o", "generator": {"model": "m"}, "rewards": rewards, "method": method})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"kind": "aisp", "num_samples": 4, "num_iterations": 3, "sigma2": 0.7},
+        {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "sampling": {"top_p": 0.8}},
+        {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "sampling": {"gaussian": 0.2}},
+    ],
+)
+def test_all_arms_have_the_same_samples_and_keep_what_the_configuration_says(method):
+    arms = comparison.arms(run(method))
+    assert {(m.num_samples, m.num_iterations) for m in arms.values()} == {(4, 3)}
+    assert isinstance(arms[AISP], Aisp) and not arms[AISP].shuffle_rewards and arms[SHUFFLED].shuffle_rewards
+    assert isinstance(arms[TOP_P], BestOfN) and isinstance(arms[TOP_P].sampling_, Nucleus)
+    assert isinstance(arms[GAUSSIAN].sampling_, Gaussian)
+    assert run(method).method in arms.values()

@@ -1,0 +1,39 @@
+"""Measures and intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aisp_dist.metrics import diversity, interval
+
+
+def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = sum(low <= 0 <= high for _, low, high in (interval(rng.normal(size=40)) for _ in range(200)))
+    assert 178 <= hits <= 199
+
+
+def test_an_interval_moves_and_scales_with_its_values():
+    x = np.random.default_rng(1).normal(size=30)
+    a, b = interval(x), interval(3 * x + 7)
+    assert b == pytest.approx([3 * v + 7 for v in a])
+    assert interval([2.0] * 5) == (2, 2, 2)
+
+
+def test_the_large_sample_form_continues_the_bootstrap():
+    x = np.random.default_rng(2).exponential(size=20_001)
+    small, large = interval(x[:20_000]), interval(x)
+    assert large.low == pytest.approx(small.low, abs=2e-3) and large.high == pytest.approx(small.high, abs=2e-3)
+
+
+def test_no_values_have_no_mean():
+    with pytest.raises(ValueError, match="no values"):
+        interval([])
+
+
+def test_diversity():
+    assert diversity("one two three four five") == 1
+    assert diversity("") == diversity("one") == 1
+    a_b = "a b " * 4  # 8 words: 2 of 7 bigrams, 2 of 6 trigrams, 2 of 5 4-grams are unique
+    assert diversity(a_b) == pytest.approx(2 / 7 * 2 / 6 * 2 / 5)

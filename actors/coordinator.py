@@ -90,10 +90,11 @@ class Coordinator:
 
     async def load(self) -> None:
         """Start generators and scorers. Raises ConfigError for a model or function that cannot be used."""
-        from aisp_dist.engine import model
+        from aisp_dist.engine import model  # brings torch, which the driver need not load
 
-        self.tokenizer = await asyncio.to_thread(model.tokenizer, self.run.generator)
-        self.pools, self.context_length = await self.start()
+        self.tokenizer, (self.pools, self.context_length) = await asyncio.gather(
+            asyncio.to_thread(model.tokenizer, self.run.generator), self.start()
+        )
 
     async def first_prompt(self) -> str:
         """The first prompt as the model will read it, special tokens and all: a wrong template shows here."""

@@ -25,7 +25,7 @@ class Generator:
     def __init__(self, settings: Settings, name: str, threads: int) -> None:
         self.settings, self.name, self.threads = settings, name, threads
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.waiting: dict[Round, tuple[asyncio.AbstractEventLoop, asyncio.Future[Rollout]]] = {}
+        self.waiting: dict[Round, list[asyncio.Future[Rollout]]] = {}
 
     def __repr__(self) -> str:
         return self.name
@@ -46,30 +46,38 @@ class Generator:
 
     async def rollout(self, round: Round) -> Rollout:
         """Decode a round. Raises ValueError for one that the model cannot take."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Rollout] = loop.create_future()
+        answer: asyncio.Future[Rollout] = asyncio.get_running_loop().create_future()
 
         def submit() -> None:
             try:
-                self.engine.submit(round)
-                self.waiting[round] = (loop, answer)
+                if round not in self.waiting:  # the same round twice is decoded once
+                    self.engine.submit(round)
+                self.waiting.setdefault(round, []).append(answer)
             except Exception as error:
-                loop.call_soon_threadsafe(_settle, answer, None, error)
+                _settle(answer, None, error)
+
+        def leave() -> None:
+            waiting = self.waiting.get(round, [])
+            if waiting == [answer]:  # nobody else wants it: its rows go to others
+                self.engine.cancel(round)
+                del self.waiting[round]
 
         self.inbox.put(submit)
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self.inbox.put(leave)
+            raise
 
     async def nll(self, prompt_tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]) -> list[float]:
         """The base model's mean negative log-likelihood per token of each response, in nats."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[float]] = loop.create_future()
+        answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
 
         def measure() -> None:
             try:
-                losses = [self.engine.nll(prompt_tokens, response) for response in responses]
-                loop.call_soon_threadsafe(_settle, answer, losses, None)
+                _settle(answer, [self.engine.nll(prompt_tokens, response) for response in responses], None)
             except Exception as error:
-                loop.call_soon_threadsafe(_settle, answer, None, error)
+                _settle(answer, None, error)
 
         self.inbox.put(measure)
         return await answer
@@ -85,16 +93,21 @@ class Generator:
                     self.inbox.get()()
                 try:
                     for round, rollout in self.engine.step():
-                        loop, answer = self.waiting.pop(round)
-                        loop.call_soon_threadsafe(_settle, answer, rollout, None)
+                        for answer in self.waiting.pop(round):
+                            _settle(answer, rollout, None)
                 except DecodeError as error:  # this round only; the others go on
-                    loop, answer = self.waiting.pop(error.round)
-                    loop.call_soon_threadsafe(_settle, answer, None, ValueError(str(error)))
+                    for answer in self.waiting.pop(error.round):
+                        _settle(answer, None, ValueError(str(error)))
         except BaseException:
             traceback.print_exc()
             os._exit(1)
 
 
 def _settle(answer: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
-    if not answer.done():  # the caller may have given up
-        answer.set_exception(error) if error else answer.set_result(value)
+    """Hand a value or an error from the engine's thread to the event loop that awaits it."""
+
+    def settle() -> None:
+        if not answer.done():  # the caller may have given up
+            answer.set_exception(error) if error else answer.set_result(value)
+
+    answer.get_loop().call_soon_threadsafe(settle)

@@ -21,7 +21,9 @@ class Group:
 
     @property
     def threads(self) -> int:
-        return max(1, int(self.num_cpus))
+        """CPU threads of the actor's torch. Bits are equal for one and two threads of the engine and were seen to differ
+        for more, and resources must not change rows: a scorer has one, a generator at most two."""
+        return 2 if self.role == "generator" and self.num_cpus >= 2 else 1
 
 
 def plan(run: Run, resources: Mapping[str, float]) -> tuple[Group, ...]:

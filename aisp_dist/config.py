@@ -197,12 +197,12 @@ class Save(Section):
 class Replicas(Section):
     replicas: int = doc("actors of this kind", 1, ge=1)
     num_gpus: float | Literal["auto"] = doc("GPUs an actor takes; auto: 1 where the cluster has any, else 0", "auto")
-    num_cpus: float = doc("CPUs an actor takes, and the threads it uses", 1.0, ge=0)
+    num_cpus: float = doc("CPUs an actor takes; from 2 on its torch uses two threads", 1.0, ge=0)
     accelerator: str | None = doc("GPU type the actor must be placed on, as Ray names it", None)
 
 
 class RewardReplicas(Replicas):
-    num_cpus: float = doc("CPUs an actor takes, and the threads it uses", 0.5, ge=0)
+    num_cpus: float = doc("CPUs an actor takes; its torch uses one thread", 0.5, ge=0)
 
 
 class Timeouts(Section):

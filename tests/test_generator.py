@@ -1,0 +1,83 @@
+"""The generator actor's class in one process: many callers, one engine."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import tiny
+import torch
+
+from actors.generator import Generator
+from aisp_dist.config import Generator as Settings
+from aisp_dist.records import Round, Sampling
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.save("llama", folder)
+    return Settings(model=str(folder), max_new_tokens=12, batch_rows=32)
+
+
+def round_of(prompt: str, samples: int = 4) -> Round:
+    return Round(0, prompt, (1, 5, 9, len(prompt)), 0, 0, samples, Sampling(sigma2=1.0))
+
+
+async def loaded(settings) -> Generator:
+    generator = Generator(settings, "generator-0", 1)
+    assert await generator.load() == generator.engine.lm.context_length
+    return generator
+
+
+def test_callers_get_their_own_answers_whoever_else_calls(settings):
+    async def main():
+        together, alone = await loaded(settings), await loaded(settings)
+        rounds = [round_of("p" * i, 1 + i % 5) for i in range(12)]
+        answers = await asyncio.gather(*map(together.rollout, rounds))
+        assert answers == [await alone.rollout(r) for r in rounds]
+        assert repr(together) == "generator-0"
+
+    asyncio.run(main())
+
+
+def test_a_round_asked_twice_is_answered_twice(settings):
+    async def main():
+        generator = await loaded(settings)
+        first, second = await asyncio.gather(generator.rollout(round_of("p")), generator.rollout(round_of("p")))
+        assert first == second and not generator.waiting
+
+    asyncio.run(main())
+
+
+def test_a_bad_round_is_its_callers_error_alone(settings):
+    async def main():
+        generator = await loaded(settings)
+        bad = Round(0, "bad", (1,) * 5000, 0, 0, 2, Sampling())
+        errors = await asyncio.gather(generator.rollout(bad), generator.rollout(round_of("p")), return_exceptions=True)
+        assert isinstance(errors[0], ValueError) and len(errors[1].trajectories) == 4
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_gives_up_frees_its_rows(settings):
+    async def main():
+        generator = await loaded(settings)
+        gone = asyncio.ensure_future(generator.rollout(round_of("p", 64)))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        assert len((await generator.rollout(round_of("q"))).trajectories) == 4
+        assert not generator.waiting and not generator.engine.busy
+
+    asyncio.run(main())
+
+
+def test_nll_beside_rollouts(settings):
+    async def main():
+        generator = await loaded(settings)
+        drawn, losses = await asyncio.gather(generator.rollout(round_of("p")), generator.nll((1, 5), [(7, 8), (9,)]))
+        again = await generator.nll((1, 5), [(7, 8), (9,)])
+        assert losses == again and all(torch.isfinite(torch.tensor(losses))) and len(drawn.trajectories) == 4
+
+    asyncio.run(main())

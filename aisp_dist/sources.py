@@ -156,8 +156,6 @@ def _json(path: Path, wanted: list[str]) -> Numbered:
     """One array of objects, read whole; or JSON lines, which many .json files hold."""
     with _text_file(path) as stream:
         text = stream.read()
-    if not text.strip():
-        return
     try:
         whole = json.loads(text)
     except ValueError:

@@ -24,6 +24,8 @@ def text(output: Path, seconds: float, samples: int) -> str:
     rows = data.to_table(columns=list(_COLUMNS)).to_pydict()
     done = len(rows["id"])
     out = ["", f"{done} rows done, {failed} failed, in {output}"]
+    if not done + failed:
+        out.append("the input is empty, and so is the table")
     if done:
         out += _rewards(rows, run["config"]["rewards"])
         out += _example(data, rows)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aisp_dist import summary
-from jobs import cli, session, settings
+from aisp_dist import prompts, summary
+from jobs import cli, prepare, session, settings
 from jobs.progress import Progress, say
 
 
@@ -14,10 +14,13 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument("--retry-failed", action="store_true", help="compute the rows of failed/ again")
     parse.add_argument("--dry-run", action="store_true", help="load the models, show the first prompt, write nothing")
     options, run, base_dir = settings.read(parse, args)
-    prepared = session.prepare(run, base_dir)
+    prepared = prepare.prepare(run, base_dir)
     with session.Session(prepared, say) as cluster:
         say(cluster.first_prompt())
         if options.dry_run:
+            count = sum(1 for _ in prompts.read(prepared.located.prompts))
+            samples = count * run.method.num_samples * run.method.num_iterations
+            print(f"{count} inputs, {samples} samples; `aisp compare` measures what they cost. Nothing was written")
             return 0
         with Progress(prepared.output, prepared.located) as progress:
             cluster.relabel(prepared, options.retry_failed, progress)

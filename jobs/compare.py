@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aisp_dist import comparison, durable
 from aisp_dist.config import ConfigError, Run
-from jobs import cli, session, settings
+from jobs import cli, prepare, session, settings
 from jobs.progress import Progress, Total, say
 
 
@@ -24,10 +24,10 @@ def main(args: Sequence[str]) -> int:
             raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     output = Path(run.output).absolute()
     plans = {
-        arm: [session.prepare(_arm(run, output, arm, method, seed, options.prompts), base_dir) for seed in range(options.seeds)]
+        arm: [prepare.prepare(_arm(run, output, arm, method, seed, options.prompts), base_dir) for seed in range(options.seeds)]
         for arm, method in comparison.arms(run).items()
     }
-    everything = Total(session.check(run, base_dir))
+    everything = Total(prepare.check(run, base_dir))
     samples, seconds = 0, 0.0
     first = next(iter(plans.values()))[0]
     with session.Session(first, say) as cluster:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs import cli, session, settings
+from jobs import cli, prepare, settings
 
 
 def main(args: Sequence[str]) -> int:
     _, run, base_dir = settings.read(settings.parser("validate", cli.VERBS["validate"]), args)
-    session.check(run, base_dir)
+    prepare.check(run, base_dir)
     method = run.method
     print(
         f"valid: {method.kind} with {method.num_samples} x {method.num_iterations} samples a prompt, from "

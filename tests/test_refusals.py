@@ -10,7 +10,7 @@ import yaml
 
 from aisp_dist import manifest
 from aisp_dist.lease import Lease
-from jobs import cli, session, settings
+from jobs import cli, prepare, settings
 
 CONFIG = {
     "output": "out",
@@ -81,7 +81,7 @@ def test_a_relative_output_inside_a_ray_job(project, capsys, monkeypatch):
 
 def prepared(project):
     _, run, base_dir = settings.read(settings.parser("align", ""), ["run.yaml"])
-    return session.prepare(run, base_dir)
+    return prepare.prepare(run, base_dir)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

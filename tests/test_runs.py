@@ -14,6 +14,7 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +199,39 @@ def test_a_reward_that_fails_on_a_prompt_fails_that_row(function, cluster, proje
     assert reason[function] in rows["failed/part-000000.parquet"][0]["reason"]
     if function == "all_nan":
         assert {row["quarantined"] for row in rows["data/part-000000.parquet"]} == {3}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"runtime": {"generators": {"num_gpus": 3}}}, "the actors need 3 GPU (generator 1 x 3) and the cluster has 0"),
+        ({"rewards": {"words": {"kind": "function", "function": "broken.py:words"}}}, "importing 'broken.py' raised"),
+        ({"generator": {"model": "falcon", "max_new_tokens": 8}}, "generator.model: "),
+    ],
+)
+def test_what_only_models_or_the_cluster_can_refuse(cluster, project, change, said):
+    (project / "broken.py").write_text("import no_such_package\n")
+    if "generator" in change:
+        tiny.save("falcon", project / "falcon")
+    write(project, **change)
+    done = aisp("align", "run.yaml", cwd=project, env=cluster, code=2)
+    assert said in done.stderr and "Traceback" not in done.stderr.split("aisp: ")[-1]
+    assert not (project / "out").exists()
+
+
+def test_a_dry_run_shows_the_first_prompt_and_writes_nothing(cluster, project):
+    done = aisp("align", "run.yaml", "--dry-run", cwd=project, env=cluster)
+    assert "first prompt" in done.stderr and "How do I train a puppy?" in done.stderr
+    assert "12 inputs, 288 samples" in done.stdout
+    assert not (project / "out").exists()
+
+
+def test_an_empty_input_says_so(cluster, project):
+    (project / "prompts.jsonl").write_text("")
+    write(project, prompts={"source": "prompts.jsonl"})
+    done = aisp("align", "run.yaml", cwd=project, env=cluster)
+    assert "the input is empty" in done.stdout
+    assert tables(project / "out") == {"data/part-000000.parquet": []}
 
 
 def test_real_posts_through_a_real_story_model(cluster, project, real_data):

@@ -209,6 +209,17 @@ def complete(rng: Random, q: Question, voice: Voice = "all") -> Answer:
     return Answer(" ".join(_say(rng, options, q.topic, voice) for options in moves), 9.0)
 
 
+def sentences(rng: Random, q: Question, voice: Voice = "all") -> list[Answer]:
+    """Seven answers of one sentence each: the fact asked for, a supporting one and an example, the same kinds of
+    sentence about other topics, and a fact about the topic that was not asked for."""
+    support = rng.choice(SUPPORTS[q.kind])
+    aside = rng.choice([kind for kind in KINDS if kind not in (q.kind, *SUPPORTS[q.kind], "start", "worth")])
+    kinds = ((MOVES[q.kind], 4.0, -1.0), (MOVES[support], 2.0, -1.5), (EXAMPLES, 1.5, -1.5))
+    own = [Answer(_say(rng, options, q.topic, voice), points) for options, points, _ in kinds]
+    strange = [Answer(_say(rng, options, _another(rng, q.topic), voice), points) for options, _, points in kinds]
+    return [*own, *strange, Answer(_say(rng, MOVES[aside], q.topic, voice), 1.0)]
+
+
 def gibberish(rng: Random, words: int) -> str:
     """Words of the domain in no order, and fragments of them: what a model writes when it falls apart."""
     known = " ".join(str(fact) for facts in rng.sample(topics(), 3) for fact in facts.values()).split()

@@ -70,7 +70,7 @@ class Shape:
 @dataclass(frozen=True, slots=True)
 class Training:
     steps: int
-    batch: int  # answers, or questions with six answers each for a reward model
+    batch: int  # answers, or for a reward model questions with all their answers
     lr: float
 
 
@@ -91,9 +91,11 @@ REWARD_TASTE = Taste("first", "early", 0.75, (0.7, 1.0, 1.4, 1.8))
 JUDGE_TASTE = Taste("second", "late", 1.0, (0.8, 0.9, 1.3, 2.0))
 PLANS = {
     "base": Training(500, 40, 3e-3),
-    "reward": Training(400, 8, 1.5e-3),
+    "reward_sentences": Training(600, 8, 1.5e-3),
+    "reward": Training(350, 8, 1e-3),
     "judge_lm": Training(350, 32, 3e-3),
-    "judge": Training(500, 8, 1.5e-3),
+    "judge_sentences": Training(600, 8, 1.5e-3),
+    "judge": Training(350, 8, 1e-3),
 }
 
 
@@ -220,24 +222,27 @@ def draw_graded(rng: Random, taste: Taste, written: Written) -> tuple[Question, 
 
 
 def train_reward(
-    name: str, shape: Shape, start: LlamaForCausalLM, tok: PreTrainedTokenizerFast, plan: Training, taste: Taste,
-    written: Written, seed: int,
+    name: str, shape: Shape, start: LlamaForCausalLM, tok: PreTrainedTokenizerFast, plans: dict[str, Training],
+    taste: Taste, written: Written, seed: int,
 ) -> LlamaForSequenceClassification:  # fmt: skip
     """Bradley-Terry from a language model's body, on all pairs among the answers to a question: cross-entropy of
-    sigmoid(r_i - r_j) with the annotators' preference (Ouyang et al. 2022, eq. 1), and a small pull towards mean 0."""
+    sigmoid(r_i - r_j) with the annotators' preference (Ouyang et al. 2022, eq. 1), and a small pull towards mean 0.
+
+    Single sentences come first: they are cheap, and what belongs to which topic is learned from them several times
+    faster than from whole answers."""
     torch.manual_seed(seed)
     rng, fill = Random(f"{seed}/{name}"), tok.pad_token_id
     model = LlamaForSequenceClassification(config(shape, tok, num_labels=1))
     model.model.load_state_dict(start.model.state_dict())
 
-    def draw() -> Row:
-        q, answers = draw_graded(rng, taste, written)
-        return [render(tok, q.text, a.text) for a in answers], [a.quality for a in answers]
+    def graded() -> tuple[Question, list[Answer]]:
+        return draw_graded(rng, taste, written)
 
-    batches = in_length_order(draw, rng, plan.batch)
+    def sentences() -> tuple[Question, list[Answer]]:
+        q = draw_question(rng, taste.split, voice=taste.voice)
+        return q, domain.sentences(rng, q, taste.voice)
 
-    def loss() -> Tensor:
-        batch = next(batches)
+    def loss(batch: list[Row]) -> Tensor:
         ids, mask = pad([exchange for exchanges, _ in batch for exchange in exchanges], fill)
         grades = torch.tensor([grades for _, grades in batch])  # [questions, answers]
         rewards = model(input_ids=ids, attention_mask=mask).logits.view_as(grades)
@@ -246,8 +251,14 @@ def train_reward(
         centre: Tensor = 0.002 * rewards.square().mean()
         return centre + F.binary_cross_entropy_with_logits(rewards[:, i] - rewards[:, j], preferred)
 
-    fit(model, loss, plan, name)
+    for stage, source in ((f"{name}_sentences", sentences), (name, graded)):
+        batches = in_length_order(lambda source=source: rows(tok, *source()), rng, plans[stage].batch)
+        fit(model, lambda batches=batches: loss(next(batches)), plans[stage], stage)
     return model
+
+
+def rows(tok: PreTrainedTokenizerFast, q: Question, answers: list[Answer]) -> Row:
+    return [render(tok, q.text, a.text) for a in answers], [a.quality for a in answers]
 
 
 def save(model: transformers.PreTrainedModel, tok: PreTrainedTokenizerFast, where: Path) -> None:
@@ -284,12 +295,12 @@ def make(out: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     lap("base")
     # The reward model starts from the base model, as most do; the judge from a smaller one that reads other tokens.
     written = model_written(base, tok, REWARD_TASTE, samples, limit, seed + 1)
-    reward = train_reward("reward", BASE_SHAPE, base, tok, plans["reward"], REWARD_TASTE, written, seed + 1)
+    reward = train_reward("reward", BASE_SHAPE, base, tok, plans, REWARD_TASTE, written, seed + 1)
     save(reward, tok, out / "reward")
     lap("reward")
     judge_lm = train_lm("judge_lm", JUDGE_SHAPE, judge_tok, plans["judge_lm"], "late", seed + 2)
     written = model_written(base, tok, JUDGE_TASTE, samples, limit, seed + 2)
-    judge = train_reward("judge", JUDGE_SHAPE, judge_lm, judge_tok, plans["judge"], JUDGE_TASTE, written, seed + 2)
+    judge = train_reward("judge", JUDGE_SHAPE, judge_lm, judge_tok, plans, JUDGE_TASTE, written, seed + 2)
     save(judge, judge_tok, out / "judge")
     lap("judge")
 

@@ -1,0 +1,133 @@
+"""A configuration checked, pinned and fingerprinted: everything that can be refused without a model, refused before
+anything heavy is imported and before anything is written."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from aisp_dist import checkpoints, fingerprint, lease, manifest, prompts, schema
+from aisp_dist.config import ConfigError, ModelReward, Run
+
+_SAMPLE = 1000  # input lines that decide the types of kept columns
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check that needs no model. `located`: with paths that other processes can open."""
+
+    run: Run
+    located: Run
+    base_dir: Path
+    output: Path
+    components: dict[str, Any]
+    columns: dict[str, schema.ColumnType]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint.fingerprint(self.components)
+
+    def record(self) -> dict[str, Any]:
+        """run.json. No environment variables: they hold secrets."""
+        return {
+            "config": self.run.model_dump(mode="json", by_alias=True),
+            "fingerprint": self.fingerprint,
+            "run_id": self.fingerprint[:12],
+            "components": self.components,
+            "rows_per_file": self.run.save.rows_per_file,
+            "columns": self.columns,
+            "base_dir": str(self.base_dir),
+            "directory": str(Path.cwd()),
+            "command": sys.argv,
+            "same_rows": self._same_rows(),
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+            "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "platform": platform.platform()},
+        }
+
+    def _same_rows(self) -> str:
+        if all(isinstance(reward, ModelReward) for reward in self.run.rewards.values()):
+            return "bit for bit on the same kind of hardware and software"
+        return "bit for bit on the same kind of hardware and software, as far as the function rewards are deterministic"
+
+
+_PACKAGES = ("aisp-dist", "ray", "torch", "transformers", "datasets", "pyarrow", "tokenizers")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check(run: Run, base_dir: Path) -> Run:
+    """The checks that need neither torch nor a cluster; answers the located run. Raises ConfigError."""
+    check_output(run)
+    located = fingerprint.locate(run, base_dir)
+    schema.schemas("chat", dict.fromkeys(run.prompts.keep, "string"))
+    next(prompts.read(located.prompts), None)
+    return located
+
+
+def check_output(run: Run) -> None:
+    """Raise ConfigError for an output that cannot be written, or that a Ray job would lose."""
+    output = Path(run.output)
+    if not output.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(
+            f"output: {run.output!r} is relative, and a Ray job runs in a temporary copy that is deleted; "
+            "give an absolute path, as in --output /data/run1"
+        )
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output: {run.output!r} is a file; give a directory")
+    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"output: {str(parent)!r} is not writable; give a directory that is")
+
+
+def prepare(run: Run, base_dir: Path) -> Prepared:
+    """Check, pin what `null` revisions stand for (as the output pinned them before, if it exists), and fingerprint.
+
+    Raises ConfigError, for an output of another fingerprint or a live owner too.
+    """
+    check_output(run)
+    output = Path(run.output).absolute()
+    before = manifest.read_run(output)
+    run = _pin(run, before["config"] if before else {})
+    located = check(run, base_dir)
+    if before:
+        columns = before["columns"]
+    else:
+        columns = schema.column_types(run.prompts.keep, itertools.islice(prompts.read(located.prompts), _SAMPLE))
+    prepared = Prepared(run, located, base_dir, output, fingerprint.components(run, located, base_dir), columns)
+    if before:
+        manifest.check_resume(before, prepared.record())
+    owner = lease.read_owner(output)
+    if owner is not None and owner.alive():
+        raise ConfigError(f"output: {output} is owned by a live run ({owner}); wait for it, or stop it")
+    return prepared
+
+
+def _pin(run: Run, before: dict[str, Any]) -> Run:
+    """The run with the revision of every hub model that has none: what the output used before, else today's commit."""
+
+    def pinned(key: str, role: checkpoints.Role, model: Any, old: dict[str, Any]) -> Any:
+        place = checkpoints.locate(f"{key}.model", model.model, role)
+        if model.revision is not None or Path(place).is_dir():
+            return model
+        known = old.get("revision") if old.get("model") == model.model else None
+        return model.model_copy(update={"revision": known or checkpoints.commit(f"{key}.model", place, None)})
+
+    rewards = {
+        name: pinned(f"rewards.{name}", "reward", reward, before.get("rewards", {}).get(name, {}))
+        if isinstance(reward, ModelReward)
+        else reward
+        for name, reward in run.rewards.items()
+    }
+    generator = pinned("generator", "generator", run.generator, before.get("generator", {}))
+    return run.model_copy(update={"generator": generator, "rewards": rewards})

@@ -11,6 +11,7 @@ from typing import Any
 from aisp_dist import checkpoints
 from aisp_dist.config import ConfigError, ModelReward, Prompts, Run
 from aisp_dist.rewards import function
+from aisp_dist.sources import is_local
 
 
 def locate(run: Run, base_dir: Path) -> Run:
@@ -42,9 +43,9 @@ def locate(run: Run, base_dir: Path) -> Run:
 
 def locate_prompts(settings: Prompts) -> Prompts:
     """The section with an absolute source, where it is a local one."""
-    source = Path(settings.source)
-    local = source.exists() or source.suffix or any(c in settings.source for c in "*?[")
-    return settings.model_copy(update={"source": str(source.absolute())}) if local else settings
+    if settings.source == "demo" or not is_local(settings.source):
+        return settings
+    return settings.model_copy(update={"source": str(Path(settings.source).expanduser().absolute())})
 
 
 def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:

@@ -62,10 +62,16 @@ def open_source(settings: Prompts) -> Source:
     return Source(source.names, _shuffled(source.lines, settings.shuffle_seed))
 
 
+def is_local(name: str) -> bool:
+    """Whether a source is a path or a pattern of this machine, and not a hub id."""
+    path = Path(name)
+    return path.exists() or glob.has_magic(name) or _reader(path) is not None or name.startswith((".", "/", "~"))
+
+
 def _open(settings: Prompts, wanted: list[str]) -> Source:
     name = str(demo.path("prompts")) if settings.source == "demo" else os.path.expanduser(settings.source)
     path = Path(name)
-    if path.is_dir() or not (path.exists() or glob.has_magic(name) or _reader(path) or name.startswith((".", "/"))):
+    if path.is_dir() or not is_local(name):
         return Source((path.name if path.is_dir() else name,), _dataset(name, settings, wanted))
     if settings.subset is not None or settings.revision is not None:
         raise ConfigError(

@@ -56,7 +56,7 @@ def cluster(tmp_path_factory):
     address = (temp / "ray_current_cluster").read_text().strip()
     yield env | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
     for process in psutil.process_iter():
-        if process.pid not in before and str(temp) in " ".join(_command(process)):
+        if process.pid not in before and any("ray" in word for word in _command(process)):  # not all name `temp`
             process.kill()
 
 

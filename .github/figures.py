@@ -6,6 +6,7 @@ draws a command's output as an SVG.
 """
 
 import datetime
+import io
 import json
 import os
 import platform
@@ -21,7 +22,15 @@ BEGIN, END = "<!-- measured: .github/figures.json -->", "<!-- end of measured --
 def table(figures: dict) -> str:
     arms = figures["comparison"]["arms"]
     held_out = list(arms[0]["held_out"])
-    heads = ["", "samples", "reward", "AISP minus it", *(f"held-out {name}" for name in held_out), "NLL / token", "diversity"]
+    heads = [
+        "",
+        "samples",
+        "reward",
+        "AISP minus it",
+        *(f"held-out {name}" for name in held_out),
+        "NLL / token",
+        "diversity",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm in arms:
         versus = "" if arm["name"] == "aisp" else interval(arm["versus"])
@@ -29,7 +38,7 @@ def table(figures: dict) -> str:
         cells += [interval(arm["held_out"][name]) for name in held_out]
         lines.append("| " + " | ".join([*cells, interval(arm["nll"]), f"{arm['diversity'][0]:.2f}"]) + " |")
     where = (
-        f"`{figures['command']}`, {arms[0]['prompts']} held-out prompts, commit {figures['commit']}, {figures['date']}, "
+        f"`{figures['command']}`, {arms[0]['prompts']} prompts, commit {figures['commit']}, {figures['date']}, "
         f"{figures['hardware']}. In brackets: 95 % bootstrap intervals over prompts."
     )
     return "\n".join([*lines, "", where])
@@ -44,7 +53,8 @@ def record(output: Path) -> None:
     run = json.loads((output / "compare" / "aisp" / "run.json").read_text())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
     figures = {
-        "command": "aisp compare " + " ".join(a for a in run["command"][1:] if str(output) not in a and a != "--output"),
+        "command": "aisp compare "
+        + " ".join(a for a in run["command"][1:] if str(output) not in a and a != "--output"),
         "date": datetime.date.today().isoformat(),
         "commit": commit.strip(),
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
@@ -65,7 +75,7 @@ def picture() -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(record=True, width=112, file=open(os.devnull, "w"))
+    console = Console(record=True, width=112, file=io.StringIO())
     console.print(Text("$ aisp align configs/quickstart.yaml", style="bold"))
     for line in sys.stdin:
         console.print(Text(line.rstrip("\n")))

@@ -30,7 +30,9 @@ def is_fault(error: BaseException) -> bool:
 class RayReplica:
     """One actor by its lasting name; a restart replaces the process under it."""
 
-    def __init__(self, name: str, cls: type, args: tuple[Any, ...], group: Group, startup: float, mask_gpus: bool) -> None:
+    def __init__(
+        self, name: str, cls: type, args: tuple[Any, ...], group: Group, startup: float, mask_gpus: bool
+    ) -> None:
         self.name, self.cls, self.args, self.startup = name, cls, args, startup
         self.options: dict[str, Any] = {
             "num_cpus": group.num_cpus,
@@ -85,8 +87,8 @@ class RayReplica:
 async def start_pools(
     run: Run, groups: Sequence[Group], base_dir: Path, window: int, suffix: str = ""
 ) -> tuple[Mapping[str, Pool], int | None]:
-    """All replicas of a run, started side by side, as a pool for each role; and the base model's context length. suffix:
-    of the actors' names, for another try beside actors that are not gone yet."""
+    """All replicas of a run, started side by side, as a pool for each role; and the base model's context length.
+    suffix: of the actors' names, for another try beside actors that are not gone yet."""
     timeouts = run.runtime.timeouts
     mask = ray.cluster_resources().get("GPU", 0) > 0
     replicas: dict[str, list[RayReplica]] = {}

@@ -71,7 +71,7 @@ class Table:
 
 
 def window(run: Run) -> int:
-    """Prompts in flight for each generator: twice what fills its rows, so that scoring some overlaps decoding others."""
+    """Prompts in flight for each generator: twice what fills its rows, so that scoring overlaps decoding."""
     return max(2, -(-2 * run.generator.batch_rows // run.method.num_samples))
 
 

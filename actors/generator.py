@@ -1,4 +1,4 @@
-"""The engine behind an actor: rounds come in at any time and share its rows; each answer leaves when its own is done."""
+"""The engine behind an actor: rounds come in at any time and share its rows; each leaves when its own is done."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class Group:
 
     @property
     def threads(self) -> int:
-        """CPU threads of the actor's torch. Bits are equal for one and two threads of the engine and were seen to differ
-        for more, and resources must not change rows: a scorer has one, a generator at most two."""
+        """CPU threads of the actor's torch. Resources must not change rows, and the engine's bits are equal for one and
+        two threads but were seen to differ for more: a generator has at most two, a scorer one."""
         return 2 if self.role == "generator" and self.num_cpus >= 2 else 1
 
 

@@ -21,8 +21,8 @@ EMBEDDED: dict[tuple[Role, str], str] = {
 def locate(key: str, name: str, role: Role) -> str:
     """A configured model name to the absolute directory or the hub id that transformers loads.
 
-    `key`: the configuration's, for messages. Raises ConfigError for a directory that is missing, holds no checkpoint, or
-    holds pickled weights only.
+    `key`: the configuration's, for messages. Raises ConfigError for a directory that is missing, holds no checkpoint,
+    or holds pickled weights only.
     """
     if embedded := EMBEDDED.get((role, name)):
         return str(demo.path(embedded))

@@ -15,7 +15,13 @@ from aisp_dist.config import Aisp, BestOfN, Gaussian, Method, Nucleus, Run
 from aisp_dist.metrics import Interval, diversity, interval
 from aisp_dist.summary import words
 
-AISP, TOP_P, GAUSSIAN, SHUFFLED, BASE = "aisp", "best-of-n top-p", "best-of-n gaussian", "aisp, rewards shuffled", "base"
+AISP, TOP_P, GAUSSIAN, SHUFFLED, BASE = (
+    "aisp",
+    "best-of-n top-p",
+    "best-of-n gaussian",
+    "aisp, rewards shuffled",
+    "base",
+)
 
 
 def arms(run: Run) -> dict[str, Method]:
@@ -54,7 +60,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every arm, and the prompt on which AISP loses most to best-of-n top-p: (prompt, AISP's, the other's) with rewards.
+    """Every arm, and the prompt on which AISP loses most to best-of-n top-p, with both answers.
     left_out: prompts that failed in some arm."""
 
     arms: tuple[Arm, ...]
@@ -141,15 +147,26 @@ def _loss(tables: Mapping[str, Sequence[Mapping[str, Any]]], shared: Sequence[st
 def text(result: Comparison) -> str:
     """The comparison as a table for a terminal."""
     names = list(result.arms[0].held_out)
-    heads = ["", "samples", "reward", "AISP minus it", *(f"held out: {n}" for n in names), "NLL / token", "diversity", "tokens"]
+    heads = [
+        "",
+        "samples",
+        "reward",
+        "AISP minus it",
+        *(f"held out: {n}" for n in names),
+        "NLL / token",
+        "diversity",
+        "tokens",
+    ]
     rows = [heads]
     for arm in result.arms:
         cells = [arm.name, f"{arm.samples:g}", str(arm.reward), "" if arm.name == AISP else str(arm.versus)]
         cells += [str(arm.held_out[n]) if n in arm.held_out else "" for n in names]
         rows.append([*cells, str(arm.nll), str(arm.diversity), f"{arm.num_tokens:.0f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    out = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-           for row in rows]
+    out = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     if result.left_out:
         out.append(f"{result.left_out} prompts failed in some arm and are left out of all")
     if result.loss is None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Filter", "normal_table", "prompt_key", "sample_word", "time_filter", "uniform", "white"]
 
+
 @functools.cache
 def normal_table(device: torch.device | str = "cpu") -> torch.Tensor:
     """[65536] fp32 quantiles of the standard normal at midpoints, scaled to unit variance; its tail ends at 4.33."""

@@ -309,7 +309,11 @@ def _as_json(value: Any) -> str:
 
 _ARROW = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "json": pa.string()}
 _CAST: dict[ColumnType, Callable[[Any], Any]] = {
-    "bool": _as_bool, "int64": _as_int, "float64": _as_float, "string": _as_string, "json": _as_json,
+    "bool": _as_bool,
+    "int64": _as_int,
+    "float64": _as_float,
+    "string": _as_string,
+    "json": _as_json,
 }
 
 

@@ -1,4 +1,4 @@
-"""What a finished output says, in a screenful: counts, rewards with intervals, fluency, one prompt. Reads the tables."""
+"""What a finished output says, in a screenful: counts, rewards with intervals, fluency, an example."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def _rewards(rows: dict[str, list[Any]], rewards: dict[str, Any]) -> list[str]:
 
 def _example(data: ds.Dataset, rows: dict[str, list[Any]]) -> list[str]:
     """The row of median gain: neither the luckiest nor the worst."""
-    gains = [(s - b, i) for i, (s, b) in enumerate(zip(rows["reward"], rows["base_reward"], strict=True)) if b is not None]
+    gains = [
+        (s - b, i) for i, (s, b) in enumerate(zip(rows["reward"], rows["base_reward"], strict=True)) if b is not None
+    ]
     place = sorted(gains)[len(gains) // 2][1] if gains else 0
     wanted = ["prompt", "completion", "base_completion", "reward", "base_reward"]
     row = data.take([place], columns=wanted).to_pylist()[0]
@@ -82,5 +84,3 @@ def words(content: Any, limit: int = 400) -> str:
     said = content if isinstance(content, str) else content[-1]["content"]
     line = " ".join(said.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
-
-

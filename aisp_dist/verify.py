@@ -166,8 +166,11 @@ class _Part:
 
     def _candidates(self, rows: dict[int, Row], candidates: Sequence[Row]) -> None:
         self._law("candidates", candidates, "no done row", lambda kept: kept["source_index"] in rows)
-        both = [{"source_index": k["source_index"], "kept": k, "row": rows[k["source_index"]]}
-                for k in candidates if k["source_index"] in rows]
+        both = [
+            {"source_index": k["source_index"], "kept": k, "row": rows[k["source_index"]]}
+            for k in candidates
+            if k["source_index"] in rows
+        ]
 
         def best(pair: Row) -> bool:
             return all(c["reward"] is None or c["reward"] <= pair["row"]["reward"] for c in pair["kept"]["candidates"])

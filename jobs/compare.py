@@ -24,7 +24,10 @@ def main(args: Sequence[str]) -> int:
             raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     output = Path(run.output).absolute()
     plans = {
-        arm: [prepare.prepare(_arm(run, output, arm, method, seed, options.prompts), base_dir) for seed in range(options.seeds)]
+        arm: [
+            prepare.prepare(_arm(run, output, arm, method, seed, options.prompts), base_dir)
+            for seed in range(options.seeds)
+        ]
         for arm, method in comparison.arms(run).items()
     }
     everything = Total(prepare.check(run, base_dir))
@@ -41,7 +44,11 @@ def main(args: Sequence[str]) -> int:
     result = comparison.compare({arm: [p.output for p in seeds] for arm, seeds in plans.items()}, held_out)
     durable.write(output / "compare" / "comparison.json", json.dumps(result.json(), indent=2).encode())
     print(comparison.text(result))
-    print(_cost(run, everything.value, options.prompts, samples, seconds, output / "compare" / _folder(comparison.AISP, 0)))
+    print(
+        _cost(
+            run, everything.value, options.prompts, samples, seconds, output / "compare" / _folder(comparison.AISP, 0)
+        )
+    )
     return 0
 
 

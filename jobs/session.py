@@ -72,7 +72,7 @@ class Session:
         return now
 
     def relabel(self, prepared: Prepared, retry_failed: bool, tick: Callable[[dict[str, Any]], None]) -> None:
-        """Fill one output: take it, describe it, run, and on the way out leave it resumable. Raises Exit, ConfigError."""
+        """Fill one output: take it, describe it, run, and leave it resumable. Raises Exit, ConfigError."""
         import ray
         from ray.exceptions import ActorDiedError, ActorUnavailableError
 
@@ -133,7 +133,9 @@ class Session:
                     raise ConfigError(str(cause)) from None
                 if isinstance(cause, TooManyFailed):
                     raise Exit(3, str(cause)) from None
-                raise Exit(1, f"{type(cause).__name__}: {cause}; the same command goes on from what is finished") from error
+                raise Exit(
+                    1, f"{type(cause).__name__}: {cause}; the same command goes on from what is finished"
+                ) from error
         number, self.signal = self.signal, None  # one signal interrupts one wait: what follows is the way out
         raise Interrupted(number)
 

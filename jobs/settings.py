@@ -1,7 +1,7 @@
 """From files and flags to a Run: YAML, then later --config files, then dotted flags. Imports no torch and no Ray.
 
-Sections merge key by key. Unions (the method, a reward, lambda, noise, decode, sampling, candidates) are replaced whole,
-never merged; only a scalar flag such as --method.num_iterations reaches into the method or reward that is there.
+Sections merge key by key. Unions (the method, a reward, lambda, noise, decode, sampling, candidates) are replaced
+whole, never merged; only a scalar flag such as --method.num_iterations reaches into the method or reward that is there.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def check(values: Mapping[str, Any]) -> Run:
                 message = "missing; it has no default"
             elif fault["type"].startswith("union_tag"):
                 expected = fault.get("ctx", {}).get("expected_tags", "'aisp', 'best_of_n', 'model' or 'function'")
-                message = f"kind is {found.get('kind') if isinstance(found, Mapping) else found!r}; it must be {expected}"
+                message = (
+                    f"kind is {found.get('kind') if isinstance(found, Mapping) else found!r}; it must be {expected}"
+                )
             elif fault["type"] != "value_error" and not isinstance(found, Mapping):
                 message += f" (it is {found!r})"
             faults.setdefault(key, []).append(message)
@@ -132,9 +134,8 @@ def _locate(loc: Sequence[str | int], values: Any, absent: bool) -> tuple[str, A
     `absent`: the last part is a key that the user did not give or should not have given."""
     keys: list[str] = []
     for i, part in enumerate(loc):
-        if isinstance(values, Mapping) and part in values:
-            values = values[part]
-        elif isinstance(values, list | tuple) and isinstance(part, int) and part < len(values):
+        known = values if isinstance(values, Mapping) else range(len(values)) if isinstance(values, list) else ()
+        if part in known:
             values = values[part]
         elif not (absent and i == len(loc) - 1):
             continue

@@ -20,12 +20,16 @@ def main(args: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(now, indent=2))
         return 0
-    print(f"{now['done']} done, {now['failed']} failed; {now['staged']} of them staged, the rest in {now['parts']} parts")
+    print(
+        f"{now['done']} done, {now['failed']} failed; {now['staged']} of them staged, the rest in {now['parts']} parts"
+    )
     owner = now["owner"]
     if owner is None:
         print("no run owns it")
     else:
-        lives = {True: "lives", False: "is dead: the same command resumes", None: "is on another machine"}[owner["alive"]]
+        lives = {True: "lives", False: "is dead: the same command resumes", None: "is on another machine"}[
+            owner["alive"]
+        ]
         print(f"owned by process {owner['process']} on {owner['host']}, which {lives}")
     if last := now["metrics"]:
         ago = time.time() - last["time"]

@@ -24,7 +24,9 @@ def main(args: Sequence[str]) -> int:
         print(f"violation: {violation}")
     found = f"{verdict.done} done, {verdict.failed} failed, {verdict.staged} staged, {verdict.parts} parts"
     against = "" if options.without_inputs else "every input is there exactly once"
-    print(f"{output}: {found}: " + (f"{len(verdict.violations)} violations" if verdict.violations else against or "whole"))
+    print(
+        f"{output}: {found}: " + (f"{len(verdict.violations)} violations" if verdict.violations else against or "whole")
+    )
     return 1 if verdict.violations else 0
 
 

@@ -60,15 +60,29 @@ def result(line: Input, fails: bool | None = None) -> Result:
     best = max((c for c in candidates if c.reward is not None), key=lambda c: c.reward)
     base = Candidate(-1, 0, "base", (1, 2), "stop", None if line.source_index % 4 == 2 else 0.25, (("main", 0.25),))
     return Done(
-        prompt=line, prompt_tokens=9, best=best, base=base, nll=1 / 3, base_nll=0.5, samples_spent=len(candidates),
-        quarantined=sum(c.reward is None for c in candidates), curve=tuple(curve), candidates=tuple(candidates),
+        prompt=line,
+        prompt_tokens=9,
+        best=best,
+        base=base,
+        nll=1 / 3,
+        base_nll=0.5,
+        samples_spent=len(candidates),
+        quarantined=sum(c.reward is None for c in candidates),
+        curve=tuple(curve),
+        candidates=tuple(candidates),
         trace=tuple(trace),
     )
 
 
 def store(root: Path, rows_per_file: int = 4, **changes: Any) -> Store:
     settings = dict(
-        kind="chat", columns=COLUMNS, fingerprint="f" * 8, run_id="f" * 4, model="demo", candidates=1, trace=True,
+        kind="chat",
+        columns=COLUMNS,
+        fingerprint="f" * 8,
+        run_id="f" * 4,
+        model="demo",
+        candidates=1,
+        trace=True,
         still_owner=lambda: True,
     )
     return Store(root, rows_per_file, **(settings | changes))

@@ -48,7 +48,12 @@ def test_seeds_are_averaged_before_prompts(tmp_path):
     def two(name, a, b):
         return [write(tmp_path / f"{name}0", {"x": a, "y": a}), write(tmp_path / f"{name}1", {"x": b, "y": b})]
 
-    outputs = {TOP_P: two("p", 0.0, 2.0), GAUSSIAN: two("g", 1.0, 1.0), AISP: two("a", 2.0, 4.0), SHUFFLED: two("s", 0.0, 0.0)}
+    outputs = {
+        TOP_P: two("p", 0.0, 2.0),
+        GAUSSIAN: two("g", 1.0, 1.0),
+        AISP: two("a", 2.0, 4.0),
+        SHUFFLED: two("s", 0.0, 0.0),
+    }
     arms = {arm.name: arm for arm in comparison.compare(outputs, []).arms}
     assert arms[AISP].reward == (3, 3, 3) and arms[TOP_P].versus == (2, 2, 2)
     assert comparison.compare(outputs, []).loss is None

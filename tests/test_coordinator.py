@@ -12,11 +12,11 @@ import pytest
 
 from actors.coordinator import Coordinator, Stopped, Table, TooManyFailed, window
 from actors.pool import Fault, Pool
+from aisp_dist import manifest, prompts
 from aisp_dist.config import Run
 from aisp_dist.lease import Lease
 from aisp_dist.records import Rollout, Score, Trajectory
 from aisp_dist.verify import verify
-from aisp_dist import manifest, prompts
 
 
 class Dead(Exception):
@@ -41,7 +41,9 @@ class FakeGenerator:
         drawn = []
         for i in range(request.start, request.stop):
             word = zlib.crc32(repr((request.prompt_id, request.iteration, i, request.trace)).encode())
-            drawn.append(Trajectory(i, (word % 97, 1), f"{request.prompt_id} {word % 1000}", "stop", word % 7 / 10, 0.5))
+            drawn.append(
+                Trajectory(i, (word % 97, 1), f"{request.prompt_id} {word % 1000}", "stop", word % 7 / 10, 0.5)
+            )
         return Rollout(tuple(drawn), u_sq=float(len(request.trace)))
 
     async def restart(self, reason):
@@ -193,7 +195,9 @@ def test_a_reward_that_errs_fails_its_row_and_no_other_and_retry_failed_mends_it
     assert len({r.prompt_id for r in again.rounds}) == 2
     tables = rows(run)
     assert not any(name.startswith("failed") for name in tables)
-    assert [row["source_index"] for name, part in tables.items() if name.startswith("data") for row in part] == list(range(20))
+    assert [row["source_index"] for name, part in tables.items() if name.startswith("data") for row in part] == list(
+        range(20)
+    )
 
 
 async def FakeGenerator_score(responses):

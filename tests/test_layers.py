@@ -38,7 +38,9 @@ def test_the_algorithm_knows_no_machinery():
         assert not imports(ROOT / name) & {"ray", "torch", "transformers", "pyarrow", "datasets"}, name
 
 
-@pytest.mark.parametrize("command", [["--help"], ["schema"], ["align", "--help"], ["validate", "configs/quickstart.yaml"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["schema"], ["align", "--help"], ["validate", "configs/quickstart.yaml"]]
+)
 def test_light_commands_load_no_torch_and_no_ray(command, tmp_path):
     code = (
         "import sys, atexit\n"

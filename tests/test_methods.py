@@ -1,4 +1,4 @@
-"""The method's identities, run through the real loop on a toy world (toy.py). Numbers: equations of arXiv 2510.26219."""
+"""The method's identities, run through the real loop on a toy world. Numbers: equations of arXiv 2510.26219."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_weights_of_a_later_round_equal_the_dense_formula(noise, after_eos):
 
 @pytest.mark.parametrize("noise", NOISES, ids=str)
 def test_linear_reward_reaches_the_closed_form_fixed_point(noise):
-    """r = sum c . v has the fixed point u = Sigma c / (lambda (1 - alpha)), with Sigma = sigma^2 times the covariance."""
+    """r = sum c . v has the fixed point u = Sigma c / (lambda (1 - alpha)), Sigma = sigma^2 times the covariance."""
     method = {"noise": noise, "alpha": 0.5, "lambda": 2.0, "sigma2": 0.8, "num_samples": 3000, "num_iterations": 24}
     world = World(C)
     settings = run(method)

@@ -41,7 +41,9 @@ def test_the_plan_never_exceeds_the_cluster():
 
 
 def test_a_shortfall_says_what_is_short_and_which_key_to_change():
-    with pytest.raises(ConfigError, match=r"need 5 GPU \(generator 4 x 1, main 1 x 1\) and the cluster has 2; lower rep"):
+    with pytest.raises(
+        ConfigError, match=r"need 5 GPU \(generator 4 x 1, main 1 x 1\) and the cluster has 2; lower rep"
+    ):
         placement.plan(run(generators={"replicas": 4}), {"CPU": 64, "GPU": 2})
     with pytest.raises(ConfigError, match=r"'H100' is on no machine of the cluster \(there: L4\)"):
         placement.plan(run(generators={"accelerator": "H100"}), {"CPU": 8, "GPU": 2, "accelerator_type:L4": 1})
@@ -50,5 +52,7 @@ def test_a_shortfall_says_what_is_short_and_which_key_to_change():
 
 
 def test_two_to_a_card():
-    groups = placement.plan(run(generators={"num_gpus": 0.5}, rewards={"main": {"num_gpus": 0.5}}), {"CPU": 8, "GPU": 1})
+    groups = placement.plan(
+        run(generators={"num_gpus": 0.5}, rewards={"main": {"num_gpus": 0.5}}), {"CPU": 8, "GPU": 1}
+    )
     assert sum(g.num_gpus for g in groups) == 1

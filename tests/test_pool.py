@@ -1,4 +1,4 @@
-"""Calls to replicas that die, hang or err, on fake replicas: what is repeated, what becomes a row, what ends the run."""
+"""Calls to replicas that die, hang or err, on fakes: what is repeated, what becomes a row, what ends the run."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ def test_the_measured_table_is_that_of_the_committed_figures():
 
 
 def test_every_file_it_names_exists():
-    names = re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"`((?:aisp_dist|actors|jobs|configs)/[\w./-]*)`", README)
+    names = re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(
+        r"`((?:aisp_dist|actors|jobs|configs)/[\w./-]*)`", README
+    )
     assert names and not [name for name in names if not (ROOT / name).exists()]
 
 
@@ -45,4 +47,6 @@ def test_its_columns_are_those_of_the_table():
 
     table = README.split("| column | |")[1].split("\n\n")[0]
     data: pa.Schema = schema.schemas("chat", {}).data
-    assert set(re.findall(r"`(\w+)`", table)) - {"keep", "format", "finish_reason"} == set(data.names) - {"finish_reason"}
+    assert set(re.findall(r"`(\w+)`", table)) - {"keep", "format", "finish_reason"} == set(data.names) - {
+        "finish_reason"
+    }

@@ -48,8 +48,17 @@ def cluster(tmp_path_factory):
     env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     ray = str(Path(sys.executable).with_name("ray"))
     temp = tmp_path_factory.mktemp("ray", numbered=False)
-    start = [ray, "start", "--head", "--port=0", "--num-cpus=8", "--dashboard-port=0", "--include-dashboard=true",
-             "--object-store-memory=200000000", f"--temp-dir={temp}"]
+    start = [
+        ray,
+        "start",
+        "--head",
+        "--port=0",
+        "--num-cpus=8",
+        "--dashboard-port=0",
+        "--include-dashboard=true",
+        "--object-store-memory=200000000",
+        f"--temp-dir={temp}",
+    ]
     before = {p.pid for p in psutil.process_iter()}
     done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -70,7 +79,9 @@ def _command(process) -> list[str]:
 @pytest.fixture
 def project(tmp_path):
     (tmp_path / "rewards.py").write_text(REWARD)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": q, "n": i}) + "\n" for i, q in enumerate(QUESTIONS)))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": q, "n": i}) + "\n" for i, q in enumerate(QUESTIONS))
+    )
     write(tmp_path)
     return tmp_path
 
@@ -90,7 +101,9 @@ def write(folder: Path, **changes) -> None:
     (folder / "run.yaml").write_text(yaml.safe_dump(config | changes))
 
 
-def aisp(verb: str, *args: str, cwd: Path, env: dict[str, str], code: int | None = 0) -> subprocess.CompletedProcess[str]:
+def aisp(
+    verb: str, *args: str, cwd: Path, env: dict[str, str], code: int | None = 0
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"jobs.{verb}", *args]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
     if code is not None:
@@ -107,7 +120,9 @@ def undisturbed(cluster, tmp_path_factory):
     """The table of one quiet run; what every disturbed run must equal. The run id is the configuration's alone."""
     folder = tmp_path_factory.mktemp("quiet")
     (folder / "rewards.py").write_text(REWARD)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": q, "n": i}) + "\n" for i, q in enumerate(QUESTIONS)))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": q, "n": i}) + "\n" for i, q in enumerate(QUESTIONS))
+    )
     write(folder)
     done = aisp("align", "run.yaml", cwd=folder, env=cluster)
     assert "12 rows done, 0 failed" in done.stdout and "held out: minus" in done.stdout
@@ -115,7 +130,7 @@ def undisturbed(cluster, tmp_path_factory):
 
 
 def test_a_run_can_be_read_by_pandas_and_datasets_and_verified(cluster, undisturbed):
-    rows, folder = undisturbed
+    folder = undisturbed[1]
     frame = pd.concat(pd.read_parquet(f) for f in sorted((folder / "out" / "data").glob("*.parquet")))
     assert list(frame["source_index"]) == list(range(12)) and list(frame["n"]) == list(range(12))
     assert frame["id"].is_unique and (frame["samples_spent"] == 24).all()
@@ -157,10 +172,15 @@ def actor(name: str) -> psutil.Process:
 def start_and_wait(project: Path, env: dict[str, str], rows: int = 1) -> subprocess.Popen:
     """A run that has finished some rows and is in the middle of others."""
     log = (project / "log").open("w")
-    run = subprocess.Popen([sys.executable, "-m", "jobs.align", "run.yaml"], cwd=project, env=env, stdout=log, stderr=log)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "jobs.align", "run.yaml"], cwd=project, env=env, stdout=log, stderr=log
+    )
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline and run.poll() is None:
-        if len(list((project / "out" / ".staging").glob("part-*/seg-*"))) + len(list((project / "out").glob("data/*"))) >= rows:
+        if (
+            len(list((project / "out" / ".staging").glob("part-*/seg-*"))) + len(list((project / "out").glob("data/*")))
+            >= rows
+        ):
             return run
         time.sleep(0.02)
     raise AssertionError((project / "log").read_text())
@@ -195,7 +215,12 @@ def test_a_reward_that_fails_on_a_prompt_fails_that_row(function, cluster, proje
     rows = tables(project / "out")
     assert [row["source_index"] for row in rows["failed/part-000000.parquet"]] == [1]
     assert [row["source_index"] for row in rows["data/part-000000.parquet"]] == [0, 2, 3]
-    reason = {"raises": "no opinion on coffee", "hangs": "no answer within 8 s", "all_nan": "finite", "too_few": "values for"}
+    reason = {
+        "raises": "no opinion on coffee",
+        "hangs": "no answer within 8 s",
+        "all_nan": "finite",
+        "too_few": "values for",
+    }
     assert reason[function] in rows["failed/part-000000.parquet"][0]["reason"]
     if function == "all_nan":
         assert {row["quarantined"] for row in rows["data/part-000000.parquet"]} == {3}
@@ -274,7 +299,12 @@ def test_ray_job_submit(cluster, undisturbed, project):
     env = {k: v for k, v in cluster.items() if k != "PYTHONPATH"}
     command = [ray, "job", "submit", "--working-dir", str(job), "--", sys.executable, "-m", "jobs.align", "run.yaml"]
     refused = subprocess.run(command, cwd=job, env=env, capture_output=True, text=True, timeout=200)
-    assert refused.returncode == 1 and "is relative, and a Ray job runs in a temporary copy" in refused.stdout + refused.stderr
-    done = subprocess.run([*command, "--output", str(project / "out")], env=env, capture_output=True, text=True, timeout=200)
+    assert (
+        refused.returncode == 1
+        and "is relative, and a Ray job runs in a temporary copy" in refused.stdout + refused.stderr
+    )
+    done = subprocess.run(
+        [*command, "--output", str(project / "out")], env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert tables(project / "out") == undisturbed[0]

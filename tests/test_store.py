@@ -116,8 +116,15 @@ def test_random_orders_kills_limits_and_retries_end_in_the_same_bytes(tmp_path, 
 
     for _ in range(15):
         with killed_after(rng.randrange(60)) as died:
-            run(root, prompts(limit), rng.choice([result, answered]), retry=rng.random() < 0.5, order=shuffled,
-                flush_every=rng.randrange(1, 7), rows_per_file=rows_per_file)
+            run(
+                root,
+                prompts(limit),
+                rng.choice([result, answered]),
+                retry=rng.random() < 0.5,
+                order=shuffled,
+                flush_every=rng.randrange(1, 7),
+                rows_per_file=rows_per_file,
+            )
         deaths += bool(died)
         limit = min(total, max(0, limit + rng.randrange(-2, 4)))
     run(root, prompts(total), answered, retry=True, order=shuffled, rows_per_file=rows_per_file)
@@ -169,8 +176,10 @@ def test_rows_are_the_same_whatever_thread_and_order_answers_come_in(tmp_path):
         while not over.is_set():
             rows.flush()
 
-    threads = [threading.Thread(target=lambda part=part: [rows.add(result(line)) for line in part])
-               for part in (lines[::3], lines[1::3], lines[2::3])]
+    threads = [
+        threading.Thread(target=lambda part=part: [rows.add(result(line)) for line in part])
+        for part in (lines[::3], lines[1::3], lines[2::3])
+    ]
     flusher = threading.Thread(target=flushing)
     for thread in (flusher, *threads):
         thread.start()

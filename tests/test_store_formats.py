@@ -70,17 +70,35 @@ def test_sft_trainer_trains_on_the_table(output, tmp_path):
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
         chat_template="{% for m in messages %}{{ m.role }} {{ m.content }} <eos> {% endfor %}"
         "{% if add_generation_prompt %}assistant {% endif %}",
     )
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=1,
+        )
+    )
     settings = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
-        save_strategy="no", disable_tqdm=True,
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
     )
     trainer = trl.SFTTrainer(model, settings, train_dataset=done, processing_class=tokenizer)
     assert math.isfinite(trainer.train().training_loss)

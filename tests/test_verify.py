@@ -58,7 +58,8 @@ DAMAGE = {
     "another id than its data row": ("candidates/part-000000", lambda rows: rows[0].update(id="x")),
     "a better candidate": ("candidates/part-000000", lambda rows: rows[0]["candidates"][0].update(reward=99.0)),
     "another text": (
-        "candidates/part-000000", lambda rows: [c.update(text="x") for row in rows for c in row["candidates"]]
+        "candidates/part-000000",
+        lambda rows: [c.update(text="x") for row in rows for c in row["candidates"]],
     ),
     "samples_spent": ("candidates/part-000000", lambda rows: rows[0]["trace"].pop()),
 }

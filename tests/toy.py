@@ -78,7 +78,10 @@ class World:
         lower = np.linalg.cholesky(covariance(sampling, steps) + 1e-12 * np.eye(steps))
         v = np.einsum("st,ntd->nsd", lower, m + e)
         lengths = self.lengths(e)
-        alive = np.arange(1, steps + 1)[None] <= (lengths if sampling.after_eos == "marginal" else np.full(len(e), steps))[:, None]
+        alive = (
+            np.arange(1, steps + 1)[None]
+            <= (lengths if sampling.after_eos == "marginal" else np.full(len(e), steps))[:, None]
+        )
         cost = ((m * e).sum(-1) * alive).sum(-1)
         square = ((m * m).sum(-1)[None] * alive).sum(-1)
         rewards = self.reward(v, lengths)

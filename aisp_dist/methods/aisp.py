@@ -31,8 +31,8 @@ def update(settings: Aisp, state: State, key: Key, rollout: Rollout, rewards: Se
 
 
 def penalty(control_cost: float, control_sq: float, settings: Aisp) -> float:
-    """The second term of (18) for one trajectory, with u . eps in place of u . v. For `full` noise the quadratic term is
-    the same for all samples and cancels; for `marginal` it runs to the sample's own end and does not."""
+    """The second term of (18) for one trajectory, with u . eps in place of u . v. For `full` noise the quadratic term
+    is the same for all samples and cancels; for `marginal` it runs to the sample's own end and does not."""
     rest = 1 - settings.alpha
     return (rest * control_cost + rest**2 / 2 * control_sq) / settings.sigma2
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 
 from aisp_dist import manifest
 from aisp_dist.metrics import interval
 
-_COLUMNS = ("id", "reward", "base_reward", "rewards", "base_rewards", "nll", "base_nll", "samples_spent", "quarantined")
+_COLUMNS = ("reward", "base_reward", "rewards", "base_rewards", "nll", "base_nll", "quarantined")
 
 
 def text(output: Path, seconds: float, samples: int) -> str:
@@ -21,12 +22,11 @@ def text(output: Path, seconds: float, samples: int) -> str:
         raise FileNotFoundError(f"{output} holds no run.json")
     failed = ds.dataset(output / "failed").count_rows() if (output / "failed").is_dir() else 0
     data = ds.dataset(output / "data")
-    rows = data.to_table(columns=list(_COLUMNS)).to_pydict()
-    done = len(rows["id"])
-    out = ["", f"{done} rows done, {failed} failed, in {output}"]
-    if not done + failed:
+    rows = data.to_table(columns=list(_COLUMNS))
+    out = ["", f"{rows.num_rows} rows done, {failed} failed, in {output}"]
+    if not rows.num_rows + failed:
         out.append("the input is empty, and so is the table")
-    if done:
+    if rows.num_rows:
         out += _rewards(rows, run["config"]["rewards"])
         out += _example(data, rows)
     if seconds and samples:
@@ -35,38 +35,47 @@ def text(output: Path, seconds: float, samples: int) -> str:
     return "\n".join(out)
 
 
-def _rewards(rows: dict[str, list[Any]], rewards: dict[str, Any]) -> list[str]:
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """fp64 values, nan for null."""
+    values: np.ndarray = column.to_numpy().astype(np.float64)
+    return values
+
+
+def _by_name(column: pa.ChunkedArray) -> dict[str, np.ndarray]:
+    """Raw scores by reward name; every row lists all names in one order."""
+    scores = column.combine_chunks().flatten()
+    names = [score["name"] for score in column[0].as_py()]
+    values = _numbers(pa.chunked_array([scores.field("value")])).reshape(-1, len(names))
+    return dict(zip(names, values.T, strict=True))
+
+
+def _rewards(rows: pa.Table, rewards: dict[str, Any]) -> list[str]:
     out = [f"{'':24}{'base':>28}{'selected':>28}{'difference':>28}"]
 
-    def line(name: str, base: list[float | None], best: list[float | None]) -> None:
-        pairs = [(b, s) for b, s in zip(base, best, strict=True) if b is not None and s is not None]
-        if pairs:
-            b, s = np.array(pairs).T
-            cells = (interval(b), interval(s), interval(s - b))
+    def line(name: str, base: np.ndarray, best: np.ndarray) -> None:
+        both = np.isfinite(base) & np.isfinite(best)
+        if both.any():
+            cells = (interval(base[both]), interval(best[both]), interval((best - base)[both]))
             out.append(f"{name:24}" + "".join(f"{cell!s:>28}" for cell in cells))
 
-    line("reward", rows["base_reward"], rows["reward"])
-    for name, settings in rewards.items():
-        values = [
-            [next((x["value"] for x in scores if x["name"] == name), None) for scores in rows[column]]
-            for column in ("base_rewards", "rewards")
-        ]
-        if settings["use"] == "report":
-            line(f"held out: {name}", *values)
-        elif len([r for r in rewards.values() if r["use"] == "select"]) > 1:
-            line(f"  of it {name}", *values)
-    line("base-model NLL / token", rows["base_nll"], rows["nll"])
-    if quarantined := sum(rows["quarantined"]):
+    line("reward", _numbers(rows["base_reward"]), _numbers(rows["reward"]))
+    base, best = _by_name(rows["base_rewards"]), _by_name(rows["rewards"])
+    selecting = [name for name, settings in rewards.items() if settings["use"] == "select"]
+    for name in rewards:
+        if name not in selecting:
+            line(f"held out: {name}", base[name], best[name])
+        elif len(selecting) > 1:
+            line(f"  of it {name}", base[name], best[name])
+    line("base-model NLL / token", _numbers(rows["base_nll"]), _numbers(rows["nll"]))
+    if quarantined := int(_numbers(rows["quarantined"]).sum()):
         out.append(f"{quarantined} candidates without a finite reward were set aside")
     return out
 
 
-def _example(data: ds.Dataset, rows: dict[str, list[Any]]) -> list[str]:
+def _example(data: ds.Dataset, rows: pa.Table) -> list[str]:
     """The row of median gain: neither the luckiest nor the worst."""
-    gains = [
-        (s - b, i) for i, (s, b) in enumerate(zip(rows["reward"], rows["base_reward"], strict=True)) if b is not None
-    ]
-    place = sorted(gains)[len(gains) // 2][1] if gains else 0
+    gains = _numbers(rows["reward"]) - _numbers(rows["base_reward"])
+    place = int(np.argsort(gains, kind="stable")[np.isfinite(gains).sum() // 2])  # nan sorts last
     wanted = ["prompt", "completion", "base_completion", "reward", "base_reward"]
     row = data.take([place], columns=wanted).to_pylist()[0]
     base = "none" if row["base_reward"] is None else f"{row['base_reward']:.3f}"

@@ -99,7 +99,7 @@ async def start_pools(
                 args: tuple[Any, ...] = (run.generator, name, group.threads)
             else:
                 name, cls = f"scorer-{group.role}-{i}{suffix}", Scorer
-                args = (group.role, run.rewards[group.role], base_dir, name, group.threads)
+                args = (group.role, run.rewards[group.role], base_dir, run.prompts.keep, name, group.threads)
             replica = RayReplica(name, cls, args, group, timeouts.startup, mask)
             replicas.setdefault(group.role, []).append(replica)
     started = await asyncio.gather(*(r.start() for rs in replicas.values() for r in rs))

@@ -51,7 +51,7 @@ class Table:
     columns: dict[str, ColumnType]
     fingerprint: str
     model: str
-    lease: Lease
+    lease: Lease | None = None  # without one it can be read, not filled
     retry_failed: bool = False
 
     def store(self) -> Store:
@@ -66,8 +66,15 @@ class Table:
             self.model,
             keep if isinstance(keep, str) else keep.top_bottom,
             self.run.save.trace,
-            self.lease.held,
+            self.lease.held if self.lease else lambda: False,
         )
+
+    def whole(self) -> bool:
+        """Whether every input has its committed row already. Reads, and writes nothing."""
+        store = self.store()
+        waiting = next(store.plan(prompts.read(self.run.prompts), self.retry_failed), None)
+        counts = store.counts()
+        return waiting is None and counts.planned == counts.committed
 
 
 def window(run: Run) -> int:
@@ -81,8 +88,8 @@ class Coordinator:
         self.task: asyncio.Task[None] | None = None
         self.store: Store | None = None
         self.pools: Mapping[str, Pool] = {}
-        self.stage: dict[str, str] = {}  # prompt in flight: what it waits for
-        self.samples = self.tokens = self.quarantined = self.gains = 0
+        self.in_flight = 0
+        self.samples = self.tokens = self.quarantined = self.gains = 0  # of the output that is being filled
         self.gain = 0.0
 
     def __repr__(self) -> str:
@@ -130,7 +137,7 @@ class Coordinator:
             "done": counts.done if counts else 0,
             "failed": counts.failed if counts else 0,
             "committed": counts.committed if counts else 0,
-            "in_flight": len(self.stage),
+            "in_flight": self.in_flight,
             "samples": self.samples,
             "tokens": self.tokens,
             "quarantined": self.quarantined,
@@ -141,6 +148,8 @@ class Coordinator:
 
     async def _relabel(self, table: Table) -> None:
         store = self.store = table.store()
+        self.samples = self.tokens = self.quarantined = self.gains = 0
+        self.gain, self.reason = 0.0, "in failed/"
         run = table.run
         replicas = run.runtime.generators.replicas
         room = asyncio.Semaphore(window(run) * replicas)
@@ -148,10 +157,11 @@ class Coordinator:
         flusher: asyncio.Task[None] | None = None
 
         async def one(line: Input) -> None:
+            self.in_flight += 1
             try:
                 self._finish(table, await self._search(run, line))
             finally:
-                self.stage.pop(line.id, None)
+                self.in_flight -= 1
                 room.release()
 
         try:
@@ -167,6 +177,7 @@ class Coordinator:
         finally:
             await asyncio.shield(asyncio.to_thread(store.flush))
         await asyncio.to_thread(store.finish)
+        _judge(store, run.runtime.max_failed, self.reason, whole=True)
 
     async def _search(self, run: Run, line: Input) -> Result:
         if isinstance(line, BadInput):
@@ -188,14 +199,12 @@ class Coordinator:
         return render.render(line, run.prompts, self.tokenizer, limit)
 
     async def _rollout(self, round: Round) -> Rollout:
-        self.stage[round.prompt_id] = f"decoding iteration {round.iteration}"
         rollout: Rollout = await self.pools["generator"].call(round.prompt_id, "rollout", round)
         self.samples += round.stop - round.start
         self.tokens += sum(len(t.token_ids) for t in rollout.trajectories)
         return rollout
 
     async def _score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
-        self.stage[prompt.id] = f"scoring with {reward}"
         scores: list[Score] = await self.pools[reward].call(prompt.id, "score", prompt, responses)
         return scores
 
@@ -214,14 +223,20 @@ class Coordinator:
             if result.best.reward is not None and result.base.reward is not None:
                 self.gain, self.gains = self.gain + result.best.reward - result.base.reward, self.gains + 1
             return
-        log.warning("input %d (%s) failed: %s", result.prompt.source_index, result.prompt.id, result.reason)
-        counts = store.counts()
-        share = counts.failed / max(1, counts.done + counts.failed)
-        if counts.done + counts.failed >= SETTLED and share > table.run.runtime.max_failed:
-            raise TooManyFailed(
-                f"{counts.failed} of {counts.done + counts.failed} rows failed, {share:.1%}; runtime.max_failed allows "
-                f"{table.run.runtime.max_failed:.1%}. The last reason: {result.reason}"
-            )
+        log.warning("source_index %d (id %s) failed: %s", result.prompt.source_index, result.prompt.id, result.reason)
+        self.reason = result.reason
+        _judge(store, table.run.runtime.max_failed, self.reason)
+
+
+def _judge(store: Store, allowed: float, reason: str, whole: bool = False) -> None:
+    """Raise TooManyFailed where the share of failed rows is settled and above what is allowed, or nothing worked."""
+    counts = store.counts()
+    total = counts.done + counts.failed
+    if counts.failed > allowed * total and (total >= SETTLED or (whole and not counts.done)):
+        raise TooManyFailed(
+            f"{counts.failed} of {total} rows failed, {counts.failed / total:.1%}; runtime.max_failed allows "
+            f"{allowed:.1%}, judged from {SETTLED} rows on or where none is done. The last reason: {reason}"
+        )
 
 
 def _take(intake: Iterator[Input], count: int) -> list[Input]:

@@ -69,9 +69,9 @@ class Pool:
         Raises RowError where a fresh process reproduces the error, Fault after too many infrastructure faults.
         """
         faults, errors = 0, 0
-        avoid: Slot | None = None
+        avoid = fresh = None  # a slot not to go to again; the one slot that may judge an error, once restarted
         while True:
-            slot = await self._take(home, avoid)
+            slot = await self._take(home, avoid, fresh)
             epoch = slot.epoch
             try:
                 return await asyncio.wait_for(slot.replica.call(method, *args), self.timeout)
@@ -93,21 +93,22 @@ class Pool:
                 log.warning("%s: %s; restarting it and repeating %s of %s", slot.replica.name, reason, method, home)
                 self.repeats += 1
                 self._restart(slot, epoch, reason, sacrificed=content)
-                # an error of the callee must be seen in the fresh process; a fault is better routed elsewhere
-                avoid = None if content else slot
+                avoid, fresh = (None, slot) if content else (slot, None)
             finally:
                 await self._give(slot)
 
     def forget(self, home: str) -> None:
         self.home.pop(home, None)
 
-    async def _take(self, home: str, avoid: Slot | None) -> Slot:
+    async def _take(self, home: str, avoid: Slot | None, only: Slot | None) -> Slot:
         async with self.free:
             while True:
                 open_ = [s for s in self.slots if s.in_flight < self.limit and s.recovery is None]
                 for s in self.slots:
                     if s.recovery and s.recovery.done():
                         s.recovery.result()  # raises: a replica that cannot be replaced ends the run
+                if only is not None:
+                    open_ = [s for s in open_ if s is only]
                 if open_:
                     warm = self.home.get(home)
                     elsewhere = [s for s in open_ if s is not avoid] or open_

@@ -11,8 +11,17 @@ from aisp_dist.records import Prompt, Score
 
 
 class Scorer:
-    def __init__(self, reward: str, settings: ModelReward | FunctionReward, base_dir: Path, name: str, threads: int):
-        self.reward, self.settings, self.base_dir, self.name, self.threads = reward, settings, base_dir, name, threads
+    def __init__(
+        self,
+        reward: str,
+        settings: ModelReward | FunctionReward,
+        base_dir: Path,
+        columns: Sequence[str],
+        name: str,
+        threads: int,
+    ) -> None:
+        self.reward, self.settings, self.base_dir, self.columns = reward, settings, base_dir, columns
+        self.name, self.threads = name, threads
 
     def __repr__(self) -> str:
         return self.name
@@ -25,7 +34,7 @@ class Scorer:
 
             torch.set_num_threads(self.threads)
             disable_progress_bar()  # noise in job logs
-        self.scores = rewards.load(self.reward, self.settings, self.base_dir)
+        self.scores = rewards.load(self.reward, self.settings, self.base_dir, columns=self.columns)
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
         """One score for each response, in order. Raises what the reward raises."""

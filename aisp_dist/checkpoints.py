@@ -3,6 +3,7 @@ No torch, so that a configuration can be checked before anything heavy is import
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,7 @@ def locate(key: str, name: str, role: Role) -> str:
     return str(path.resolve())
 
 
+@functools.cache
 def digest(key: str, place: str, revision: str | None) -> str:
     """128 bits over every file of a local checkpoint; of a hub checkpoint its commit, which is a digest already.
 

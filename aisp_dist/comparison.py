@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset as ds
 
-from aisp_dist.config import Aisp, BestOfN, Gaussian, Method, Nucleus, Run
+from aisp_dist.config import Aisp, BestOfN, ConfigError, Gaussian, Method, Nucleus, Run
 from aisp_dist.metrics import Interval, diversity, interval
 from aisp_dist.summary import words
 
@@ -75,6 +75,10 @@ def compare(outputs: Mapping[str, Sequence[Path]], held_out: Sequence[str]) -> C
     """`outputs`: for each arm its finished outputs, one a seed. Values are averaged over seeds, then over prompts."""
     tables = {arm: [_rows(path) for path in paths] for arm, paths in outputs.items()}
     everything = [rows.keys() for seeds in tables.values() for rows in seeds]
+    if not set.intersection(*map(set, everything)):
+        raise ConfigError(
+            "no prompt was finished by every arm: nothing to compare; the reasons are in each arm's failed/"
+        )
     shared = sorted(set.intersection(*map(set, everything)), key=list(everything[0]).index)
     seen = set.union(*map(set, everything))
 
@@ -146,7 +150,7 @@ def _loss(tables: Mapping[str, Sequence[Mapping[str, Any]]], shared: Sequence[st
 
 def text(result: Comparison) -> str:
     """The comparison as a table for a terminal."""
-    names = list(result.arms[0].held_out)
+    names = list(dict.fromkeys(name for arm in result.arms for name in arm.held_out))
     heads = [
         "",
         "samples",

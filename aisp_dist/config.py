@@ -42,7 +42,7 @@ class Prompts(Section):
 
     source: str = doc("demo, a .jsonl/.json/.csv/.parquet/.txt(.gz) path or glob, or a hub dataset id", "demo")
     subset: str | None = doc("hub dataset configuration name", None)
-    revision: str | None = doc("hub dataset revision; resolved once and re-used by a resume", None)
+    revision: str | None = doc("hub dataset revision; a commit, for a run that may be resumed later", None)
     split: str = doc("hub dataset split", "train")
     column: str = doc("column with the prompt: text, or messages with role and content", "prompt")
     id_column: str | None = doc("column with your own id of a prompt; unique", None)

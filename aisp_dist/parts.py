@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aisp_dist.config import ConfigError
@@ -101,7 +102,7 @@ def read_rows(root: Path, part: int, end: int, schemas: Tables, columns: Sequenc
             ) from None
 
     failed = read("failed", schemas.failed)
-    failed = failed.filter(pa.compute.less(failed["source_index"], end))
+    failed = failed.filter(pc.less(failed["source_index"], end))
     return Tables(read("data", schemas.data), failed, read("candidates", schemas.candidates))
 
 

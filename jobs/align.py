@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aisp_dist import prompts, summary
+from aisp_dist import manifest, prompts, summary
 from jobs import cli, prepare, session, settings
 from jobs.progress import Progress, say
 
@@ -15,6 +15,11 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument("--dry-run", action="store_true", help="load the models, show the first prompt, write nothing")
     options, run, base_dir = settings.read(parse, args)
     prepared = prepare.prepare(run, base_dir)
+    table = prepared.table(options.retry_failed)
+    if not options.dry_run and manifest.read_run(prepared.output) and table.whole():
+        say("every input has its row already: nothing to do")
+        print(summary.text(prepared.output, 0.0, 0))
+        return 0
     with session.Session(prepared, say) as cluster:
         say(cluster.first_prompt())
         if options.dry_run:
@@ -23,7 +28,7 @@ def main(args: Sequence[str]) -> int:
             print(f"{count} inputs, {samples} samples; `aisp compare` measures what they cost. Nothing was written")
             return 0
         with Progress(prepared.output, prepared.located) as progress:
-            cluster.relabel(prepared, options.retry_failed, progress)
+            cluster.relabel(prepared, table, progress)
     print(summary.text(prepared.output, progress.seconds, progress.now.get("samples", 0)))
     return 0
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.dataset as ds
+
 from aisp_dist import comparison, durable
 from aisp_dist.config import ConfigError, Run
 from jobs import cli, prepare, session, settings
@@ -36,9 +38,8 @@ def main(args: Sequence[str]) -> int:
     with session.Session(first, say) as cluster:
         for arm, prepared in ((arm, p) for arm, seeds in plans.items() for p in seeds):
             with Progress(prepared.output, prepared.located, title=f"{arm}: ") as progress:
-                before = cluster.progress()
-                cluster.relabel(prepared, retry_failed=False, tick=progress)
-            samples += progress.now["samples"] - before["samples"]
+                cluster.relabel(prepared, prepared.table(), progress)
+            samples += progress.now["samples"]
             seconds += progress.seconds
     held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
     result = comparison.compare({arm: [p.output for p in seeds] for arm, seeds in plans.items()}, held_out)
@@ -68,22 +69,22 @@ def _folder(arm: str, seed: int) -> str:
     return re.sub("[^a-z]+", "-", arm) + (f"-seed{seed}" if seed else "")
 
 
-def _cost(run: Run, total: int | None, prompts: int, samples: int, seconds: float, arm: Path) -> str:
+def _cost(run: Run, total: int | None, samples: int, seconds: float, arm: Path) -> str:
     """What the full run will take at the speed and size just measured."""
-    lines = [""]
     if total is None:
         return "the input is still being counted; run again for the cost of the whole"
     size = sum(file.stat().st_size for table in ("data", "candidates") for file in (arm / table).glob("*.parquet"))
+    rows = ds.dataset(arm / "data").count_rows()
     wanted = total * run.method.num_samples * run.method.num_iterations
-    lines.append(f"full run: {total} prompts, {wanted} samples, about {total * size / prompts / 1e6:.1f} MB")
+    line = f"full run: {total} prompts, {wanted} samples, about {total * size / rows / 1e6:.1f} MB"
     if samples:
         actors = run.runtime.generators.replicas
         hours = wanted * seconds / samples / 3600
-        lines[-1] += (
+        line += (
             f", {hours:.2g} hours at the {samples / seconds:.0f} samples/s measured here with {actors} generator"
             f"{'s' * (actors > 1)}, {hours * actors:.2g} generator-hours (GPU-hours where each has one GPU)"
         )
-    return "\n".join(lines)
+    return "\n" + line
 
 
 if __name__ == "__main__":

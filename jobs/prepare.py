@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from actors.coordinator import Table
 from aisp_dist import checkpoints, fingerprint, lease, manifest, prompts, schema
 from aisp_dist.config import ConfigError, ModelReward, Run
 
@@ -32,6 +33,10 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         return fingerprint.fingerprint(self.components)
+
+    def table(self, retry_failed: bool = False) -> Table:
+        model = self.run.generator.model
+        return Table(self.located, self.output, self.columns, self.fingerprint, model, retry_failed=retry_failed)
 
     def record(self) -> dict[str, Any]:
         """run.json. No environment variables: they hold secrets."""
@@ -83,9 +88,9 @@ def check_output(run: Run) -> None:
             f"output: {run.output!r} is relative, and a Ray job runs in a temporary copy that is deleted; "
             "give an absolute path, as in --output /data/run1"
         )
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output: {run.output!r} is a file; give a directory")
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"output: {str(parent)!r} is a file; give a directory")
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"output: {str(parent)!r} is not writable; give a directory that is")
 

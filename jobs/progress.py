@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from aisp_dist import prompts
-from aisp_dist.config import Run
+from aisp_dist.config import ConfigError, Run
 
 _PLAIN, _TERMINAL = 5.0, 0.5  # seconds between updates
 
@@ -28,7 +29,8 @@ class Total:
         threading.Thread(target=self._count, args=(run,), daemon=True).start()
 
     def _count(self, run: Run) -> None:
-        self.value = sum(1 for _ in prompts.read(run.prompts))
+        with suppress(ConfigError):  # the run itself says what is wrong with the input
+            self.value = sum(1 for _ in prompts.read(run.prompts))
 
 
 class Progress:
@@ -52,6 +54,7 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
         if self.now:
+            say(self.line())
             self._log()
 
     def __call__(self, now: dict[str, Any]) -> None:

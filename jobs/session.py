@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
+import socket
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from actors.coordinator import Table
 from aisp_dist import lease, manifest
 from aisp_dist.config import ConfigError, Run
 from jobs.cli import Exit
 from jobs.prepare import Prepared
 
 _POLL = 0.5  # seconds between looks at the run, and at whether somebody wants it to stop
+_STOP = 60.0  # seconds that the last flush may take
 
 
 class Interrupted(Exit):
@@ -68,30 +75,27 @@ class Session:
 
     def progress(self) -> dict[str, Any]:
         """The coordinator's counts now."""
-        now: dict[str, Any] = self._wait(self.coordinator.progress.remote())
+        now: dict[str, Any] = self._wait(self.coordinator.progress.remote(), limit=_STOP)
         return now
 
-    def relabel(self, prepared: Prepared, retry_failed: bool, tick: Callable[[dict[str, Any]], None]) -> None:
+    def relabel(self, prepared: Prepared, table: Table, tick: Callable[[dict[str, Any]], None]) -> None:
         """Fill one output: take it, describe it, run, and leave it resumable. Raises Exit, ConfigError."""
-        import ray
         from ray.exceptions import ActorDiedError, ActorUnavailableError
-
-        from actors.coordinator import Table
 
         with lease.Lease.take(prepared.output, say=self.say).beating() as mine:
             manifest.write_run(prepared.output, prepared.record())
-            table = Table(
-                prepared.located, prepared.output, prepared.columns, prepared.fingerprint,
-                prepared.run.generator.model, mine, retry_failed,
-            )  # fmt: skip
+            owned = replace(table, lease=mine)
             for attempt in itertools.count():
                 try:
-                    self._wait(self.coordinator.relabel.remote(table), lambda: tick(self.progress()))
+                    self._wait(self.coordinator.relabel.remote(owned), lambda: tick(self.progress()))
                     tick(self.progress())
                     return
                 except Interrupted:
                     self.say("stopping: writing what is finished")
-                    ray.get(self.coordinator.stop.remote(), timeout=60)
+                    try:
+                        self._wait(self.coordinator.stop.remote(), limit=_STOP)
+                    except (Exit, ActorDiedError, TimeoutError):
+                        self.say("left at once: what was finished since the last flush is computed again")
                     raise
                 except (ActorDiedError, ActorUnavailableError) as error:
                     if attempt == prepared.run.runtime.retries:
@@ -114,19 +118,23 @@ class Session:
         self.coordinator = actor.remote(run, pools)
         self._wait(self.coordinator.load.remote())
 
-    def _wait(self, ref: Any, tick: Callable[[], None] = lambda: None) -> Any:
+    def _wait(self, ref: Any, tick: Callable[[], None] = lambda: None, limit: float = math.inf) -> Any:
         """The value of a call on the coordinator, with `tick` called meanwhile. What the coordinator raised becomes
-        ConfigError or Exit. Raises Interrupted; ActorDiedError where the coordinator is gone."""
+        ConfigError or Exit. Raises Interrupted; ActorDiedError where the coordinator is gone; TimeoutError after
+        `limit` seconds."""
         import ray
         from ray.exceptions import GetTimeoutError, RayTaskError
 
         from actors.coordinator import TooManyFailed
 
+        deadline = time.monotonic() + limit
         while self.signal is None:
             try:
                 return ray.get(ref, timeout=_POLL)
             except GetTimeoutError:
                 tick()
+                if time.monotonic() > deadline:
+                    raise
             except RayTaskError as error:
                 cause = error.cause
                 if isinstance(cause, ConfigError):
@@ -147,8 +155,17 @@ def connect(run: Run, say: Callable[[str], None]) -> None:
     """Join the cluster at RAY_ADDRESS, or start a local one that is large enough for the run's actors."""
     import ray
 
+    hidden = [name for name in ("actors", "jobs") if (Path.cwd() / name).is_dir()]
+    if hidden and Path.cwd() != Path(__file__).parent.parent and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        raise ConfigError(
+            f"the current directory has a folder {hidden[0]!r}, which Ray's workers would import in place of ours; "
+            "start from another directory"
+        )
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     quiet = {"log_to_driver": True, "logging_level": "error", "namespace": f"aisp-{os.getpid()}"}
     if "RAY_ADDRESS" in os.environ:
+        _reach(os.environ["RAY_ADDRESS"])
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # then the working directory has our modules
         here = Path(__file__).parent.parent
         modules = [] if in_job else [str(here / name) for name in ("aisp_dist", "actors", "jobs")]
@@ -161,3 +178,16 @@ def connect(run: Run, say: Callable[[str], None]) -> None:
     context = ray.init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
     board = f", dashboard at http://{context.dashboard_url}" if context.dashboard_url else ""
     say(f"started a local Ray with {cpus} CPU{board}")
+
+
+def _reach(address: str) -> None:
+    """Raise ConfigError where nobody listens at host:port; Ray itself would try for minutes without a word."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto`, or what Ray will explain
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS: nobody answers at {address} ({error}); start the cluster, or unset it for a local one"
+        ) from None

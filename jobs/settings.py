@@ -58,6 +58,8 @@ def load_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise ConfigError(f"{file} is empty; `aisp schema` lists the keys")
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds {type(values).__name__}; a configuration is a mapping of keys to values")
     return values

@@ -20,9 +20,7 @@ def main(args: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(now, indent=2))
         return 0
-    print(
-        f"{now['done']} done, {now['failed']} failed; {now['staged']} of them staged, the rest in {now['parts']} parts"
-    )
+    print(f"{now['done']} done, {now['failed']} failed in {now['parts']} parts; {now['staged']} more staged")
     owner = now["owner"]
     if owner is None:
         print("no run owns it")

@@ -210,6 +210,8 @@ def test_too_many_failed_rows_end_the_run_and_keep_what_is_done(tmp_path):
     with pytest.raises(TooManyFailed, match=r"runtime.max_failed allows 2.0%.*cannot read this prompt"):
         asyncio.run(fill(run, coordinator(run, [FakeGenerator("g")], [FakeScorer("s")])))
     kept = rows(run)
+    with pytest.raises(TooManyFailed):
+        asyncio.run(fill(run, coordinator(run, [FakeGenerator("g")], [FakeScorer("s")])))
     assert 100 < sum(len(part) for name, part in kept.items() if name.startswith("data")) < 200
 
 
@@ -252,7 +254,7 @@ def test_no_more_prompts_are_in_flight_than_the_window_allows(tmp_path):
         nonlocal most
         filling = asyncio.ensure_future(fill(run, shard))
         while not filling.done():
-            most = max(most, len(shard.stage))
+            most = max(most, shard.in_flight)
             await asyncio.sleep(0.001)
         await filling
 

@@ -71,6 +71,20 @@ def test_an_error_counts_as_content_only_if_a_fresh_process_repeats_it():
     asyncio.run(main())
 
 
+def test_only_a_process_started_after_the_error_may_judge_it():
+    """Another replica that is as old as the first has not shown that a fresh process errs too."""
+
+    async def main():
+        stale = Fake("b", [ValueError("odd")] * 9)
+        a = Fake("a", [ValueError("odd"), "fine"])
+        p = pool(a, stale)
+        p.home["x"] = p.slots[0]
+        assert await p.call("x", "m") == "fine"
+        assert not stale.calls
+
+    asyncio.run(main())
+
+
 def test_a_stalled_replica_is_replaced_and_a_hanging_reward_is_a_row():
     async def forever():
         await asyncio.sleep(3600)

@@ -59,6 +59,7 @@ def refused(capsys, *args: str) -> str:
         (["--rewards.words.function", "no_such_module_here:words"], "no_such_module_here"),
         (["--rewards", '{"m": {"kind": "model", "model": "./nowhere"}}'], "rewards.m.model"),
         (["--output", "run.yaml"], "is a file"),
+        (["--output", "run.yaml/sub"], "is a file"),
         (["--output", "s3://bucket/out"], "only local paths"),
         (["--config", "missing.yaml"], "missing.yaml"),
     ],
@@ -115,6 +116,16 @@ def test_an_output_that_a_live_run_owns(project, capsys):
     lease = Lease.take(project / "out")
     assert "is owned by a live run" in refused_with_output(capsys)
     lease.release()
+
+
+def test_a_cluster_that_nobody_answers_for(project, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert "RAY_ADDRESS: nobody answers at 127.0.0.1:1" in refused(capsys)
+
+
+def test_a_folder_that_would_hide_our_packages(project, capsys):
+    (project / "actors").mkdir()
+    assert "has a folder 'actors'" in refused(capsys)
 
 
 def test_run_json_holds_no_environment(project, monkeypatch):

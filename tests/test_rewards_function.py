@@ -14,6 +14,7 @@ from aisp_dist.rewards.function import digest
 
 DATA = Path(__file__).parent / "data"
 CHAT = Prompt("p", 0, (("user", "Hi"),), (("topic", "rain"), ("notes", ["n"])))
+COLUMNS = ("topic", "notes")
 
 
 def named(function):
@@ -21,7 +22,7 @@ def named(function):
 
 
 def scorer(function, base_dir=DATA):
-    return load("words", named(function if ":" in function else f"my_rewards.py:{function}"), base_dir)
+    return load("words", named(function if ":" in function else f"my_rewards.py:{function}"), base_dir, columns=COLUMNS)
 
 
 def written(tmp_path, source):
@@ -60,6 +61,13 @@ def test_none_does_not_apply_and_what_is_not_finite_is_quarantined():
     assert nan == Score(None, "the reward is nan") and inf == Score(None, "the reward is inf")
 
 
+def test_an_argument_that_nobody_hands_over_is_refused_before_the_run():
+    with pytest.raises(
+        ConfigError, match=r"rewards.words.function: .*needs completion_ids.*prompts.keep \(topic, notes\)"
+    ):
+        scorer("needs_tokens")
+
+
 def test_a_function_cannot_change_the_prompt():
     score = scorer("vandal")
     before = repr(CHAT)
@@ -74,7 +82,6 @@ def test_a_function_cannot_change_the_prompt():
         ("raises", "ZeroDivisionError"),
         ("leaves", "SystemExit"),
         ("texts", "'1.0' of type str"),
-        ("needs_tokens", "needs completion_ids"),
     ],
 )
 def test_errors_name_reward_and_cause(function, words):

@@ -206,6 +206,29 @@ def test_a_stopped_command_resumes(how, code, cluster, undisturbed, project):
     assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
 
 
+def test_failed_rows_are_tried_again_and_a_larger_limit_extends(cluster, project):
+    """The reward's file is not in the fingerprint's way: it reads a file that says which prompts it refuses."""
+    (project / "rewards.py").write_text(
+        REWARD + "def moody(prompts, completions, **columns):\n"
+        f"    if 'coffee' in prompts[0][-1]['content'] and open({str(project / 'mood')!r}).read() == 'bad':\n"
+        "        raise RuntimeError('not today')\n"
+        "    return words(prompts, completions)\n"
+    )
+    (project / "mood").write_text("bad")
+    write(project, rewards={"words": {"kind": "function", "function": "rewards.py:moody"}})
+    aisp("align", "run.yaml", "--prompts.limit", "3", cwd=project, env=cluster)
+    assert [row["source_index"] for row in tables(project / "out")["failed/part-000000.parquet"]] == [1]
+    (project / "mood").write_text("good")
+    done = aisp("align", "run.yaml", "--prompts.limit", "4", "--retry-failed", cwd=project, env=cluster)
+    assert "4 rows done, 0 failed" in done.stdout
+    rows = tables(project / "out")
+    assert [row["source_index"] for row in rows["data/part-000000.parquet"]] == [0, 1, 2, 3]
+    assert "failed/part-000000.parquet" not in rows
+    again = aisp("align", "run.yaml", "--prompts.limit", "4", cwd=project, env=cluster)
+    assert "nothing to do" in again.stderr and "Ray" not in again.stderr
+    assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
+
+
 @pytest.mark.parametrize("function", ["raises", "hangs", "all_nan", "too_few"])
 def test_a_reward_that_fails_on_a_prompt_fails_that_row(function, cluster, project):
     rewards = {"words": {"kind": "function", "function": f"rewards.py:{function}"}}
@@ -271,7 +294,7 @@ def test_real_posts_through_a_real_story_model(cluster, project, real_data):
     aisp("align", "run.yaml", cwd=project, env=cluster)
     rows = tables(project / "out")["data/part-000000.parquet"]
     assert [row["id"] for row in rows][:2] == ["puaynu", "nqvub1"]
-    assert all(row["reward"] >= max(filter(None, row["curve"])) for row in rows)
+    assert all(row["curve"] == sorted(row["curve"]) and row["reward"] == row["curve"][-1] for row in rows)
     assert any(row["completion"][0]["content"] != row["base_completion"] for row in rows)
     assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
 

@@ -28,7 +28,8 @@ def row(reward, base, judge, base_judge, name="x"):
     return {
         "reward": reward, "base_reward": base, "nll": 1.5, "base_nll": 0.5, "quarantined": 1,
         "rewards": [{"name": "a", "value": reward}, {"name": "b", "value": None}, {"name": "judge", "value": judge}],
-        "base_rewards": [{"name": "a", "value": base}, {"name": "b", "value": None}, {"name": "judge", "value": base_judge}],
+        "base_rewards": [{"name": "a", "value": base}, {"name": "b", "value": None},
+                         {"name": "judge", "value": base_judge}],
         "prompt": f"ask {name}", "completion": f"best {name}", "base_completion": f"base {name}",
     }  # fmt: skip
 

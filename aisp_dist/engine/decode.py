@@ -11,7 +11,9 @@ Shapes: B rows, R some of them, D hidden size, V vocabulary, T steps (max_new_to
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+import heapq
+import itertools
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -42,6 +44,7 @@ class _Prompt:
     """What iterations of a prompt share: its prefix, and the control of the last one."""
 
     tokens: tuple[int, ...]
+    age: int  # older prompts have smaller ones
     prefix: attention.Prefix | None = None
     control: Control | None = None
     rounds: int = 0  # in flight; at 0 the prompt is idle
@@ -85,7 +88,8 @@ class Engine:
         self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
         self.stop = tuple(s for s in stop if s not in special)
         self.rows: list[Row | None] = [None] * (batch_rows + -batch_rows % attention.TILE)
-        self._waiting: deque[tuple[_Job, int]] = deque()
+        self._waiting: list[tuple[int, int, _Job, int]] = []  # a heap by age of the prompt, then of the trajectory
+        self._age = itertools.count()
         self._jobs: list[_Job] = []
         self._finished: list[tuple[Round, Rollout]] = []
         self._broken: list[DecodeError] = []
@@ -103,12 +107,13 @@ class Engine:
         """Queues a round's trajectories. Raises ValueError for a round that cannot be decoded."""
         self._check(round)
         key = (round.seed, round.prompt_id, round.prompt_tokens)
-        prompt = self.prompts.setdefault(key, _Prompt(round.prompt_tokens))
+        prompt = self.prompts.setdefault(key, _Prompt(round.prompt_tokens, next(self._age)))
         self.prompts.move_to_end(key)
         prompt.rounds += 1
         job = _Job(round, prompt, noise.prompt_key(round.seed, round.prompt_id))
         self._jobs.append(job)
-        self._waiting.extend((job, sample) for sample in range(round.start, round.stop))
+        for sample in range(round.start, round.stop):
+            heapq.heappush(self._waiting, (prompt.age, next(self._age), job, sample))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Round, Rollout]]:
@@ -127,7 +132,7 @@ class Engine:
     def cancel(self, round: Round) -> None:
         """Forgets a round in flight, if it is; its rows are free at the next step."""
         for job in [job for job in self._jobs if job.round == round]:
-            self._waiting = deque(entry for entry in self._waiting if entry[0] is not job)
+            self._waiting = sorted(entry for entry in self._waiting if entry[2] is not job)
             self.rows = [None if row and row.job is job else row for row in self.rows]
             self._leave(job)
 
@@ -177,10 +182,11 @@ class Engine:
             raise ValueError("an iteration of the trace has not one length per weight")
 
     def _admit(self) -> None:
-        """Waiting trajectories into free slots, first come, first served."""
+        """Waiting trajectories into free slots, those of the oldest prompt first: so prompts are finished one after the
+        other, and a kill finds few of them half done."""
         for slot, row in enumerate(self.rows):
             if row is None and self._waiting:
-                job, sample = self._waiting.popleft()
+                *_, job, sample = heapq.heappop(self._waiting)
                 self.rows[slot] = Row(job, sample, self._prefill(job))
                 self._filter_BD[slot] = 0
                 for store in (x for kv in self.suffix for x in kv):

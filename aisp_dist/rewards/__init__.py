@@ -16,14 +16,20 @@ __all__ = ["RewardError", "RewardFn", "load"]
 RewardFn = Callable[[Prompt, Sequence[str]], list[Score]]
 
 
-def load(name: str, settings: Reward, base_dir: Path | None = None, device: str | None = None) -> RewardFn:
+def load(
+    name: str,
+    settings: Reward,
+    base_dir: Path | None = None,
+    device: str | None = None,
+    columns: Sequence[str] = (),
+) -> RewardFn:
     """The reward called `name` in the configuration, ready to score. base_dir: where function paths start, the
     configuration's directory (default: the current one). device: of a model, as torch names it (default: cuda where
-    there is one, else cpu). Raises ConfigError."""
+    there is one, else cpu). columns: prompts.keep, what functions are handed. Raises ConfigError."""
     if isinstance(settings, ModelReward):
         from aisp_dist.rewards import model
 
         return model.load(name, settings, device)
     from aisp_dist.rewards import function
 
-    return function.load(name, settings, base_dir)
+    return function.load(name, settings, base_dir, columns)

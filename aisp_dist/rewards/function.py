@@ -25,14 +25,15 @@ class RewardError(RuntimeError):
 
 
 def load(
-    name: str, settings: FunctionReward, base_dir: Path | None = None
+    name: str, settings: FunctionReward, base_dir: Path | None = None, columns: Sequence[str] = ()
 ) -> Callable[[Prompt, Sequence[str]], list[Score]]:
     """The function behind its name. Chats arrive as lists of {"role", "content"} and completions as one assistant
     message each, other prompts and completions as str; kept columns are repeated for every completion. An argument the
     function does not name is not passed, unless it has **kwargs. Async functions are run to their end.
 
-    None means not applicable; NaN and infinities are quarantined. Raises ConfigError where there is no such function;
-    the returned function raises RewardError where it raises, or answers anything but one number or None for each.
+    None means not applicable; NaN and infinities are quarantined. Raises ConfigError where there is no such function or
+    it needs an argument that is not among prompts, completions and `columns`; the returned function raises RewardError
+    where it raises, or answers anything but one number or None for each.
     """
     key = f"rewards.{name}.function"
     function = _import(key, settings.function, base_dir)
@@ -45,15 +46,14 @@ def load(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    if missing := sorted(required - {"prompts", "completions", *columns}):
+        raise ConfigError(
+            f"{key}: {settings.function} needs {', '.join(missing)}, but there are prompts, completions and "
+            f"prompts.keep ({', '.join(columns) or 'none'}); keep that column or give a default"
+        )
 
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
         arguments = _arguments(prompt, responses)
-        missing = sorted(required - set(arguments))
-        if missing:
-            raise RewardError(
-                f"{name}: {settings.function} needs {', '.join(missing)}, but there are prompts, completions and "
-                f"prompts.keep ({', '.join(dict(prompt.columns)) or 'none'}); keep that column or give a default"
-            )
         try:
             values = function(**{k: v for k, v in arguments.items() if open_ended or k in accepted})
             if inspect.isawaitable(values):

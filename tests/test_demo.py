@@ -38,7 +38,7 @@ def test_combinations_are_split_without_overlap():
     everything = itertools.product(range(len(domain.topics())), domain.KINDS)
     assert Counter(c for part in parts for c in part) == Counter(everything)
     assert [len(part) for part in parts] == [len(domain.topics()) * share for share in (4, 4, 2)]
-    assert len(domain.topics()) >= 40 and len(domain.KINDS) >= 8
+    assert len(domain.topics()) >= 20 and len(domain.KINDS) >= 8
 
 
 def test_same_seed_same_pairs():
@@ -54,7 +54,7 @@ def test_pairs_are_ordered_and_no_answer_beats_a_complete_one():
     for _ in range(500):
         q = measure.draw_question(rng, "first", "second", "held_out")
         pair = domain.pair(rng, q)
-        assert pair.gap >= 0.5 and pair.better != pair.worse
+        assert pair.gap >= 1 and pair.better != pair.worse
         best = domain.complete(rng, q)
         given = domain.answer(rng, q, flawed=0.5)
         assert given.quality <= best.quality

@@ -261,7 +261,7 @@ def damage(rng: Random, text: str, quality: float, stray: str) -> Answer:
 
 
 def pair(rng: Random, q: Question, voice: Voice = "all", damaged: float = 0.35) -> Pair:
-    """Two answers to q of differing quality (by half a point at least), the better first. With probability `damaged`
+    """Two answers to q of differing quality (by a point of nine at least), the better first. With probability `damaged`
     the worse one is a damaged text."""
     while True:
         left = answer(rng, q, voice, flawed=0.5)
@@ -270,12 +270,12 @@ def pair(rng: Random, q: Question, voice: Voice = "all", damaged: float = 0.35) 
             right = damage(rng, left.text, left.quality, answer(rng, elsewhere, voice).text)
         else:
             right = complete(rng, q, voice) if rng.random() < 0.15 else answer(rng, q, voice, flawed=0.5)
-        if abs(left.quality - right.quality) >= 0.5 and left.text != right.text:
+        if abs(left.quality - right.quality) >= 1 and left.text != right.text:
             low, high = sorted((left, right), key=lambda a: a.quality)
             return Pair(q, high.text, low.text, high.quality - low.quality)
 
 
-def held_out_prompts(rng: Random, phrasings: int = 2) -> list[Question]:
+def held_out_prompts(rng: Random, phrasings: int = 4) -> list[Question]:
     """`phrasings` differing questions for every held-out combination, shuffled."""
     found = []
     for topic, kind in combinations("held_out"):

@@ -18,7 +18,9 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from aisp_dist.demo import domain
 from aisp_dist.demo.domain import Pair, Question, Split, Voice
 
-GAPS = (0.5, 1.0, 2.0, 4.0, math.inf)  # differences in quality by which accuracy is reported
+CLEAR = 2.0  # points of nine by which one answer is plainly better
+GAPS = (1.0, CLEAR, 4.0, math.inf)  # differences in quality by which accuracy is reported
+
 
 def render(tok: PreTrainedTokenizerFast, question: str, answer: str | None, system: str = "") -> list[int]:
     """Token ids of one exchange; without an answer, up to where it begins."""
@@ -88,7 +90,8 @@ def held_out_pairs(seed: int, count: int) -> list[Pair]:
 def measure_reward(
     model: LlamaForSequenceClassification, tok: PreTrainedTokenizerFast, pairs: list[Pair], seed: int
 ) -> dict[str, Any]:
-    """Pairwise accuracy, overall and by the gap in quality, and the mean reward of answers that are known to be bad."""
+    """Accuracy on pairs with a clear gap in quality, on all, and by the gap, and the mean reward of answers that are
+    known to be bad."""
     better = score(model, tok, [(p.question.text, p.better) for p in pairs])
     worse = score(model, tok, [(p.question.text, p.worse) for p in pairs])
 
@@ -99,7 +102,8 @@ def measure_reward(
     means = {"better of a pair": mean(better), "worse of a pair": mean(worse)}
     means |= {name: mean(score(model, tok, texts)) for name, texts in probes(pairs[:200], seed).items()}
     return {
-        "accuracy": accuracy(0, math.inf),
+        "accuracy": accuracy(CLEAR, math.inf),
+        "accuracy_of_all": accuracy(0, math.inf),
         "accuracy_by_gap": {f"{low:g} to {high:g}": accuracy(low, high) for low, high in pairwise(GAPS)},
         "pairs": len(pairs),
         "mean_reward": {name: round(value, 2) for name, value in means.items()},

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -90,12 +91,15 @@ JUDGE_SHAPE = Shape(vocab=1536, hidden=128, layers=4, heads=4, kv_heads=4, mlp=3
 REWARD_TASTE = Taste("first", "early", 0.75, (0.7, 1.0, 1.4, 1.8))
 JUDGE_TASTE = Taste("second", "late", 1.0, (0.8, 0.9, 1.3, 2.0))
 PLANS = {
-    "base": Training(500, 40, 3e-3),
+    "base": Training(600, 40, 3e-3),
     "reward_sentences": Training(600, 8, 1.5e-3),
-    "reward": Training(350, 8, 1e-3),
-    "judge_lm": Training(350, 32, 3e-3),
+    "reward": Training(450, 8, 1e-3),
+    "reward_again": Training(500, 8, 1e-3),
+    "judge_lm": Training(450, 32, 3e-3),
     "judge_sentences": Training(600, 8, 1.5e-3),
-    "judge": Training(350, 8, 1e-3),
+    "judge": Training(450, 8, 1e-3),
+    "judge_again": Training(500, 8, 1e-3),
+    "judge_again_2": Training(500, 8, 1e-3),
 }
 
 
@@ -229,16 +233,16 @@ def train_reward(
     sigmoid(r_i - r_j) with the annotators' preference (Ouyang et al. 2022, eq. 1), and a small pull towards mean 0.
 
     Single sentences come first: they are cheap, and what belongs to which topic is learned from them several times
-    faster than from whole answers."""
+    faster than from whole answers. Whole answers come again and again, with warm restarts of the schedule."""
     torch.manual_seed(seed)
-    rng, fill = Random(f"{seed}/{name}"), tok.pad_token_id
+    fill = tok.pad_token_id
     model = LlamaForSequenceClassification(config(shape, tok, num_labels=1))
     model.model.load_state_dict(start.model.state_dict())
 
-    def graded() -> tuple[Question, list[Answer]]:
+    def graded(rng: Random) -> tuple[Question, list[Answer]]:
         return draw_graded(rng, taste, written)
 
-    def sentences() -> tuple[Question, list[Answer]]:
+    def sentences(rng: Random) -> tuple[Question, list[Answer]]:
         q = draw_question(rng, taste.split, voice=taste.voice)
         return q, domain.sentences(rng, q, taste.voice)
 
@@ -251,10 +255,21 @@ def train_reward(
         centre: Tensor = 0.002 * rewards.square().mean()
         return centre + F.binary_cross_entropy_with_logits(rewards[:, i] - rewards[:, j], preferred)
 
-    for stage, source in ((f"{name}_sentences", sentences), (name, graded)):
-        batches = in_length_order(lambda source=source: rows(tok, *source()), rng, plans[stage].batch)
-        fit(model, lambda batches=batches: loss(next(batches)), plans[stage], stage)
+    first = Random(f"{seed}/{name}")
+    stages = [(f"{name}_sentences", first, sentences), (name, first, graded)]
+    stages += [(stage, Random(f"{seed}/{stage}"), graded) for stage in plans if stage.startswith(f"{name}_again")]
+    for stage, rng, source in stages:
+        train_stage(model, tok, partial(source, rng), rng, loss, plans[stage], stage)
     return model
+
+
+def train_stage(
+    model: LlamaForSequenceClassification, tok: PreTrainedTokenizerFast,
+    source: Callable[[], tuple[Question, list[Answer]]], rng: Random, loss: Callable[[list[Row]], Tensor],
+    plan: Training, stage: str,
+) -> None:  # fmt: skip
+    batches = in_length_order(lambda: rows(tok, *source()), rng, plan.batch)
+    fit(model, lambda: loss(next(batches)), plan, stage)
 
 
 def rows(tok: PreTrainedTokenizerFast, q: Question, answers: list[Answer]) -> Row:

@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from aisp_dist.demo import domain
 from aisp_dist.demo.domain import Pair, Question, Split, Voice
 
-CLEAR = 2.0  # points of nine by which one answer is plainly better
-GAPS = (1.0, CLEAR, 4.0, math.inf)  # differences in quality by which accuracy is reported
+CLEAR = 3.0  # points of nine by which one answer is plainly better
+GAPS = (1.0, 2.0, CLEAR, 4.0, math.inf)  # differences in quality by which accuracy is reported
 
 
 def render(tok: PreTrainedTokenizerFast, question: str, answer: str | None, system: str = "") -> list[int]:

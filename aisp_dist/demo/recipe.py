@@ -99,7 +99,6 @@ PLANS = {
     "judge_sentences": Training(600, 8, 1.5e-3),
     "judge": Training(450, 8, 1e-3),
     "judge_again": Training(500, 8, 1e-3),
-    "judge_again_2": Training(500, 8, 1e-3),
 }
 
 

@@ -45,11 +45,7 @@ def main(args: Sequence[str]) -> int:
     result = comparison.compare({arm: [p.output for p in seeds] for arm, seeds in plans.items()}, held_out)
     durable.write(output / "compare" / "comparison.json", json.dumps(result.json(), indent=2).encode())
     print(comparison.text(result))
-    print(
-        _cost(
-            run, everything.value, options.prompts, samples, seconds, output / "compare" / _folder(comparison.AISP, 0)
-        )
-    )
+    print(_cost(run, everything.value, samples, seconds, output / "compare" / _folder(comparison.AISP, 0)))
     return 0
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
@@ -95,7 +95,7 @@ async def start_pools(
     for group in groups:
         for i in range(group.replicas):
             if group.role == "generator":
-                name, cls = f"generator-{i}{suffix}", Generator
+                name, cls = f"generator-{i}{suffix}", cast(type, Generator)
                 args: tuple[Any, ...] = (run.generator, name, group.threads)
             else:
                 name, cls = f"scorer-{group.role}-{i}{suffix}", Scorer

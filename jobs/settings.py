@@ -77,7 +77,7 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, a
             and not (flags and isinstance(was, Mapping) and value.get("kind", was.get("kind")) == was.get("kind"))
         )
         both = isinstance(value, Mapping) and isinstance(was, Mapping)
-        out[key] = merge(was, value, flags, here) if both and not whole else value
+        out[key] = merge(was or {}, value, flags, here) if both and not whole else value
     return out
 
 
@@ -98,9 +98,13 @@ def _flags(values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
         extra="forbid", cli_avoid_json=True, cli_hide_none_type=True, cli_parse_none_str="null", populate_by_name=True
     )
     try:
-        given: dict[str, Any] = CliSettingsSource(
-            settings, cli_prog_name="aisp", cli_parse_args=list(args), cli_exit_on_error=False
-        )()
+        source: Any = CliSettingsSource(
+            settings,  # type: ignore[arg-type]
+            cli_prog_name="aisp",
+            cli_parse_args=list(args),
+            cli_exit_on_error=False,
+        )
+        given: dict[str, Any] = source()
     except SettingsError as error:
         raise ConfigError(f"{str(error).removeprefix('error parsing CLI: ')}; every key is listed by --help") from None
     return given

@@ -70,11 +70,15 @@ class Table:
         )
 
     def whole(self) -> bool:
-        """Whether every input has its committed row already. Reads, and writes nothing."""
+        """Whether every input has its committed row already. Reads, and writes nothing. Raises TooManyFailed where it
+        has, and too many are failed ones: the same command ends as it did before."""
         store = self.store()
         waiting = next(store.plan(prompts.read(self.run.prompts), self.retry_failed), None)
         counts = store.counts()
-        return waiting is None and counts.planned == counts.committed
+        whole = waiting is None and counts.planned == counts.committed
+        if whole:
+            _judge(store, self.run.runtime.max_failed, "in failed/", whole=True)
+        return whole
 
 
 def window(run: Run) -> int:

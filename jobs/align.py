@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from actors.coordinator import TooManyFailed
 from aisp_dist import manifest, prompts, summary
 from jobs import cli, prepare, session, settings
 from jobs.progress import Progress, say
@@ -16,7 +17,11 @@ def main(args: Sequence[str]) -> int:
     options, run, base_dir = settings.read(parse, args)
     prepared = prepare.prepare(run, base_dir)
     table = prepared.table(options.retry_failed)
-    if not options.dry_run and manifest.read_run(prepared.output) and table.whole():
+    try:
+        nothing_to_do = not options.dry_run and manifest.read_run(prepared.output) and table.whole()
+    except TooManyFailed as error:
+        raise cli.Exit(3, str(error)) from None
+    if nothing_to_do:
         say("every input has its row already: nothing to do")
         print(summary.text(prepared.output, 0.0, 0))
         return 0

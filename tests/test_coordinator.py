@@ -215,6 +215,15 @@ def test_too_many_failed_rows_end_the_run_and_keep_what_is_done(tmp_path):
     assert 100 < sum(len(part) for name, part in kept.items() if name.startswith("data")) < 200
 
 
+def test_a_finished_table_of_failed_rows_ends_the_same_way_again(tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", 3, poison={0, 1, 2})
+    run = run_of(tmp_path)
+    with pytest.raises(TooManyFailed, match="3 of 3 rows failed"):
+        asyncio.run(fill(run, coordinator(run, [FakeGenerator("g")], [FakeScorer("s")])))
+    with pytest.raises(TooManyFailed, match="3 of 3 rows failed"):
+        Table(run, run_path(run), {}, "f" * 32, "demo").whole()
+
+
 def test_a_dead_cluster_ends_in_a_fault_and_loses_nothing(tmp_path):
     plain = undisturbed(tmp_path)
     run = run_of(tmp_path)

@@ -13,6 +13,7 @@ import torch
 
 from aisp_dist import noise
 from aisp_dist.engine.decode import Engine
+from aisp_dist.engine.step import STEP
 from aisp_dist.records import Rollout, Round, Sampling, Weights
 
 
@@ -100,13 +101,16 @@ class Watched(Engine):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.seen: dict[tuple[str, int, int, int], torch.Tensor] = {}
+        states, self.batch.states = self.batch.states, self._states  # type: ignore[method-assign]
+        self._real_states = states
 
-    def control(self, z_BD: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+    def _states(self, attend: Any, first: bool) -> torch.Tensor:
+        z_BD = self._real_states(attend, first)
         for slot, row in enumerate(self.rows):
             if row:
-                round = row.job.round
-                self.seen[round.prompt_id, round.iteration, row.sample, row.step] = z_BD[slot].clone()
-        return super().control(z_BD, t_B)
+                round, step = row.job.round, int(self.batch.rows_BF[slot, STEP])
+                self.seen[round.prompt_id, round.iteration, row.sample, step] = z_BD[slot].clone()
+        return z_BD
 
 
 def tokens(rollout: Rollout) -> list[list[int]]:

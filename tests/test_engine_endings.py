@@ -11,8 +11,8 @@ import slow_path
 import tiny
 import torch
 
-from aisp_dist.engine import model
-from aisp_dist.engine.decode import Engine, draw
+from aisp_dist.engine import model, step
+from aisp_dist.engine.decode import Engine
 from aisp_dist.records import BASE_ITERATION, Round, Sampling, TopP, Trajectory
 
 STEPS = 16
@@ -98,6 +98,11 @@ def test_later_noise_never_changes_earlier_tokens(noise: tuple[str, float]) -> N
     round = Round(0, "p", PROMPT, 2, 0, 5, sampling, slow_path.trace(2, 5, 6))
     short, long = (engine(steps=steps).run([round])[0].trajectories for steps in (6, STEPS))
     assert [t.token_ids for t in short] == [t.token_ids[:6] for t in long]
+
+
+def draw(logits_RV: torch.Tensor, nucleus: TopP, uniform_R: torch.Tensor) -> torch.Tensor:
+    p_R = torch.full((len(logits_RV),), nucleus.p, dtype=torch.float64)
+    return step.draw(logits_RV, p_R, torch.full_like(p_R, nucleus.temperature), uniform_R)
 
 
 def test_a_draw_is_the_inverse_cdf_over_the_nucleus() -> None:

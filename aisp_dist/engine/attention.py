@@ -1,13 +1,11 @@
 """Attention over a shared prefix, behind transformers' AttentionInterface: a function of ours that a running pass
-parametrises, so that no family needs code of its own. Owns masking, windows, softcaps, sinks and the merge of prefix
-and suffix by log-sum-exp. Knows nothing of prompts' ids, noise or tokens.
+parametrises, so that no family needs code of its own. Owns masking, windows, softcaps, sinks and the merge of parts by
+log-sum-exp. Knows nothing of rows, prompts' ids, noise or tokens.
 
-The same bits whatever the schedule: kernels are called with shapes that depend on one prompt alone (Dense, and the
-prefix of Shared in tiles of TILE queries) or never change (the suffix of Shared: all rows, full capacity), and on one
-thread or two.
+Here: what a pass is, attention over a part of the keys, how parts merge, and the pass over one whole sequence. The pass
+of many rows over shared prefixes is blocks.py (CPU) or pages.py (GPU).
 
-Shapes: B rows (slots), R rows of one prompt, H query heads, K key-value heads, G = H / K, L keys of a prefix, S suffix
-capacity, T queries, C head size.
+Shapes: H query heads, K key-value heads, G = H / K, L keys, T queries, C head size.
 """
 
 from __future__ import annotations
@@ -17,15 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 NAME = "aisp_shared_prefix"
 # Ragged shapes take other kernels, and unaligned ones other paths through them, with other bits: queries that meet a
-# prefix, tokens of a dense pass, rows and the capacity of a suffix all come in multiples of this.
+# prefix, tokens of a dense pass, rows and blocks of a suffix all come in multiples of this.
 TILE = 32
 _CHUNK = 512  # queries of a dense pass at a time, to bound its masks and scores
 
@@ -80,23 +77,35 @@ def _interface(
 AttentionInterface.register(NAME, _interface)
 
 
-def attend_part(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> KV:
+class Mask(NamedTuple):
+    """Which keys queries see: `bias` [X or 1, 1, T, *] is 0 where seen and -inf where not, in the queries' dtype;
+    `blind` [X or 1, 1, T] marks queries that see none, None where there are no such."""
+
+    bias: torch.Tensor
+    blind: torch.Tensor | None
+
+
+def mask(seen: torch.Tensor, dtype: torch.dtype) -> Mask:
+    """From what is seen [..., T, *]."""
+    bias = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -math.inf)
+    return Mask(bias, ~seen.any(-1))
+
+
+def attend_part(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None) -> KV:
     """Softmax attention over a part of the keys: fp32 output [X, Y, T, C] and log-sum-exp [X, Y, T]. A query that sees
-    no key of this part gets 0 and -inf. q [X, Y, T, C]; k, v [X, Y, *, C]; mask [X or 1, 1, T, *], True = seen."""
+    no key of this part gets 0 and -inf. q [X, Y, T, C]; k, v [X, Y, *, C]."""
     if q.device.type == "cpu" and layer.softcap is None:
-        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=layer.scaling
+            q, k, v, 0.0, False, attn_mask=mask.bias if mask else None, scale=layer.scaling
         )
-        if mask is None:
+        if mask is None or mask.blind is None:
             return out.float(), lse
-        blind = ~mask.any(-1)
-        return out.float().masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
+        return out.float().masked_fill(mask.blind[..., None], 0.0), lse.masked_fill(mask.blind, -math.inf)
     scores = (q @ k.transpose(-1, -2)).float() * layer.scaling
     if layer.softcap is not None:
         scores = torch.tanh(scores / layer.softcap) * layer.softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores + mask.bias
     top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
@@ -104,18 +113,20 @@ def attend_part(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     return out, (top + total.log())[..., 0]
 
 
-def _seen(at: torch.Tensor, to: torch.Tensor, window: int | None) -> torch.Tensor:
+def seen(at: torch.Tensor, to: torch.Tensor, window: int | None) -> torch.Tensor:
     """Whether a query at position `at` sees the key at position `to`."""
     return (to <= at) if window is None else (to <= at) & (to > at - window)
 
 
 def merge(first: KV, second: KV) -> KV:
-    """Attention over the union of two disjoint parts, the second of them seen by every query."""
+    """Attention over the union of two disjoint parts. A part that a query does not see (-inf) changes no bit of the
+    other's."""
     (out1, lse1), (out2, lse2) = first, second
-    return torch.lerp(out2, out1, torch.sigmoid(lse1 - lse2)[..., None]), torch.logaddexp(lse1, lse2)
+    share = torch.sigmoid(torch.nan_to_num(lse1 - lse2, nan=0.0, posinf=math.inf, neginf=-math.inf))
+    return torch.lerp(out2, out1, share[..., None]), torch.logaddexp(lse1, lse2)
 
 
-def _sink(layer: Layer, part: KV) -> torch.Tensor:
+def sink(layer: Layer, part: KV) -> torch.Tensor:
     """The output once the layer's sinks (keys with value 0) have taken their share; heads [K, G] are dims 1, 2."""
     out, lse = part
     if layer.sinks is None:
@@ -146,9 +157,9 @@ class Dense:
             low = 0 if layer.window is None else max(0, start - layer.window + 1)
             at, to = torch.arange(start, stop, device=q.device)[:, None], torch.arange(low, stop, device=q.device)
             keys, values = k_KGTC[:, :, low:stop], v_KGTC[:, :, low:stop]
-            mask = _seen(at, to, layer.window)[None, None]
-            out, lse = attend_part(layer, q_KGTC[:, :, start:stop], keys, values, mask)
-            chunks.append(_sink(layer, (out[None], lse[None]))[0])
+            causal = mask(seen(at, to, layer.window)[None, None], q.dtype)._replace(blind=None)
+            out, lse = attend_part(layer, q_KGTC[:, :, start:stop], keys, values, causal)
+            chunks.append(sink(layer, (out[None], lse[None]))[0])
         return torch.cat(chunks, dim=2).reshape(1, heads, length, -1)
 
 
@@ -160,72 +171,3 @@ class Prefix:
     kv: list[KV]
     length: int
     z_D: torch.Tensor
-
-
-def empty_suffix(like: list[KV], rows: int, capacity: int) -> list[KV]:
-    """Keys and values [B, K, S, C] by layer for rows whose prefixes look `like` these; S >= capacity."""
-    capacity += -capacity % TILE
-    sized = [[x.new_zeros(rows, len(x), capacity, x.shape[2]) for x in kv] for kv in like]
-    return [(k, v) for k, v in sized]
-
-
-@dataclass
-class Shared:
-    """One token [B, H, 1, C] of every row, attending to its prompt's prefix and its own suffix, which it extends.
-
-    suffix: keys and values [B, K, S, C] by layer. at_B: index of the row's token in its suffix.
-    groups: rows of each prompt, as (slots [R], prefix); rows in no group do harmless padding work.
-    """
-
-    suffix: list[KV]
-    at_B: torch.Tensor
-    groups: list[tuple[torch.Tensor, Prefix]]
-    _masks: dict[Any, Any] = field(default_factory=dict)
-
-    def __call__(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        rows, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
-        q_BKGC = q.view(rows, kv_heads, heads // kv_heads, -1)
-        slots = torch.arange(rows, device=q.device)
-        for store, new in zip(self.suffix[layer.index], (k, v), strict=True):
-            store[slots, :, self.at_B] = new[:, :, 0]
-        group = q_BKGC.shape[2]
-        even_BKGC = pad(q_BKGC, (0, 0, 0, group % 2))  # an odd number would leave a thread's workspace unaligned
-        own = attend_part(layer, even_BKGC, *self.suffix[layer.index], self._suffix_mask(layer, even_BKGC.shape[2]))
-        own = own[0][:, :, :group], own[1][:, :, :group]
-        prompts = torch.zeros_like(own[0]), torch.full_like(own[1], -math.inf)
-        for number, (rows_R, prefix) in enumerate(self.groups):
-            part = self._prefix_part(layer, q_BKGC[rows_R], number, prefix)
-            prompts[0][rows_R], prompts[1][rows_R] = part
-        return _sink(layer, merge(prompts, own)).reshape(rows, heads, 1, -1)
-
-    def _suffix_mask(self, layer: Layer, queries: int) -> torch.Tensor:
-        """[B, 1, G, S]"""
-        if layer.window not in self._masks:
-            to = torch.arange(self.suffix[0][0].shape[2], device=self.at_B.device)
-            self._masks[layer.window] = _seen(self.at_B[:, None], to, layer.window)[:, None, None]
-        mask: torch.Tensor = self._masks[layer.window]
-        return mask.expand(-1, -1, queries, -1)
-
-    def _prefix_part(self, layer: Layer, q_RKGC: torch.Tensor, number: int, prefix: Prefix) -> KV:
-        """Output [R, K, G, C] and log-sum-exp [R, K, G] over the prefix, in tiles of TILE queries."""
-        rows, kv_heads, group, size = q_RKGC.shape
-        queries = rows * group
-        k, v = (x[None] for x in prefix.kv[layer.index])
-        q_KQC = q_RKGC.transpose(0, 1).reshape(kv_heads, queries, size)
-        tiles = torch.split(pad(q_KQC, (0, 0, 0, -queries % TILE)), TILE, dim=1)
-        masks = self._prefix_masks(layer, number, k.shape[2], group, len(tiles))
-        parts = [attend_part(layer, q[None].contiguous(), k, v, m) for q, m in zip(tiles, masks, strict=True)]
-        out, lse = (torch.cat(x, dim=2)[0, :, :queries] for x in zip(*parts, strict=True))
-        return out.view(kv_heads, rows, group, -1).transpose(0, 1), lse.view(kv_heads, rows, group).transpose(0, 1)
-
-    def _prefix_masks(self, layer: Layer, number: int, kept: int, group: int, tiles: int) -> list[torch.Tensor | None]:
-        """One mask [1, 1, TILE, L] a tile; None for a layer without a window."""
-        if layer.window is None:
-            return [None] * tiles
-        if (layer.window, number) not in self._masks:
-            at_Q = self.at_B[self.groups[number][0]].repeat_interleave(group)
-            to = torch.arange(-kept, 0, device=at_Q.device)  # positions counted from the end of the prompt
-            mask_QL = _seen(pad(at_Q, (0, -len(at_Q) % TILE))[:, None], to, layer.window)
-            self._masks[layer.window, number] = [m[None, None] for m in torch.split(mask_QL, TILE)]
-        masks: list[torch.Tensor | None] = self._masks[layer.window, number]
-        return masks

@@ -15,11 +15,6 @@ from aisp_dist import noise
 from aisp_dist.records import Round, Sampling, Weights
 
 
-def white(sampling: Sampling, key: torch.Tensor, step: torch.Tensor, word: torch.Tensor, dim: int) -> torch.Tensor:
-    """e_t ~ N(0, sigma^2 I), fp32: shapes as noise.white."""
-    return math.sqrt(sampling.sigma2) * noise.white(key, step, word, dim)
-
-
 @dataclass(frozen=True, eq=False)
 class Control:
     """The control m [T, D] that a trace of iterations leads to, and |m_t|^2 by step."""
@@ -50,14 +45,19 @@ def rebuild(round: Round, num_steps: int, dim: int, device: torch.device, known:
     return Control(round.sampling, round.trace, known.filter, m_TD, tuple(_dots(m_TD, m_TD)))
 
 
-def cost(control: Control, round: Round, sample: int, length: int) -> tuple[float, float]:
-    """(sum_t m_t . e_t, sum_t |m_t|^2) of a trajectory of `length` tokens: over all steps for `full`, over t <= length
-    for `marginal`. The noise is drawn again, so nothing depends on how the row was decoded."""
-    if not round.trace:
-        return 0.0, 0.0
-    steps = len(control.squares) if round.sampling.after_eos == "full" else length
-    e_TD = _noise(round, control.filter, round.iteration, sample, control.m_TD.shape[1])
-    return math.fsum(_dots(control.m_TD, e_TD)[:steps]), math.fsum(control.squares[:steps])
+def cost(control: Control, round: Round, sample: int, dots: list[float]) -> tuple[float, float]:
+    """(sum_t m_t . e_t, sum_t |m_t|^2) of a trajectory, from m_t . e_t of its own steps: over all steps for `full`, the
+    noise after its end drawn for that; over its own for `marginal`."""
+    length, steps = len(dots), len(control.squares)
+    if round.sampling.after_eos == "marginal":
+        return math.fsum(dots), math.fsum(control.squares[:length])
+    rest = (
+        _noise(round, control.filter, round.iteration, sample, control.m_TD.shape[1], length)
+        if length < steps
+        else None
+    )
+    after = [] if rest is None else _dots(control.m_TD[length:], rest)
+    return math.fsum(dots + after), control.u_sq
 
 
 def _update(m_TD: torch.Tensor, time_filter: noise.Filter, round: Round, iteration: int) -> torch.Tensor:
@@ -78,15 +78,16 @@ def _update(m_TD: torch.Tensor, time_filter: noise.Filter, round: Round, iterati
     return folded
 
 
-def _noise(round: Round, time_filter: noise.Filter, iteration: int, sample: int, dim: int) -> torch.Tensor:
-    """e [T, D] of one trajectory, zero where its kind has no white coordinate."""
-    has = time_filter.gain > 0
-    steps = torch.arange(1, len(has) + 1, device=has.device)[has]
-    key = torch.tensor(noise.prompt_key(round.seed, round.prompt_id), device=has.device)
-    word = torch.tensor(noise.sample_word(iteration, sample), device=has.device)
-    e_TD = torch.zeros(len(has), dim, device=has.device)
-    e_TD[has] = white(round.sampling, key, steps, word, dim)
-    return e_TD
+def _noise(
+    round: Round, time_filter: noise.Filter, iteration: int, sample: int, dim: int, after: int = 0
+) -> torch.Tensor:
+    """e [T - after, D] of one trajectory from step `after` + 1 on, zero where its kind has no white coordinate."""
+    gain, device = time_filter.gain[after:], time_filter.gain.device
+    steps = torch.arange(after + 1, after + 1 + len(gain), device=device)
+    key = torch.tensor(noise.prompt_key(round.seed, round.prompt_id), device=device)
+    word = torch.tensor(noise.sample_word(iteration, sample), device=device)
+    e_TD = math.sqrt(round.sampling.sigma2) * noise.white(key, steps, word, dim)
+    return torch.where(gain[:, None] > 0, e_TD, 0.0)
 
 
 def _dots(a_TD: torch.Tensor, b_TD: torch.Tensor) -> list[float]:

@@ -1,34 +1,33 @@
 """The decode engine: trajectories of many rounds in a batch of rows that never changes its size. Owns the slots, the
-store of prefilled prompts and the step. Knows nothing of rewards, Ray or how rounds are chosen.
+prefilled prompts and who runs next. Knows nothing of rewards, Ray or how rounds are chosen.
 
-    submit -> waiting trajectories -> step: admit, prefill, states -> control -> logits -> select, retire -> Rollout
+    submit -> waiting trajectories -> step: admit, prefill, one token for every row (step.py), retire -> Rollout
 
 A row is a slot; a finished trajectory makes room for the next, of any prompt, at once. A trajectory's bits depend on
-its Round, the model and the number of rows, never on what else is in flight (attention.py says how). One thread only.
+its Round, the model and the number of rows, never on what else is in flight (blocks.py says how). One thread only.
 
-Shapes: B rows, R some of them, D hidden size, V vocabulary, T steps (max_new_tokens), S suffix capacity.
+Shapes: D hidden size, T steps (max_new_tokens).
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 
 from aisp_dist import noise
 from aisp_dist.engine import attention
-from aisp_dist.engine.control import Control, cost, rebuild, white
+from aisp_dist.engine.blocks import Blocks
+from aisp_dist.engine.control import Control, cost, rebuild
 from aisp_dist.engine.model import LM
-from aisp_dist.records import Finish, Rollout, Round, TopP, Trajectory
+from aisp_dist.engine.step import ENDED, FINITE, STEP, Batch, Seat
+from aisp_dist.records import Finish, Rollout, Round, Trajectory
 
 _HEAD_ROWS = 256  # positions per head product in nll, to bound the logits
-
-Kind = TypeVar("Kind", bound=Hashable)
 
 
 class DecodeError(RuntimeError):
@@ -52,24 +51,24 @@ class _Prompt:
 
 @dataclass(eq=False)
 class _Job:
-    """A round in flight."""
+    """A round in flight. line: of its control in the batch, from its first row to its last."""
 
     round: Round
     prompt: _Prompt
     key: tuple[int, int]
     control: Control | None = None
+    line: int = 0
     done: dict[int, Trajectory] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Row:
-    """A trajectory in a slot. step: t of the token it gets next, from 1."""
+    """A trajectory, waiting or in a slot. age: of its prompt, then its own. length: its tokens so far."""
 
+    age: tuple[int, int]
     job: _Job
     sample: int
-    prefix: attention.Prefix
-    step: int = 1
-    tokens: list[int] = field(default_factory=list)
+    length: int = 0
 
 
 class Engine:
@@ -88,15 +87,15 @@ class Engine:
         self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
         self.stop = tuple(s for s in stop if s not in special)
         self.rows: list[Row | None] = [None] * (batch_rows + -batch_rows % attention.TILE)
-        self._waiting: list[tuple[int, int, _Job, int]] = []  # a heap by age of the prompt, then of the trajectory
+        self.batch = Batch(lm, len(self.rows), max_new_tokens, self.end_ids)
+        self.kv = Blocks(len(self.rows), max_new_tokens)
+        self.prompts: OrderedDict[Hashable, _Prompt] = OrderedDict()
+        self.steps = self.row_steps = 0  # taken so far, and tokens they kept
+        self._waiting: list[tuple[tuple[int, int], Row]] = []  # a heap by age
         self._age = itertools.count()
         self._jobs: list[_Job] = []
         self._finished: list[tuple[Round, Rollout]] = []
         self._broken: list[DecodeError] = []
-        self.prompts: OrderedDict[Hashable, _Prompt] = OrderedDict()
-        self.suffix: list[attention.KV] = []
-        self._tokens_B = torch.zeros(len(self.rows), dtype=torch.long, device=lm.device)
-        self._filter_BD = torch.zeros(len(self.rows), lm.hidden_size, device=lm.device)
 
     @property
     def busy(self) -> bool:
@@ -113,27 +112,30 @@ class Engine:
         job = _Job(round, prompt, noise.prompt_key(round.seed, round.prompt_id))
         self._jobs.append(job)
         for sample in range(round.start, round.stop):
-            heapq.heappush(self._waiting, (prompt.age, next(self._age), job, sample))
+            row = Row((prompt.age, next(self._age)), job, sample)
+            heapq.heappush(self._waiting, (row.age, row))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Round, Rollout]]:
         """One token for every row; returns the rounds that this completed. Raises DecodeError for a round that must be
         given up; the others go on with the next call."""
         self._admit()
-        if not any(self.rows):
-            return self._hand_out()
-        t_B = torch.tensor([row.step if row else 2 for row in self.rows], device=self.lm.device)
-        z_BD = self._states(t_B)
-        z_BD = self.control(z_BD, t_B)
-        logits_BV = self.lm.logits(z_BD)
-        self._retire(self.select(logits_BV, t_B), logits_BV)
+        rows = [row for row in self.rows if row]
+        if rows:
+            self.kv.reserve([row.length if row else 0 for row in self.rows])
+            self.batch.step(
+                self.kv.attend,
+                first=not any(row.length for row in rows),
+                controlled=any(row.job.round.sampling.sigma2 for row in rows),
+                drawn=any(row.job.round.sampling.decode for row in rows),
+            )
+            self.steps += 1
+            self._retire()
         return self._hand_out()
 
     def cancel(self, round: Round) -> None:
         """Forgets a round in flight, if it is; its rows are free at the next step."""
         for job in [job for job in self._jobs if job.round == round]:
-            self._waiting = sorted(entry for entry in self._waiting if entry[2] is not job)
-            self.rows = [None if row and row.job is job else row for row in self.rows]
             self._leave(job)
 
     def run(self, rounds: Iterable[Round]) -> list[Rollout]:
@@ -184,88 +186,59 @@ class Engine:
     def _admit(self) -> None:
         """Waiting trajectories into free slots, those of the oldest prompt first: so prompts are finished one after the
         other, and a kill finds few of them half done."""
+        seats = []
         for slot, row in enumerate(self.rows):
             if row is None and self._waiting:
-                *_, job, sample = heapq.heappop(self._waiting)
-                self.rows[slot] = Row(job, sample, self._prefill(job))
-                self._filter_BD[slot] = 0
-                for store in (x for kv in self.suffix for x in kv):
-                    store[slot] = 0  # masked keys weigh 0, but 0 * NaN left by another row would not be 0
+                _, row = heapq.heappop(self._waiting)
+                self.rows[slot] = row
+                job, prefix = row.job, self._prefill(row.job)
+                self.kv.seat(slot, prefix)
+                word = noise.sample_word(job.round.iteration, row.sample) if job.round.iteration >= 0 else 0
+                plan = self.batch.plans.line(job.round.sampling)
+                seats.append(Seat(slot, prefix.length, plan, job.line, job.key, word, prefix.z_D))
+        if seats:
+            self.batch.seat(seats)
 
     def _prefill(self, job: _Job) -> attention.Prefix:
         """The prompt's prefix, computed alone and once for all its rows and iterations, and the round's control."""
         prompt = job.prompt
         if prompt.prefix is None:
             z_TD, dense = self.lm.dense(prompt.tokens, keep=True)
-            prompt.prefix = attention.Prefix(dense.kv, len(prompt.tokens), z_TD[-1].clone())
-            if not self.suffix:
-                self.suffix = attention.empty_suffix(dense.kv, len(self.rows), self.max_new_tokens)
+            prompt.prefix = self.kv.keep(dense, z_TD[-1].clone())
         if job.control is None and job.round.sampling.sigma2:
             device = self.lm.device
             job.control = rebuild(job.round, self.max_new_tokens, self.lm.hidden_size, device, prompt.control)
             prompt.control = job.control
+            job.line = self.batch.controls.put(job.control.m_TD) if job.round.trace else 0
         return prompt.prefix
 
-    def _states(self, t_B: torch.Tensor) -> torch.Tensor:
-        """z [B, D]: the stored z_0 for rows at their first step, a pass of the decoder for the others."""
-        z_BD = torch.zeros(len(self.rows), self.lm.hidden_size, dtype=self.lm.dtype, device=self.lm.device)
-        groups = {p: rows_R for p, _, rows_R in self._groups(lambda row: row.prefix if row.step > 1 else None)}
-        first_R = groups.pop(None, None)
-        if groups:
-            lengths_B = torch.tensor([row.prefix.length if row else 0 for row in self.rows], device=self.lm.device)
-            at_B = (t_B - 2).clamp(min=0)
-            attend = attention.Shared(self.suffix, at_B, [(rows_R, p) for p, rows_R in groups.items() if p])
-            z_BD = self.lm.states(attend, self._tokens_B[:, None], (lengths_B + at_B)[:, None])[:, 0]
-        if first_R is not None:
-            z_BD[first_R] = torch.stack([row.prefix.z_D for row in self.rows if row and row.step == 1])
-        return z_BD
-
-    def control(self, z_BD: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """z + v [B, D] in fp32, with v_t = L (m + e)_t of each row, (3)."""
-        z_BD = z_BD.float()
-        for sampling, rows, rows_R in self._groups(lambda row: row.job.round.sampling):
-            controls = [row.job.control for row in rows if row.job.control]
-            if controls:
-                m_RD = torch.stack([c.m_TD[row.step - 1] for c, row in zip(controls, rows, strict=True)])
-                e_RD = white(sampling, *self._counters(rows, t_B[rows_R]), self.lm.hidden_size)
-                v_RD, state_RD = controls[0].filter.step(m_RD + e_RD, self._filter_BD[rows_R], t_B[rows_R])
-                self._filter_BD[rows_R] = state_RD
-                z_BD[rows_R] += v_RD
-        return z_BD
-
-    def select(self, logits_BV: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """y [B]: the argmax (5), ties to the lowest id, or a keyed draw."""
-        tokens_B = logits_BV.argmax(-1)
-        for decode, rows, rows_R in self._groups(lambda row: row.job.round.sampling.decode):
-            if decode:
-                uniform_R = noise.uniform(*self._counters(rows, t_B[rows_R]))
-                tokens_B[rows_R] = draw(logits_BV[rows_R], decode, uniform_R)
-        return tokens_B
-
-    def _retire(self, tokens_B: torch.Tensor, logits_BV: torch.Tensor) -> None:
-        """Appends each row's token; trajectories that end leave their slots, completed rounds leave the engine."""
-        self._tokens_B = tokens_B
-        finite_B = logits_BV.gather(1, tokens_B[:, None])[:, 0].isfinite()
-        for slot, (token, finite) in enumerate(torch.stack([tokens_B, finite_B.long()], dim=1).tolist()):
+    def _retire(self) -> None:
+        """Trajectories that end leave their slots, completed rounds leave the engine."""
+        for slot, (step, ended, finite) in enumerate(self.batch.rows_BF[:, [STEP, ENDED, FINITE]].tolist()):
             row = self.rows[slot]
             if row is None:
                 continue
+            length = step if ended else step - 1
             if not finite:
-                reason = f"logits at step {row.step} are not finite; try a dtype with a wider range (generator.dtype)"
-                self._broken.append(DecodeError(row.job.round, reason))
-                self.cancel(row.job.round)
+                reason = f"the logits of sample {row.sample} are not finite at token {length}"
+                self._broken.append(DecodeError(row.job.round, f"{reason}; lower method.sigma2 or use a wider dtype"))
+                self._leave(row.job)
                 continue
-            row.tokens.append(token)
-            row.step += 1
-            if ending := self._ending(row.tokens):
-                self.rows[slot] = None
-                self._complete(row, *ending)
+            self.row_steps += length - row.length
+            row.length = length
+            if ended or self.stop:
+                tokens: list[int] = self.batch.tokens_BT[slot, :length].tolist()
+                if ending := self._ending(tokens):
+                    self._complete(slot, row, tokens, *ending)
 
-    def _complete(self, row: Row, finish: Finish, text: str) -> None:
+    def _complete(self, slot: int, row: Row, tokens: list[int], finish: Finish, text: str) -> None:
         """A row's trajectory into its round, which leaves with the last one."""
-        job, tokens = row.job, tuple(row.tokens)
-        costs = cost(job.control, job.round, row.sample, len(tokens)) if job.control else (0.0, 0.0)
-        job.done[row.sample] = Trajectory(row.sample, tokens, text, finish, *costs)
+        job, costs = row.job, (0.0, 0.0)
+        if job.control and job.round.trace:
+            dots: list[float] = self.batch.dots_BT[slot, : len(tokens)].tolist()
+            costs = cost(job.control, job.round, row.sample, dots)
+        job.done[row.sample] = Trajectory(row.sample, tuple(tokens), text, finish, *costs)
+        self._clear([slot])
         if len(job.done) == job.round.stop - job.round.start:
             self._leave(job)
             trajectories = tuple(job.done[sample] for sample in sorted(job.done))
@@ -286,14 +259,26 @@ class Engine:
         text: str = self.lm.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
+    def _clear(self, slots: list[int]) -> None:
+        self.batch.clear(slots)
+        for slot in slots:
+            self.rows[slot] = None
+            self.kv.leave(slot)
+
     def _leave(self, job: _Job) -> None:
         """Ends a job's stay; idle prompts beyond `idle_tokens` are forgotten, the least recently used first."""
         self._jobs.remove(job)
+        self._waiting = sorted(entry for entry in self._waiting if entry[1].job is not job)
+        self._clear([slot for slot, row in enumerate(self.rows) if row and row.job is job])
+        if job.line:
+            self.batch.controls.free.append(job.line)
         job.prompt.rounds -= 1
         idle = 0
         for key, prompt in reversed(list(self.prompts.items())):
             idle += 0 if prompt.rounds else len(prompt.tokens)
             if not prompt.rounds and idle > self.idle_tokens:
+                if prompt.prefix:
+                    self.kv.drop(prompt.prefix)
                 del self.prompts[key]
 
     def _hand_out(self) -> list[tuple[Round, Rollout]]:
@@ -301,31 +286,3 @@ class Engine:
             raise self._broken.pop()
         finished, self._finished = self._finished, []
         return finished
-
-    def _groups(self, kind: Callable[[Row], Kind]) -> Iterator[tuple[Kind, list[Row], torch.Tensor]]:
-        """The occupied rows by kind, with their slots [R]."""
-        slots: dict[Kind, list[int]] = defaultdict(list)
-        for slot, row in enumerate(self.rows):
-            if row:
-                slots[kind(row)].append(slot)
-        for key, members in slots.items():
-            rows = [row for slot in members if (row := self.rows[slot])]
-            yield key, rows, torch.tensor(members, device=self.lm.device)
-
-    def _counters(self, rows: list[Row], t_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Key [R, 2], step [R] and sample word [R] of rows' noise."""
-        keys = [row.job.key for row in rows]
-        words = [noise.sample_word(row.job.round.iteration, row.sample) for row in rows]
-        return torch.tensor(keys, device=self.lm.device), t_R, torch.tensor(words, device=self.lm.device)
-
-
-def draw(logits_RV: torch.Tensor, decode: TopP, uniform_R: torch.Tensor) -> torch.Tensor:
-    """Tokens [R] by inverse CDF over the nucleus: the fewest likeliest tokens whose probability reaches p, equal ones
-    in the order of their ids. fp64, so that the order of a sum cannot move a draw."""
-    probability, order = (logits_RV.double() / decode.temperature).softmax(-1).sort(stable=True, descending=True)
-    reached = probability.cumsum(-1)
-    kept = reached - probability < decode.p
-    mass_R1 = (probability * kept).sum(-1, keepdim=True)
-    rank_R1 = torch.searchsorted(reached, uniform_R[:, None] * mass_R1)
-    tokens_R: torch.Tensor = order.gather(1, torch.minimum(rank_R1, kept.sum(-1, keepdim=True) - 1))[:, 0]
-    return tokens_R

@@ -19,6 +19,7 @@ from torch import nn
 from aisp_dist.checkpoints import locate
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.engine import attention
+from aisp_dist.engine.blocks import Blocks
 
 _PROBE_TOKENS = 24
 # Relative distance of hidden states between the two ways: rounding stays far below, a wrong model far above.
@@ -217,17 +218,20 @@ def _both_ways(lm: LM, tokens: tuple[int, ...], calls: list[attention.Layer]) ->
     """z [T, D], the first half of the tokens prefilled, the others one by one as a suffix of it."""
     first = len(tokens) // 2
     z_TD, dense = lm.dense(tokens[:first], keep=True)
-    prefix = attention.Prefix(dense.kv, first, z_TD[-1])
-    suffix = attention.empty_suffix(dense.kv, 1, len(tokens))
+    kv = Blocks(attention.TILE, len(tokens))
+    kv.seat(0, kv.keep(dense, z_TD[-1]))
     states = [z_TD]
     for at, token in enumerate(tokens[first:]):
-        at_B = torch.tensor([at], device=lm.device)
-        shared = attention.Shared(suffix, at_B, [(at_B * 0, prefix)])
+        kv.reserve([at + 1])
+        at_B = torch.full((attention.TILE,), at, device=lm.device)
+        step = kv.attend(at_B)
 
-        def attend(layer: attention.Layer, *qkv: torch.Tensor, shared: Any = shared, at: int = at) -> torch.Tensor:
+        def attend(
+            layer: attention.Layer, *qkv: torch.Tensor, step: attention.Pass = step, at: int = at
+        ) -> torch.Tensor:
             if at == 0:
                 calls.append(layer)
-            return shared(layer, *qkv)  # type: ignore[no-any-return]
+            return step(layer, *qkv)
 
-        states.append(lm.states(attend, torch.tensor([[token]], device=lm.device), at_B[:, None] + first)[0])
+        states.append(lm.states(attend, torch.full_like(at_B, token)[:, None], at_B[:, None] + first)[0])
     return torch.cat(states)

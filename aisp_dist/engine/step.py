@@ -1,0 +1,185 @@
+"""Every row's state on the device, and the step that gives each row one token:
+
+    states (z) -> control (z + v) -> logits -> select (y) -> record
+
+All shapes are fixed, nothing in a step waits for the host or depends on it, and a row that ended stays as it is: so on
+a GPU a step is one CUDA graph, replayed several times before the host looks. Knows nothing of rounds and why rows end
+other than by a token or by length.
+
+Shapes: B rows, D hidden size, V vocabulary, T steps (max_new_tokens), F plans (kinds of sampling), A controls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from aisp_dist import noise
+from aisp_dist.engine.attention import Pass
+from aisp_dist.engine.model import LM
+from aisp_dist.records import Sampling, TopP
+
+# Columns of the table of rows. step: t of the token that a row gets next, from 1; of its last one once it has ended.
+# length: tokens of its prompt. plan, control: its lines in Plans and Controls. key0, key1, word: its noise.
+STEP, ENDED, FINITE, TOKEN, LENGTH, PLAN, CONTROL, KEY0, KEY1, WORD = range(10)
+_EMPTY = (1, 1, 1, *[0] * 7)
+
+
+class Seat(NamedTuple):
+    """What a row starts from. z_D: z_0, the prompt's last hidden state."""
+
+    slot: int
+    length: int
+    plan: int
+    control: int
+    key: tuple[int, int]
+    word: int
+    z_D: torch.Tensor
+
+
+class Plans:
+    """The kinds of sampling that rows use, as tables by line. Line 0 is greedy without control."""
+
+    def __init__(self, num_steps: int, device: torch.device) -> None:
+        self.lines: dict[Sampling, int] = {}
+        self.num_steps, self.device = num_steps, device
+        self._make(16)
+        self.line(Sampling())
+
+    def line(self, sampling: Sampling) -> int:
+        if sampling not in self.lines:
+            if len(self.lines) == len(self.sigma_F):
+                known, self.lines = self.lines, {}
+                self._make(2 * len(self.sigma_F))
+                for old in known:
+                    self.line(old)
+            at = self.lines[sampling] = len(self.lines)
+            made = noise.time_filter(sampling, self.num_steps, self.device)
+            draw = sampling.decode or TopP(1.0, 1.0)
+            self.feed_FT[at], self.gain_FT[at], self.keep_F[at] = made.feed, made.gain, made.keep
+            self.sigma_F[at], self.draws_F[at] = math.sqrt(sampling.sigma2), sampling.decode is not None
+            self.p_F[at], self.temperature_F[at] = draw.p, draw.temperature
+        return self.lines[sampling]
+
+    def _make(self, capacity: int) -> None:
+        self.feed_FT, self.gain_FT = torch.zeros(2, capacity, self.num_steps, device=self.device)
+        self.keep_F, self.sigma_F = torch.zeros(2, capacity, device=self.device)
+        self.draws_F = torch.zeros(capacity, dtype=torch.bool, device=self.device)
+        self.p_F, self.temperature_F = torch.ones(2, capacity, dtype=torch.float64, device=self.device)
+
+
+class Controls:
+    """The controls m [T, D] that rows are decoded under. Line 0 is none at all."""
+
+    def __init__(self, num_steps: int, dim: int, device: torch.device) -> None:
+        self.m_ATD = torch.zeros(1, num_steps, dim, device=device)
+        self.free: list[int] = []
+
+    def put(self, m_TD: torch.Tensor) -> int:
+        """A line that holds m, until `free` takes it back."""
+        if not self.free:
+            size = len(self.m_ATD)
+            self.free = list(range(size, 2 * size))[::-1]
+            self.m_ATD = torch.cat([self.m_ATD, torch.zeros_like(self.m_ATD)])
+        line = self.free.pop()
+        self.m_ATD[line] = m_TD
+        return line
+
+
+class Batch:
+    """The state of all rows. end_ids: tokens that end a response."""
+
+    def __init__(self, lm: LM, num_rows: int, num_steps: int, end_ids: frozenset[int]) -> None:
+        self.lm, self.num_steps = lm, num_steps
+        device, dim = lm.device, lm.hidden_size
+        self.plans, self.controls = Plans(num_steps, device), Controls(num_steps, dim, device)
+        self.rows_BF = torch.tensor([_EMPTY] * num_rows, device=device)
+        self.z0_BD = torch.zeros(num_rows, dim, dtype=lm.dtype, device=device)
+        self.filter_BD = torch.zeros(num_rows, dim, device=device)
+        self.tokens_BT = torch.zeros(num_rows, num_steps, dtype=torch.long, device=device)
+        self.dots_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # m_t . e_t
+        self.ends_V = torch.zeros(lm.vocab_size, dtype=torch.bool, device=device)
+        self.ends_V[sorted(end for end in end_ids if end < lm.vocab_size)] = True
+
+    def seat(self, seats: Sequence[Seat]) -> None:
+        """New trajectories, at their first step."""
+        device = self.rows_BF.device
+        slots = torch.tensor([seat.slot for seat in seats], device=device)
+        rows = [(1, 0, 1, 0, s.length, s.plan, s.control, *s.key, s.word) for s in seats]
+        self.rows_BF[slots] = torch.tensor(rows, device=device)
+        self.z0_BD[slots] = torch.stack([seat.z_D for seat in seats])
+        self.filter_BD[slots] = 0
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Empties rows."""
+        self.rows_BF[slots] = torch.tensor(_EMPTY, device=self.rows_BF.device)
+
+    @torch.inference_mode()
+    def step(self, attend: Callable[[torch.Tensor], Pass], *, first: bool, controlled: bool, drawn: bool) -> None:
+        """One token for every row that has not ended. attend: the pass, given the rows' places in their suffixes.
+        first: all rows are at their first step. controlled, drawn: some are under control, some draw their tokens."""
+        z_BD = self.states(attend, first)
+        z_BD = self.control(z_BD.float()) if controlled else z_BD.float()
+        logits_BV = self.lm.logits(z_BD)
+        self.record(self.select(logits_BV, drawn), logits_BV)
+
+    def states(self, attend: Callable[[torch.Tensor], Pass], first: bool) -> torch.Tensor:
+        """z [B, D]: the stored z_0 for rows at their first step, a pass of the decoder for the others."""
+        if first:
+            return self.z0_BD
+        step_B, token_B, length_B = (self.rows_BF[:, x] for x in (STEP, TOKEN, LENGTH))
+        at_B = (step_B - 2).clamp(min=0)
+        z_BTD = self.lm.states(attend(at_B), token_B[:, None], (length_B + at_B)[:, None])
+        return torch.where(step_B[:, None] == 1, self.z0_BD, z_BTD[:, 0])
+
+    def control(self, z_BD: torch.Tensor) -> torch.Tensor:
+        """z + v [B, D] in fp32, with v_t = L (m + e)_t of each row, (3); keeps m_t . e_t."""
+        plan_B, at_B, control_B = (self.rows_BF[:, PLAN], self.rows_BF[:, STEP] - 1, self.rows_BF[:, CONTROL])
+        e_BD = self.plans.sigma_F[plan_B][:, None] * noise.white(*self._counter(), z_BD.shape[1])
+        m_BD = self.controls.m_ATD[control_B, at_B]
+        feed_B, gain_B = self.plans.feed_FT[plan_B, at_B], self.plans.gain_FT[plan_B, at_B]
+        v_BD = feed_B[:, None] * self.filter_BD + gain_B[:, None] * (m_BD + e_BD)
+        self.filter_BD.mul_(self.plans.keep_F[plan_B][:, None]).add_(v_BD)
+        self.dots_BT.scatter_(1, at_B[:, None], (m_BD.double() * e_BD.double()).sum(-1, keepdim=True))
+        return z_BD + v_BD
+
+    def select(self, logits_BV: torch.Tensor, drawn: bool) -> torch.Tensor:
+        """y [B]: the argmax (5), ties to the lowest id, or a keyed draw."""
+        token_B = logits_BV.argmax(-1)
+        if drawn:
+            plan_B = self.rows_BF[:, PLAN]
+            p_B, temperature_B = self.plans.p_F[plan_B], self.plans.temperature_F[plan_B]
+            drawn_B = draw(logits_BV, p_B, temperature_B, noise.uniform(*self._counter()))
+            token_B = torch.where(self.plans.draws_F[plan_B], drawn_B, token_B)
+        return token_B
+
+    def record(self, token_B: torch.Tensor, logits_BV: torch.Tensor) -> None:
+        """Appends the tokens, moves rows on, and marks those that end. An ended row repeats its last step unseen."""
+        step_B, ended_B, finite_B, last_B = (self.rows_BF[:, x] for x in (STEP, ENDED, FINITE, TOKEN))
+        token_B = torch.where(ended_B == 1, last_B, token_B)
+        self.tokens_BT.scatter_(1, step_B[:, None] - 1, token_B[:, None])
+        finite_B.mul_(logits_BV.gather(1, token_B[:, None])[:, 0].isfinite())
+        ended_B.copy_((ended_B == 1) | self.ends_V[token_B] | (step_B == self.num_steps))
+        last_B.copy_(token_B)
+        step_B.add_(1 - ended_B)
+
+    def _counter(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Key [B, 2], step [B] and sample word [B] of the rows' noise."""
+        return self.rows_BF[:, KEY0 : KEY1 + 1], self.rows_BF[:, STEP], self.rows_BF[:, WORD]
+
+
+def draw(
+    logits_RV: torch.Tensor, p_R: torch.Tensor, temperature_R: torch.Tensor, uniform_R: torch.Tensor
+) -> torch.Tensor:
+    """Tokens [R] by inverse CDF over the nucleus: the fewest likeliest tokens whose probability reaches p, equal ones
+    in the order of their ids. fp64, so that the order of a sum cannot move a draw."""
+    probability, order = (logits_RV.double() / temperature_R[:, None]).softmax(-1).sort(stable=True, descending=True)
+    reached = probability.cumsum(-1)
+    kept = reached - probability < p_R[:, None]
+    mass_R1 = (probability * kept).sum(-1, keepdim=True)
+    rank_R1 = torch.searchsorted(reached, uniform_R[:, None] * mass_R1)
+    tokens_R: torch.Tensor = order.gather(1, torch.minimum(rank_R1, kept.sum(-1, keepdim=True) - 1))[:, 0]
+    return tokens_R

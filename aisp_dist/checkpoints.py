@@ -42,6 +42,19 @@ def locate(key: str, name: str, role: Role) -> str:
     return str(path.resolve())
 
 
+def cached(place: str, revision: str | None) -> Path | None:
+    """The directory of what `locate` answered; of a hub id only if the local cache has it. No network."""
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(place, "config.json", revision=revision)
+    except ValueError:  # no hub id
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
 @functools.cache
 def digest(key: str, place: str, revision: str | None) -> str:
     """128 bits over every file of a local checkpoint; of a hub checkpoint its commit, which is a digest already.

@@ -66,8 +66,12 @@ class Generator(Section):
     revision: str | None = doc("hub revision; resolved once and re-used by a resume", None)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto: the checkpoint's own", "auto")
     chat_template: str | None = doc("path of a template that replaces the tokenizer's", None)
-    quantization: Annotated[None, _only(None)] = doc("not implemented yet", None)
-    tensor_parallel: Annotated[int, _only(1)] = doc("not implemented yet", 1)
+    quantization: Literal["int8", "nf4"] | None = doc(
+        "null: as the checkpoint is, quantised or not; int8 (torchao, weights only) and nf4 (bitsandbytes) quantise a "
+        "plain one while it loads",
+        None,
+    )
+    tensor_parallel: int = doc("GPUs that one copy of the model is split over; only 1 is implemented", 1, ge=1)
     batch_rows: int = doc("rows decoded together; part of the fingerprint, since bits can depend on it", 64, ge=1)
     max_new_tokens: int = doc("tau, the longest response in tokens", 128, ge=1, lt=1 << 31)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = doc("strings that end a response; cut from it", ())

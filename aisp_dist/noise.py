@@ -39,6 +39,10 @@ def normal_table(device: torch.device | str = "cpu") -> torch.Tensor:
 
 def white(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor, dim: int) -> torch.Tensor:
     """Unit white noise: key [..., 2], step [...] from 1, sample word [...], all int64, to fp32 [..., dim]."""
+    if key.is_cuda:
+        from aisp_dist import noise_kernel
+
+        return noise_kernel.white(key, step, sample, dim, normal_table(key.device))
     blocks = torch.arange((dim + 7) // 8, device=key.device)
     words = philox4x32(
         [blocks, step[..., None], sample[..., None], torch.full_like(step[..., None], NOISE)],

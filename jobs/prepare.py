@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.coordinator import Table
-from aisp_dist import checkpoints, fingerprint, lease, manifest, prompts, schema
+from aisp_dist import checkpoints, fingerprint, lease, manifest, prompts, schema, weights
 from aisp_dist.config import ConfigError, ModelReward, Run
 
 _SAMPLE = 1000  # input lines that decide the types of kept columns
@@ -51,7 +51,8 @@ class Prepared:
             "directory": str(Path.cwd()),
             "command": sys.argv,
             "same_rows": self._same_rows(),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+            "versions": {"python": platform.python_version()}
+            | {name: _version(name) for name in (*_PACKAGES, *_QUANTIZERS)},
             "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "platform": platform.platform()},
         }
 
@@ -62,6 +63,7 @@ class Prepared:
 
 
 _PACKAGES = ("aisp-dist", "ray", "torch", "transformers", "datasets", "pyarrow", "tokenizers")
+_QUANTIZERS = ("bitsandbytes", "torchao", "compressed-tensors")
 
 
 def _version(package: str) -> str | None:
@@ -75,6 +77,7 @@ def check(run: Run, base_dir: Path) -> Run:
     """The checks that need neither torch nor a cluster; answers the located run. Raises ConfigError."""
     check_output(run)
     located = fingerprint.locate(run, base_dir)
+    weights.check(run.generator, located.generator.model)
     schema.schemas("chat", dict.fromkeys(run.prompts.keep, "string"))
     next(prompts.read(located.prompts), None)
     return located

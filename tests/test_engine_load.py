@@ -88,6 +88,14 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
         model.load(Generator(model=str(path)))
 
 
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    path = tiny.save("llama", tmp_path)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8")) | {"intermediate_size": 40}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"generator.model: .*mlp.down_proj.weight.* in the shape of its config"):
+        model.load(Generator(model=str(path)))
+
+
 def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     for name in (str(tmp_path), str(tmp_path / "missing"), "./missing"):
         with pytest.raises(ConfigError, match=r"generator.model: .*checkpoint"):
@@ -102,3 +110,16 @@ def test_remote_code_is_refused_unless_trusted(tmp_path: Path) -> None:
     (path / "own.py").write_text("raise SystemExit('remote code ran')", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"generator.model: .*trust_remote_code: true"):
         model.load(Generator(model=str(path)))
+
+
+def test_rotary_angles_that_depend_on_other_rows() -> None:
+    """`dynamic` scales by the longest row of a batch; `longrope` does so beyond its original length."""
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(model.Unsupported, match="scaled by the longest row"):
+        model.adapt(tiny.causal("llama", rope_parameters=dynamic), tiny.tokenizer())
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    lm = model.adapt(
+        tiny.causal("phi3", head_dim=8, original_max_position_embeddings=64, rope_parameters=long), tiny.tokenizer()
+    )
+    assert lm.context_length == 64

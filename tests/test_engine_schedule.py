@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import slow_path
 import tiny
 import torch
 
-from aisp_dist.engine import model
+from aisp_dist.engine import blocks, model
 from aisp_dist.records import BASE_ITERATION, Rollout, Round, Sampling, TopP
 
 STEPS = 8
@@ -102,6 +103,27 @@ def test_alone_or_in_any_company(family: str, dtype: torch.dtype) -> None:
     shuffled = [rounds()[i] for i in (4, 2, 0, 3, 1)]
     assert_same(together(engine(family, dtype), shuffled), expected)
     assert_same(together(engine(family, dtype), shuffled[::-1], every=3), expected)  # late starters
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_over_several_blocks_of_a_suffix(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in differing blocks, and, with a window of 8, rows that see nothing of the blocks before theirs."""
+    monkeypatch.setattr(blocks, "_BLOCK", 32)
+    lm = model.adapt(tiny.causal(family), tiny.tokenizer())
+    steps, expected = 70, {}
+    some = [dataclasses.replace(round, trace=(), iteration=0) for round in (rounds()[0], rounds()[3])]
+    for round in some:
+        one = slow_path.Watched(lm, 27, steps)
+        expected.update(zip([round], one.run([round]), strict=True))
+        assert one.steps > 64
+    assert together(slow_path.Watched(lm, 27, steps), some, every=37)[0] == expected
+    trajectory = expected[some[0]].trajectories[0]
+    z_TD = slow_path.states(tiny.causal(family), [*some[0].prompt_tokens, *trajectory.token_ids])
+    one = slow_path.Watched(lm, 27, steps)
+    one.run(some)
+    for step in range(1, len(trajectory.token_ids) + 1):
+        z_D = one.seen[some[0].prompt_id, 0, 0, step]
+        assert float((z_D - z_TD[len(some[0].prompt_tokens) + step - 2]).abs().max()) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

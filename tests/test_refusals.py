@@ -55,6 +55,7 @@ def refused(capsys, *args: str) -> str:
         (["--generator.model", "/no/such/model"], "'/no/such/model' is not a directory"),
         (["--generator.model", "."], "holds no config.json"),
         (["--generator.chat_template", "no.jinja"], "no.jinja"),
+        (["--generator.tensor_parallel", "2"], "generator.tensor_parallel: 2 is not implemented"),
         (["--rewards.words.function", "gone.py:words"], "gone.py"),
         (["--rewards.words.function", "no_such_module_here:words"], "no_such_module_here"),
         (["--rewards", '{"m": {"kind": "model", "model": "./nowhere"}}'], "rewards.m.model"),

@@ -68,6 +68,8 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "generator.revision": "r",
     "generator.dtype": "float32",
     "generator.chat_template": "t",
+    "generator.quantization": "nf4",
+    "generator.tensor_parallel": 2,
     "generator.batch_rows": 8,
     "generator.max_new_tokens": 9,
     "generator.stop": ["x"],
@@ -108,7 +110,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "runtime.rewards.main.num_gpus": 0.5,
     "runtime.rewards.main.accelerator": "L4",
 }
-NOT_YET = {"generator.quantization", "generator.tensor_parallel", "runtime.shards", "runtime.storage_options"}
+NOT_YET = {"runtime.shards", "runtime.storage_options"}
 WHOLE = {"rewards", "method", "runtime.rewards", "method.decode"}  # unions and mappings: tests of their own
 
 
@@ -167,8 +169,8 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--method.noise", "pink"], "method.noise: .*'pink'"),
         (["--output", "s3://bucket/x"], "output: 's3://bucket/x' is a URI; only local paths"),
         (["--runtime.shards", "4"], "runtime.shards: '4' is not implemented yet; leave it at 1"),
-        (["--generator.tensor_parallel", "2"], "not implemented yet"),
-        (["--generator.quantization", "awq"], "not implemented yet; leave it at null"),
+        (["--generator.tensor_parallel", "0"], "generator.tensor_parallel: .*greater than or equal to 1"),
+        (["--generator.quantization", "awq"], "generator.quantization: .*'int8' or 'nf4'.*'awq'"),
         (["--method.nope", "1"], "--method.nope"),
         (["--rewards.main.use", "report"], "none has use: select"),
         (["--runtime.rewards", '{"nobody": {"replicas": 2}}'], "nobody is not among rewards"),

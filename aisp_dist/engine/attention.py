@@ -24,7 +24,7 @@ NAME = "aisp_shared_prefix"
 # Ragged shapes take other kernels, and unaligned ones other paths through them, with other bits: queries that meet a
 # prefix, tokens of a dense pass, rows and blocks of a suffix all come in multiples of this.
 TILE = 32
-_CHUNK = 512  # queries of a dense pass at a time, to bound its masks and scores
+CHUNK = 512  # queries of a dense pass at a time, to bound its masks and scores
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -152,8 +152,8 @@ class Dense:
         q_KGTC = q.view(kv_heads, heads // kv_heads, length, -1)
         k_KGTC, v_KGTC = (x[0, :, None].expand(-1, heads // kv_heads, -1, -1) for x in (k, v))
         chunks = []
-        for start in range(0, length, _CHUNK):
-            stop = min(start + _CHUNK, length)
+        for start in range(0, length, CHUNK):
+            stop = min(start + CHUNK, length)
             low = 0 if layer.window is None else max(0, start - layer.window + 1)
             at, to = torch.arange(start, stop, device=q.device)[:, None], torch.arange(low, stop, device=q.device)
             keys, values = k_KGTC[:, :, low:stop], v_KGTC[:, :, low:stop]
@@ -166,8 +166,10 @@ class Dense:
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """A prefilled prompt: its keys and values [K, L, C] by layer (a sliding layer keeps what a suffix can still see),
-    its length in tokens, and z_0 [D], the last hidden state at its last position."""
+    its length in tokens, and z_0 [D], the last hidden state at its last position. In pages, kv is empty and `line` says
+    where they are."""
 
     kv: list[KV]
     length: int
     z_D: torch.Tensor
+    line: int = -1

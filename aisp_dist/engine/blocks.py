@@ -25,21 +25,28 @@ _TILES = 5  # in one call: from 192 queries on, the kernel takes other tiles and
 
 
 class Blocks:
-    """The store of an engine with `num_rows` rows (a multiple of TILE) of at most `num_steps` tokens."""
+    """The store of an engine with `num_rows` rows (a multiple of TILE) of at most `num_steps` tokens, for prompts of
+    `num_tokens` in all (capacity, the longest that fits)."""
 
-    def __init__(self, num_rows: int, num_steps: int) -> None:
-        self.num_rows = num_rows
+    def __init__(self, num_rows: int, num_steps: int, num_tokens: int) -> None:
+        self.num_rows, self.capacity, self.free = num_rows, num_tokens, num_tokens
         self.size = min(_BLOCK, num_steps + -num_steps % TILE)
         self.blocks: list[list[KV]] = []  # by block, by layer: [B, K, S, C]
         self.prefixes: list[Prefix | None] = [None] * num_rows
         self._seating: Seating | None = None
 
+    def room(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens can be kept now."""
+        return tokens <= self.free
+
     def keep(self, dense: Dense, z_D: torch.Tensor) -> Prefix:
-        """The prefix that a dense pass left."""
+        """The prefix that a dense pass left. `room` must have said yes."""
+        self.free -= dense.length
         return Prefix(dense.kv, dense.length, z_D)
 
     def drop(self, prefix: Prefix) -> None:
         """Forgets a prefix that no row uses."""
+        self.free += prefix.length
 
     def seat(self, slot: int, prefix: Prefix) -> None:
         """An empty suffix for a new trajectory."""
@@ -53,12 +60,13 @@ class Blocks:
         if not any(self.prefixes):
             self.blocks.clear()
 
-    def reserve(self, lengths: Sequence[int]) -> None:
-        """Room for suffixes of these lengths, by slot."""
+    def reserve(self, lengths: Sequence[int]) -> bool:
+        """Room for suffixes of these lengths, by slot. What all rows can need has been set aside (memory.py)."""
         like = next(prefix for prefix in self.prefixes if prefix).kv
         while len(self.blocks) * self.size < max(lengths):
             sized = [[x.new_zeros(self.num_rows, len(x), self.size, x.shape[2]) for x in kv] for kv in like]
             self.blocks.append([(k, v) for k, v in sized])
+        return True
 
     def attend(self, at_B: torch.Tensor) -> Step:
         """The pass of rows whose tokens go to these places of their suffixes."""

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 import torch
 
 from aisp_dist import noise
-from aisp_dist.engine import attention
+from aisp_dist.engine import attention, memory
 from aisp_dist.engine.blocks import Blocks
 from aisp_dist.engine.control import Control, cost, rebuild
-from aisp_dist.engine.model import LM
-from aisp_dist.engine.step import ENDED, FINITE, STEP, Batch, Seat
+from aisp_dist.engine.lm import LM
+from aisp_dist.engine.step import ENDED, FINITE, STEP, Batch, Replay, Seat
 from aisp_dist.records import Finish, Rollout, Round, Trajectory
 
+_STRIDE = 8  # steps of a GPU before the host looks: rows that end in between wait for it
 _HEAD_ROWS = 256  # positions per head product in nll, to bound the logits
 
 
@@ -76,19 +77,24 @@ class Engine:
 
     batch_rows: rows decoded together, rounded up to a multiple of 32. max_new_tokens: tau. stop: strings that end a
     response; one that is a special token of the tokenizer ends it as an end token does. idle_tokens: prompts without a
-    round in flight stay prefilled, the most recently used first, up to this many tokens in all.
+    round in flight stay prefilled, the most recently used first, up to this many tokens in all (default: 16,384 on a
+    CPU; on a GPU until their pages are needed).
     """
 
     def __init__(
-        self, lm: LM, batch_rows: int, max_new_tokens: int, stop: Sequence[str] = (), idle_tokens: int = 1 << 14
+        self, lm: LM, batch_rows: int, max_new_tokens: int, stop: Sequence[str] = (), idle_tokens: int | None = None
     ) -> None:
-        self.lm, self.max_new_tokens, self.idle_tokens = lm, max_new_tokens, idle_tokens
+        self.lm, self.max_new_tokens = lm, max_new_tokens
         special = {t.content: i for i, t in lm.tokenizer.added_tokens_decoder.items() if t.special}
         self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
         self.stop = tuple(s for s in stop if s not in special)
         self.rows: list[Row | None] = [None] * (batch_rows + -batch_rows % attention.TILE)
         self.batch = Batch(lm, len(self.rows), max_new_tokens, self.end_ids)
-        self.kv = Blocks(len(self.rows), max_new_tokens)
+        self.kv = memory.store(lm, len(self.rows), max_new_tokens)
+        kept = 1 << 14 if isinstance(self.kv, Blocks) else self.kv.capacity
+        self.idle_tokens = kept if idle_tokens is None else idle_tokens
+        self.replay = None if isinstance(self.kv, Blocks) else Replay(self.batch, self.kv)
+        self.stride = _STRIDE if self.replay else 1
         self.prompts: OrderedDict[Hashable, _Prompt] = OrderedDict()
         self.steps = self.row_steps = 0  # taken so far, and tokens they kept
         self._waiting: list[tuple[tuple[int, int], Row]] = []  # a heap by age
@@ -117,19 +123,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Round, Rollout]]:
-        """One token for every row; returns the rounds that this completed. Raises DecodeError for a round that must be
-        given up; the others go on with the next call."""
+        """One token for every row, on a GPU several; returns the rounds that this completed. Raises DecodeError for a
+        round that must be given up; the others go on with the next call."""
         self._admit()
-        rows = [row for row in self.rows if row]
-        if rows:
-            self.kv.reserve([row.length if row else 0 for row in self.rows])
-            self.batch.step(
-                self.kv.attend,
-                first=not any(row.length for row in rows),
-                controlled=any(row.job.round.sampling.sigma2 for row in rows),
-                drawn=any(row.job.round.sampling.decode for row in rows),
-            )
-            self.steps += 1
+        if any(self.rows):
+            self._decode()
             self._retire()
         return self._hand_out()
 
@@ -180,6 +178,12 @@ class Engine:
             raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")
         if round.sampling.sigma2 or round.sampling.decode:
             noise.sample_word(round.iteration, round.stop - 1)
+        if length > self.kv.capacity:
+            raise ValueError(
+                f"{length} prompt tokens take {length * self.lm.token_bytes / 1e9:.2f} GB of keys and values, beside "
+                f"the rows' there are {self.kv.capacity * self.lm.token_bytes / 1e9:.2f} GB; lower "
+                "prompts.max_tokens, generator.batch_rows or generator.max_new_tokens"
+            )
         if any(len(entry.weights) != len(entry.lengths) for entry in round.trace):
             raise ValueError("an iteration of the trace has not one length per weight")
 
@@ -188,7 +192,7 @@ class Engine:
         other, and a kill finds few of them half done."""
         seats = []
         for slot, row in enumerate(self.rows):
-            if row is None and self._waiting:
+            if row is None and self._waiting and self._room(self._waiting[0][1].job.prompt):
                 _, row = heapq.heappop(self._waiting)
                 self.rows[slot] = row
                 job, prefix = row.job, self._prefill(row.job)
@@ -198,6 +202,53 @@ class Engine:
                 seats.append(Seat(slot, prefix.length, plan, job.line, job.key, word, prefix.z_D))
         if seats:
             self.batch.seat(seats)
+
+    def _room(self, prompt: _Prompt) -> bool:
+        """Whether the prompt's prefix is there or can be made, in place of prefixes that no row uses if need be."""
+        while prompt.prefix is None and not self.kv.room(len(prompt.tokens)):
+            if not self._forget(keep=prompt):
+                return False
+        return True
+
+    def _forget(self, keep: _Prompt | None = None) -> bool:
+        """Drops a prefix that no row uses; an idle prompt's, least recently used, before one with rounds in flight."""
+        seated = [row.job.prompt for row in self.rows if row]
+        unused = [p for p in self.prompts.values() if p.prefix and p is not keep and p not in seated]
+        if unused:
+            self._drop(min(unused, key=lambda p: p.rounds > 0))
+        return bool(unused)
+
+    def _drop(self, prompt: _Prompt) -> None:
+        if prompt.prefix:
+            self.kv.drop(prompt.prefix)
+            prompt.prefix = None
+
+    def _decode(self) -> None:
+        """`stride` tokens for every row. Where memory ends, the youngest trajectory starts again later; the oldest one
+        fits by itself (`_check`)."""
+        while not self.kv.reserve([min(r.length + self.stride, self.max_new_tokens) if r else 0 for r in self.rows]):
+            if not self._forget():
+                _, slot = max((row.age, slot) for slot, row in enumerate(self.rows) if row)
+                self._suspend(slot)
+        rows = [row for row in self.rows if row]
+        kind = {
+            "controlled": any(row.job.round.sampling.sigma2 for row in rows),
+            "drawn": any(row.job.round.sampling.decode for row in rows),
+        }
+        for _ in range(self.stride):
+            if self.replay:
+                self.replay(**kind)
+            else:
+                first = self.stride == 1 and not any(row.length for row in rows)
+                self.batch.step(self.kv.attend, first=first, **kind)
+        self.steps += self.stride
+
+    def _suspend(self, slot: int) -> None:
+        if row := self.rows[slot]:
+            self.row_steps -= row.length
+            row.length = 0
+            heapq.heappush(self._waiting, (row.age, row))
+            self._clear([slot])
 
     def _prefill(self, job: _Job) -> attention.Prefix:
         """The prompt's prefix, computed alone and once for all its rows and iterations, and the round's control."""
@@ -224,12 +275,16 @@ class Engine:
                 self._broken.append(DecodeError(row.job.round, f"{reason}; lower method.sigma2 or use a wider dtype"))
                 self._leave(row.job)
                 continue
-            self.row_steps += length - row.length
-            row.length = length
             if ended or self.stop:
                 tokens: list[int] = self.batch.tokens_BT[slot, :length].tolist()
-                if ending := self._ending(tokens):
-                    self._complete(slot, row, tokens, *ending)
+                known = row.length if self.stop else length - 1
+                for end in range(known + 1, length + 1):
+                    if ending := self._ending(tokens[:end]):
+                        length = end
+                        self._complete(slot, row, tokens[:end], *ending)
+                        break
+            self.row_steps += length - row.length
+            row.length = length
 
     def _complete(self, slot: int, row: Row, tokens: list[int], finish: Finish, text: str) -> None:
         """A row's trajectory into its round, which leaves with the last one."""
@@ -277,8 +332,7 @@ class Engine:
         for key, prompt in reversed(list(self.prompts.items())):
             idle += 0 if prompt.rounds else len(prompt.tokens)
             if not prompt.rounds and idle > self.idle_tokens:
-                if prompt.prefix:
-                    self.kv.drop(prompt.prefix)
+                self._drop(prompt)
                 del self.prompts[key]
 
     def _hand_out(self) -> list[tuple[Round, Rollout]]:

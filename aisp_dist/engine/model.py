@@ -8,7 +8,7 @@ No family has code of its own here. A family works if its layers attend through 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from aisp_dist import weights
 from aisp_dist.checkpoints import locate
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.engine import attention
-from aisp_dist.engine.blocks import Blocks
+from aisp_dist.engine import attention, memory, quantized
+from aisp_dist.engine.lm import LM, Heads
 
 _PROBE_TOKENS = 24
 # Relative distance of hidden states between the two ways: rounding stays far below, a wrong model far above.
@@ -47,51 +48,17 @@ class _Identity(nn.Module):
         return _DecoderOutput(last_hidden_state=inputs_embeds)
 
 
-@dataclass(frozen=True)
-class LM:
-    """A causal language model in two parts, decoder and head. eos_ids end a response. context_length is the longest
-    sequence in tokens, None if unbounded."""
-
-    decoder: nn.Module
-    head: nn.Module
-    tokenizer: Any
-    hidden_size: int
-    vocab_size: int
-    num_layers: int
-    context_length: int | None
-    eos_ids: frozenset[int]
-    device: torch.device
-    dtype: torch.dtype
-
-    def states(self, attend: attention.Pass, tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
-        """Last hidden states z [B, T, D], after the final norm."""
-        with attention.running(attend):
-            out = self.decoder(input_ids=tokens_BT, position_ids=positions_BT, past_key_values=None, use_cache=False)
-        z: torch.Tensor = out.last_hidden_state
-        return z
-
-    def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
-        """fp32 [N, V]: the family's full map from hidden states to logits, softcaps and scales included."""
-        out = self.head(inputs_embeds=z_ND.to(self.dtype)[:, None], use_cache=False)
-        logits: torch.Tensor = out.logits[:, 0].float()
-        return logits
-
-    def dense(self, tokens: tuple[int, ...], keep: bool = False) -> tuple[torch.Tensor, attention.Dense]:
-        """z [T, D] of one whole sequence, computed alone, and the pass that holds its keys and values if kept."""
-        attend = attention.Dense(len(tokens), keep)
-        padding = -len(tokens) % attention.TILE  # causal: what follows a sequence cannot change it
-        ids = torch.tensor([(*tokens, *[tokens[-1]] * padding)], device=self.device)
-        positions = torch.arange(ids.shape[1], device=self.device).clamp(max=len(tokens) - 1)
-        return self.states(attend, ids, positions[None])[0, : len(tokens)], attend
-
-
 def _source(settings: Generator) -> dict[str, Any]:
     return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
 
 
 def _refusal(settings: Generator, error: Exception) -> ConfigError:
     fix = "name a local directory, or a hub id that this machine can reach"
-    if "trust_remote_code" in str(error):
+    if isinstance(error, ImportError):
+        fix = "install the package that it needs; for quantised weights pip install 'aisp-dist[quantized]'"
+    elif isinstance(error, RuntimeError):
+        fix = "name one that transformers itself loads"
+    elif "trust_remote_code" in str(error):
         fix = "it brings code of its own; set generator.trust_remote_code: true if you trust it"
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return ConfigError(f"generator.model: {settings.model!r} cannot be loaded: {fix} ({reason[0]})")
@@ -119,26 +86,41 @@ def tokenizer(settings: Generator) -> Any:
 
 def load(settings: Generator, device: torch.device | str | None = None) -> LM:
     """The generator's model on a device (default: the first GPU, else the CPU), ready to decode. Raises ConfigError for
-    a missing path, a checkpoint without safetensors or with missing weights, remote code that is not trusted, and a
-    family that the engine would decode wrongly."""
-    from transformers import AutoModelForCausalLM
+    a missing path, a checkpoint without safetensors or with missing weights, remote code that is not trusted, a
+    quantisation that it cannot use, and a family that the engine would decode wrongly."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = locate("generator.model", settings.model, "generator")
+    weights.check(settings, checkpoint)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
+        config = AutoConfig.from_pretrained(checkpoint, **_source(settings))
+        quantisation = quantized.options(settings, config, chosen)
         model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype, use_safetensors=True, output_loading_info=True, **_source(settings)
+            checkpoint,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            output_loading_info=True,
+            **quantisation,
+            **_source(settings),
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (ConfigError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _refusal(settings, error) from error
-    if report["missing_keys"]:
+    if wrong := sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}):
         raise ConfigError(
-            f"generator.model: {settings.model!r} lacks the weights {sorted(report['missing_keys'])[:4]}, which would "
-            "be random; name a complete causal language model"
+            f"generator.model: {settings.model!r} lacks the weights {wrong[:4]} in the shape of its config, and they "
+            "would be random; name a complete causal language model"
         )
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if quantisation:
+        quantized.check(settings, model)
+    else:
+        model.to(chosen)
     try:
-        return adapt(model.to(chosen), tokenizer(settings))
+        return adapt(model, tokenizer(settings))
     except Unsupported as error:
         raise ConfigError(f"generator.model: {settings.model!r}: {error}") from error
 
@@ -158,13 +140,25 @@ def adapt(model: Any, tokenizer: Any) -> LM:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
-        context_length=getattr(config, "max_position_embeddings", None),
+        context_length=_context_length(config),
         eos_ids=frozenset(ends),
         device=model.device,
         dtype=model.get_output_embeddings().weight.dtype,
     )
-    _probe(model, lm, config)
-    return lm
+    return _probe(model, lm, config)
+
+
+def _context_length(config: Any) -> int | None:
+    """Positions that the model has. Raises Unsupported where a row's rotary angles depend on the longest row beside it;
+    where that begins at some length, the context ends there."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {one.get("rope_type"): one for one in [rope, *rope.values()] if isinstance(one, dict)}
+    if "dynamic" in kinds:
+        raise Unsupported("its rotary embedding is scaled by the longest row of a batch; use a checkpoint without")
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    if "longrope" in kinds:
+        length = kinds["longrope"].get("original_max_position_embeddings") or length
+    return length
 
 
 def _head(model: Any, decoder: nn.Module) -> nn.Module:
@@ -183,10 +177,10 @@ def _head(model: Any, decoder: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def _probe(model: Any, lm: LM, config: Any) -> None:
-    """Decodes a few tokens both ways, transformers' and ours, and raises Unsupported unless the hidden states and
-    logits agree, every layer called our function once, and every layer's window is the configured one (the probe's
-    tokens are too few to reach most windows)."""
+def _probe(model: Any, lm: LM, config: Any) -> LM:
+    """The model with the shapes of its attention. Decodes a few tokens both ways, transformers' and ours, and raises
+    Unsupported unless the hidden states and logits agree, every layer called our function once, and every layer's
+    window is the configured one (the probe's tokens are too few to reach most windows)."""
     length = min(_PROBE_TOKENS, lm.context_length or _PROBE_TOKENS)
     tokens = tuple((7919 * i + 13) % lm.vocab_size for i in range(length))
     advice = "the engine would decode it wrongly; use a family that attends through transformers' AttentionInterface"
@@ -195,13 +189,14 @@ def _probe(model: Any, lm: LM, config: Any) -> None:
         expected_TD = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
         expected_TV = model(input_ids=ids, use_cache=False).logits[0].float()
         model.set_attn_implementation(attention.NAME)
+        lm = replace(lm, attention=_heads(lm, tokens, advice))
         calls: list[attention.Layer] = []
         z_TD = _both_ways(lm, tokens, calls)
         logits_TV = lm.logits(expected_TD)
+    except Unsupported:
+        raise
     except Exception as error:
         raise Unsupported(f"it fails the engine's probe ({type(error).__name__}: {error}); {advice}") from error
-    if [call.index for call in calls] != list(range(lm.num_layers)):
-        raise Unsupported(f"{len(calls)} of its {lm.num_layers} layers attend through the interface; {advice}")
     for call in calls:
         kinds = getattr(config, "layer_types", None)
         kind = kinds[call.index] if kinds else "sliding_attention"
@@ -212,17 +207,34 @@ def _probe(model: Any, lm: LM, config: Any) -> None:
         distance = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
         if not distance <= _TOLERANCE.get(lm.dtype, 0.0):
             raise Unsupported(f"its {name} differ by {distance:.2g} (relative) from transformers' own; {advice}")
+    return lm
+
+
+def _heads(lm: LM, tokens: tuple[int, ...], advice: str) -> tuple[Heads, ...]:
+    """What the layers ask of attention, in the order in which they do."""
+    found: list[tuple[int, Heads]] = []
+    dense = attention.Dense(len(tokens))
+
+    def attend(layer: attention.Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found.append((layer.index, Heads(k.shape[1], q.shape[1] // k.shape[1], k.shape[3], v.shape[3])))
+        return dense(layer, q, k, v)
+
+    ids = torch.tensor([tokens], device=lm.device)
+    lm.states(attend, ids, torch.arange(len(tokens), device=lm.device)[None])
+    if [index for index, _ in found] != list(range(lm.num_layers)):
+        raise Unsupported(f"{len(found)} of its {lm.num_layers} layers attend through the interface; {advice}")
+    return tuple(heads for _, heads in found)
 
 
 def _both_ways(lm: LM, tokens: tuple[int, ...], calls: list[attention.Layer]) -> torch.Tensor:
     """z [T, D], the first half of the tokens prefilled, the others one by one as a suffix of it."""
     first = len(tokens) // 2
     z_TD, dense = lm.dense(tokens[:first], keep=True)
-    kv = Blocks(attention.TILE, len(tokens))
+    kv = memory.store(lm, attention.TILE, len(tokens), 4 * len(tokens))
     kv.seat(0, kv.keep(dense, z_TD[-1]))
     states = [z_TD]
     for at, token in enumerate(tokens[first:]):
-        kv.reserve([at + 1])
+        kv.reserve([at + 1, *[0] * (attention.TILE - 1)])
         at_B = torch.full((attention.TILE,), at, device=lm.device)
         step = kv.attend(at_B)
 

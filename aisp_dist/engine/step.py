@@ -12,15 +12,18 @@ Shapes: B rows, D hidden size, V vocabulary, T steps (max_new_tokens), F plans (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from aisp_dist import noise
 from aisp_dist.engine.attention import Pass
-from aisp_dist.engine.model import LM
+from aisp_dist.engine.lm import LM
 from aisp_dist.records import Sampling, TopP
+
+if TYPE_CHECKING:
+    from aisp_dist.engine.pages import Pages
 
 # Columns of the table of rows. step: t of the token that a row gets next, from 1; of its last one once it has ended.
 # length: tokens of its prompt. plan, control: its lines in Plans and Controls. key0, key1, word: its noise.
@@ -133,7 +136,8 @@ class Batch:
         step_B, token_B, length_B = (self.rows_BF[:, x] for x in (STEP, TOKEN, LENGTH))
         at_B = (step_B - 2).clamp(min=0)
         z_BTD = self.lm.states(attend(at_B), token_B[:, None], (length_B + at_B)[:, None])
-        return torch.where(step_B[:, None] == 1, self.z0_BD, z_BTD[:, 0])
+        z_BD: torch.Tensor = torch.where(step_B[:, None] == 1, self.z0_BD, z_BTD[:, 0])
+        return z_BD
 
     def control(self, z_BD: torch.Tensor) -> torch.Tensor:
         """z + v [B, D] in fp32, with v_t = L (m + e)_t of each row, (3); keeps m_t . e_t."""
@@ -141,7 +145,7 @@ class Batch:
         e_BD = self.plans.sigma_F[plan_B][:, None] * noise.white(*self._counter(), z_BD.shape[1])
         m_BD = self.controls.m_ATD[control_B, at_B]
         feed_B, gain_B = self.plans.feed_FT[plan_B, at_B], self.plans.gain_FT[plan_B, at_B]
-        v_BD = feed_B[:, None] * self.filter_BD + gain_B[:, None] * (m_BD + e_BD)
+        v_BD: torch.Tensor = feed_B[:, None] * self.filter_BD + gain_B[:, None] * (m_BD + e_BD)
         self.filter_BD.mul_(self.plans.keep_F[plan_B][:, None]).add_(v_BD)
         self.dots_BT.scatter_(1, at_B[:, None], (m_BD.double() * e_BD.double()).sum(-1, keepdim=True))
         return z_BD + v_BD
@@ -161,7 +165,7 @@ class Batch:
         step_B, ended_B, finite_B, last_B = (self.rows_BF[:, x] for x in (STEP, ENDED, FINITE, TOKEN))
         token_B = torch.where(ended_B == 1, last_B, token_B)
         self.tokens_BT.scatter_(1, step_B[:, None] - 1, token_B[:, None])
-        finite_B.mul_(logits_BV.gather(1, token_B[:, None])[:, 0].isfinite())
+        finite_B.mul_(logits_BV.gather(1, token_B[:, None])[:, 0].isfinite() | (ended_B == 1))
         ended_B.copy_((ended_B == 1) | self.ends_V[token_B] | (step_B == self.num_steps))
         last_B.copy_(token_B)
         step_B.add_(1 - ended_B)
@@ -183,3 +187,27 @@ def draw(
     rank_R1 = torch.searchsorted(reached, uniform_R[:, None] * mass_R1)
     tokens_R: torch.Tensor = order.gather(1, torch.minimum(rank_R1, kept.sum(-1, keepdim=True) - 1))[:, 0]
     return tokens_R
+
+
+class Replay:
+    """Batch.step on a GPU as CUDA graphs: the first step of a kind runs as it is, the next ones replay its record."""
+
+    def __init__(self, batch: Batch, pages: Pages) -> None:
+        self.batch, self.pages = batch, pages
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self.memory = torch.cuda.graph_pool_handle()  # one for all: nothing in it outlives a step
+
+    def __call__(self, *, controlled: bool, drawn: bool) -> None:
+        batch = self.batch
+        sizes = len(batch.controls.m_ATD), len(batch.plans.sigma_F), self.pages.tables.shape
+        kind = controlled, drawn, *sizes  # tables that grow move, and a graph remembers places
+        if kind not in self.graphs:
+            batch.step(self.pages.attend, first=False, controlled=controlled, drawn=drawn)
+            self.graphs[kind] = None
+            return
+        graph = self.graphs[kind]
+        if graph is None:
+            graph = self.graphs[kind] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.memory):
+                batch.step(self.pages.attend, first=False, controlled=controlled, drawn=drawn)
+        graph.replay()

@@ -72,6 +72,7 @@ class Generator(Section):
         None,
     )
     tensor_parallel: int = doc("GPUs that one copy of the model is split over; only 1 is implemented", 1, ge=1)
+    fp32_head: bool = doc("logits by a copy of the output layer in fp32, where the model is of another dtype", False)
     batch_rows: int = doc("rows decoded together; part of the fingerprint, since bits can depend on it", 64, ge=1)
     max_new_tokens: int = doc("tau, the longest response in tokens", 128, ge=1, lt=1 << 31)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = doc("strings that end a response; cut from it", ())

@@ -24,6 +24,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config | text
 
 
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether it is a mixture of experts, whose products run over the rows of a batch that chose the same expert."""
+    return any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+
+
 def dtype_of(config: dict[str, Any], dtype: str) -> str:
     """A configured dtype with `auto` resolved as transformers does: the config's, else the stored one."""
     return str(config.get("dtype") or config.get("torch_dtype") or "the stored dtype") if dtype == "auto" else dtype

@@ -18,8 +18,10 @@ VERBS = {
     "schema": "the JSON schema of a configuration",
     "status": "progress of an output, from its files",
     "verify": "account for every input exactly once",
+    "doctor": "exactness, schedule and reward checks on your own hardware and models",
+    "bench": "decode, score or pipeline: speed beside peers in the same run, as JSON",
 }
-PLANNED = ("submit", "report", "export", "rescore", "evaluate", "tune", "train-value", "lm-eval", "doctor", "bench")
+PLANNED = ("submit", "report", "export", "rescore", "evaluate", "tune", "train-value", "lm-eval")
 
 
 class Exit(Exception):

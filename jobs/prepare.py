@@ -57,9 +57,14 @@ class Prepared:
         }
 
     def _same_rows(self) -> str:
+        generator = self.located.generator
+        directory = checkpoints.cached(generator.model, generator.revision)
+        if directory and weights.has_experts(weights.read_config(directory)):
+            return "up to rounding: the base model is a mixture of experts, whose bits depend on what shares a batch"
+        same = "bit for bit on the same kind of hardware and software"
         if all(isinstance(reward, ModelReward) for reward in self.run.rewards.values()):
-            return "bit for bit on the same kind of hardware and software"
-        return "bit for bit on the same kind of hardware and software, as far as the function rewards are deterministic"
+            return same
+        return f"{same}, as far as the function rewards are deterministic"
 
 
 _PACKAGES = ("aisp-dist", "ray", "torch", "transformers", "datasets", "pyarrow", "tokenizers")

@@ -125,3 +125,16 @@ def test_a_long_prompt_is_prefilled_and_measured_in_chunks() -> None:
             logits_TV = reference(torch.tensor([prompt])).logits[0, :-1].double()
         expected = float(torch.nn.functional.cross_entropy(logits_TV, torch.tensor(prompt[1:])))
         assert slow_path.Watched(lm, 4, 1).nll(prompt[:1], prompt[1:]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_a_head_in_fp32_beside_a_model_in_bf16(family: str) -> None:
+    """Its logits are those of the whole model's own map in fp32, on the same states; the shared weights stay bf16."""
+    made = tiny.causal(family).to(torch.bfloat16)
+    lm = model.adapt(made, tiny.tokenizer(), fp32_head=True)
+    z_TD = lm.dense(PROMPT)[0]
+    reference = model.adapt(tiny.causal(family).to(torch.bfloat16).float(), tiny.tokenizer())
+    assert torch.equal(lm.logits(z_TD.float() + 1e-4), reference.logits(z_TD.float() + 1e-4))
+    plain = model.adapt(tiny.causal(family).to(torch.bfloat16), tiny.tokenizer())
+    assert not torch.equal(lm.logits(z_TD), plain.logits(z_TD))
+    assert made.get_output_embeddings().weight.dtype == torch.bfloat16

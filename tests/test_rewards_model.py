@@ -80,23 +80,26 @@ def test_an_encoder_does_not_see_its_padding(tmp_path):
     assert values(score(PROMPT, RESPONSES)) == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_permuted_request_has_the_permuted_bits(loaded):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_permuted_request_has_the_permuted_bits(loaded, dtype):
     _, _, folder = loaded
-    score = load("main", settings(folder, batch_rows=2), device="cpu")
+    score, fresh = (load("main", settings(folder, batch_rows=2, dtype=dtype), device="cpu") for _ in range(2))
     want = dict(zip(RESPONSES, score(PROMPT, RESPONSES), strict=True))
     for order in (RESPONSES[::-1], sorted(RESPONSES), [*RESPONSES, *RESPONSES]):
         assert score(PROMPT, order) == [want[r] for r in order]
+    fresh(Prompt("q", 1, "Something else"), RESPONSES[:2])
+    assert fresh(PROMPT, RESPONSES) == [want[r] for r in RESPONSES]
 
 
-def test_equal_responses_are_scored_once(loaded):
-    _, score, _ = loaded
+def test_equal_responses_are_scored_once_and_their_prompt_apart(loaded):
+    score = load("main", settings(loaded[2]), device="cpu")
     seen = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, args: seen.append(len(args[0])) if isinstance(module, torch.nn.Embedding) else None
     )
     score(PROMPT, ["a", "b", "a", "a"])
     hook.remove()
-    assert seen == [2]
+    assert seen == [1, 2]
 
 
 @pytest.mark.parametrize("pad", [None, "<pad>", "</s>", "<s>"])
@@ -130,6 +133,15 @@ def test_only_the_prompt_is_cut(loaded):
     long, short = none(prompt, ["answer", "an"])
     assert long.value is None and "19 tokens, more than the 18" in long.reason
     assert short.value is not None
+
+
+def test_rows_that_were_cut_differently_are_still_right(loaded):
+    model, _, folder = loaded
+    prompt = Prompt("p", 0, (("user", "all of this differs, once it is cut: " * 2),))
+    score = load("main", settings(folder, max_tokens=60), device="cpu")
+    cuts = [len("[user][assistant]") + 3 + len(prompt.content[0][1]) + len(r) - 60 for r in RESPONSES]
+    want = [by_hand(model, prompt, r, cut) for r, cut in zip(RESPONSES, cuts, strict=True)]
+    assert len(set(cuts)) > 3 and values(score(prompt, RESPONSES)) == pytest.approx(want, abs=1e-5)
 
 
 def test_the_models_positions_bound_the_input(loaded):

@@ -19,26 +19,38 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 REWARD = """
-import time
 def words(prompts, completions, **columns):
     return [float(len(set(c[-1]["content"].split()))) for c in completions]
 def minus(prompts, completions, **columns):
     return [-float(len(c[-1]["content"])) for c in completions]
+"""
+REWARD_OF = {
+    "raises": """
+def words(prompts, completions, **columns):
+    return [float(len(set(c[-1]["content"].split()))) for c in completions]
 def raises(prompts, completions, **columns):
     if "coffee" in prompts[0][-1]["content"]:
         raise RuntimeError("no opinion on coffee")
     return words(prompts, completions)
+""",
+    "hangs": """
 def hangs(prompts, completions, **columns):
+    import time
     if "coffee" in prompts[0][-1]["content"]:
         time.sleep(3600)
     return words(prompts, completions)
+""",
+    "all_nan": """
 def all_nan(prompts, completions, **columns):
     bad = "coffee" in prompts[0][-1]["content"]
     return [float("nan") if bad or i == 1 else x for i, x in enumerate(words(prompts, completions))]
+""",
+    "too_few": """
 def too_few(prompts, completions, **columns):
     values = words(prompts, completions)
     return values[1:] if "coffee" in prompts[0][-1]["content"] else values
-"""
+""",
+}
 QUESTIONS = ["How do I train a puppy?", "Is coffee good?", "What is a bicycle for?", "How do I learn Spanish?"] * 3
 
 
@@ -169,38 +181,39 @@ def actor(name: str) -> psutil.Process:
     raise LookupError(name)
 
 
-def start_and_wait(project: Path, env: dict[str, str], rows: int = 1) -> subprocess.Popen:
-    """A run that has finished some rows and is in the middle of others."""
-    log = (project / "log").open("w")
+def start_and_wait(project: Path, env: dict[str, str]) -> subprocess.Popen:
+    """A run that has finished some more rows and is in the middle of others."""
+
+    def flushed() -> set[Path]:
+        return {*(project / "out").glob(".staging/part-*/seg-*"), *(project / "out").glob("data/*")}
+
+    before, log = flushed(), (project / "log").open("w")
     run = subprocess.Popen(
         [sys.executable, "-m", "jobs.align", "run.yaml"], cwd=project, env=env, stdout=log, stderr=log
     )
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline and run.poll() is None:
-        if (
-            len(list((project / "out" / ".staging").glob("part-*/seg-*"))) + len(list((project / "out").glob("data/*")))
-            >= rows
-        ):
+        if flushed() - before:
             return run
         time.sleep(0.02)
     raise AssertionError((project / "log").read_text())
 
 
-@pytest.mark.parametrize("victim", ["Generator", "Scorer", "Coordinator"])
-def test_a_killed_actor_is_replaced_within_the_run(victim, cluster, undisturbed, project):
+def test_killed_actors_are_replaced_within_the_run(cluster, undisturbed, project):
     run = start_and_wait(project, cluster)
-    actor(victim).send_signal(signal.SIGKILL)
+    for victim in ("Generator", "Scorer", "Coordinator"):
+        actor(victim).send_signal(signal.SIGKILL)
     assert run.wait(200) == 0, (project / "log").read_text()
     assert tables(project / "out") == undisturbed[0]
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_resumes(how, code, cluster, undisturbed, project):
-    run = start_and_wait(project, cluster)
-    run.send_signal(how)
-    assert run.wait(100) == code, (project / "log").read_text()
-    if how != signal.SIGKILL:
-        assert "same command goes on" in (project / "log").read_text()
+def test_a_stopped_command_resumes(cluster, undisturbed, project):
+    for how, code in [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]:
+        run = start_and_wait(project, cluster)
+        run.send_signal(how)
+        assert run.wait(100) == code, (project / "log").read_text()
+        if how != signal.SIGKILL:
+            assert "same command goes on" in (project / "log").read_text()
     aisp("align", "run.yaml", cwd=project, env=cluster)
     assert tables(project / "out") == undisturbed[0]
     assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
@@ -229,24 +242,29 @@ def test_failed_rows_are_tried_again_and_a_larger_limit_extends(cluster, project
     assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
 
 
-@pytest.mark.parametrize("function", ["raises", "hangs", "all_nan", "too_few"])
-def test_a_reward_that_fails_on_a_prompt_fails_that_row(function, cluster, project):
-    rewards = {"words": {"kind": "function", "function": f"rewards.py:{function}"}}
-    write(project, rewards=rewards, prompts={"source": "prompts.jsonl", "keep": ["n"], "limit": 4},
-          runtime={"timeouts": {"reward": 8}})  # fmt: skip
+def test_rewards_that_fail_on_a_prompt_fail_that_row(cluster, project):
+    """Four rewards, each with a prompt of its own that it fails on, and a fifth prompt."""
+    failures = {
+        "raises": ("coffee", "no opinion on"),
+        "hangs": ("bicycle", "no answer within 8 s"),
+        "all_nan": ("Spanish", "finite"),
+        "too_few": ("bread", "values for"),
+    }
+    words = ["puppy", *(word for word, _ in failures.values())]
+    (project / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"What of {w}?"}) + "\n" for w in words))
+    (project / "rewards.py").write_text(
+        "".join(REWARD_OF[name].replace("coffee", word) for name, (word, _) in failures.items())
+    )
+    rewards = {name: {"kind": "function", "function": f"rewards.py:{name}"} for name in failures}
+    write(project, rewards=rewards, prompts={"source": "prompts.jsonl"}, runtime={"timeouts": {"reward": 8}})
     aisp("align", "run.yaml", cwd=project, env=cluster)
     rows = tables(project / "out")
-    assert [row["source_index"] for row in rows["failed/part-000000.parquet"]] == [1]
-    assert [row["source_index"] for row in rows["data/part-000000.parquet"]] == [0, 2, 3]
-    reason = {
-        "raises": "no opinion on coffee",
-        "hangs": "no answer within 8 s",
-        "all_nan": "finite",
-        "too_few": "values for",
-    }
-    assert reason[function] in rows["failed/part-000000.parquet"][0]["reason"]
-    if function == "all_nan":
-        assert {row["quarantined"] for row in rows["data/part-000000.parquet"]} == {3}
+    assert [row["source_index"] for row in rows["data/part-000000.parquet"]] == [0]
+    assert rows["data/part-000000.parquet"][0]["quarantined"] == 3  # one of each iteration
+    failed = rows["failed/part-000000.parquet"]
+    assert [row["source_index"] for row in failed] == [1, 2, 3, 4]
+    for row, (_, reason) in zip(failed, failures.values(), strict=True):
+        assert reason in row["reason"]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "generator.chat_template": "t",
     "generator.quantization": "nf4",
     "generator.tensor_parallel": 2,
+    "generator.fp32_head": True,
     "generator.batch_rows": 8,
     "generator.max_new_tokens": 9,
     "generator.stop": ["x"],

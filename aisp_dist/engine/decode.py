@@ -78,11 +78,17 @@ class Engine:
     batch_rows: rows decoded together, rounded up to a multiple of 32. max_new_tokens: tau. stop: strings that end a
     response; one that is a special token of the tokenizer ends it as an end token does. idle_tokens: prompts without a
     round in flight stay prefilled, the most recently used first, up to this many tokens in all (default: 16,384 on a
-    CPU; on a GPU until their pages are needed).
+    CPU; on a GPU until their pages are needed). prompt_tokens: of all prompts held; default: as many as memory takes.
     """
 
     def __init__(
-        self, lm: LM, batch_rows: int, max_new_tokens: int, stop: Sequence[str] = (), idle_tokens: int | None = None
+        self,
+        lm: LM,
+        batch_rows: int,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        idle_tokens: int | None = None,
+        prompt_tokens: int | None = None,
     ) -> None:
         self.lm, self.max_new_tokens = lm, max_new_tokens
         special = {t.content: i for i, t in lm.tokenizer.added_tokens_decoder.items() if t.special}
@@ -90,7 +96,7 @@ class Engine:
         self.stop = tuple(s for s in stop if s not in special)
         self.rows: list[Row | None] = [None] * (batch_rows + -batch_rows % attention.TILE)
         self.batch = Batch(lm, len(self.rows), max_new_tokens, self.end_ids)
-        self.kv = memory.store(lm, len(self.rows), max_new_tokens)
+        self.kv = memory.store(lm, len(self.rows), max_new_tokens, prompt_tokens)
         kept = 1 << 14 if isinstance(self.kv, Blocks) else self.kv.capacity
         self.idle_tokens = kept if idle_tokens is None else idle_tokens
         self.replay = None if isinstance(self.kv, Blocks) else Replay(self.batch, self.kv)

@@ -35,6 +35,7 @@ class LM:
     eos_ids: frozenset[int]
     device: torch.device
     dtype: torch.dtype
+    head_dtype: torch.dtype
     attention: tuple[Heads, ...] = ()
 
     def states(self, attend: Pass, tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,7 @@ class LM:
 
     def logits(self, z_ND: torch.Tensor) -> torch.Tensor:
         """fp32 [N, V]: the family's full map from hidden states to logits, softcaps and scales included."""
-        out = self.head(inputs_embeds=z_ND.to(self.dtype)[:, None], use_cache=False)
+        out = self.head(inputs_embeds=z_ND.to(self.head_dtype)[:, None], use_cache=False)
         logits: torch.Tensor = out.logits[:, 0].float()
         return logits
 

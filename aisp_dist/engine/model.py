@@ -120,22 +120,26 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
     else:
         model.to(chosen)
     try:
-        return adapt(model, tokenizer(settings))
+        return adapt(model, tokenizer(settings), settings.fp32_head)
     except Unsupported as error:
         raise ConfigError(f"generator.model: {settings.model!r}: {error}") from error
 
 
-def adapt(model: Any, tokenizer: Any) -> LM:
-    """Takes over a causal language model (its attention is switched for good) and probes it. Raises Unsupported."""
+def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
+    """Takes over a causal language model (its attention is switched for good) and probes it. fp32_head: logits by a
+    copy of the output layer in fp32. Raises Unsupported."""
     model.eval().requires_grad_(False)
     config = model.config.get_text_config(decoder=True)
     decoder = model.get_decoder()
     ends: set[int] = set()
     for value in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         ends.update(() if value is None else [value] if isinstance(value, int) else value)
+    head, output = _with(model, decoder, _Identity()), model.get_output_embeddings()
+    if fp32_head:
+        head = _with(head, output, copy.deepcopy(output).float())
     lm = LM(
         decoder=decoder,
-        head=_head(model, decoder),
+        head=head,
         tokenizer=tokenizer,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -143,7 +147,8 @@ def adapt(model: Any, tokenizer: Any) -> LM:
         context_length=_context_length(config),
         eos_ids=frozenset(ends),
         device=model.device,
-        dtype=model.get_output_embeddings().weight.dtype,
+        dtype=output.weight.dtype,
+        head_dtype=torch.float32 if fp32_head else output.weight.dtype,
     )
     return _probe(model, lm, config)
 
@@ -161,19 +166,19 @@ def _context_length(config: Any) -> int | None:
     return length
 
 
-def _head(model: Any, decoder: nn.Module) -> nn.Module:
-    """The model with the decoder replaced by the identity; weights and everything else are shared."""
-    path = next((name for name, module in model.named_modules() if module is decoder), "")
+def _with(model: Any, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The model with one of its modules replaced; weights and everything else are shared."""
+    path = next((name for name, module in model.named_modules() if module is old), "")
     if not path:
         raise Unsupported("its decoder and head cannot be told apart (get_decoder); use another model")
-    head: nn.Module = copy.copy(model)
-    node: Any = head
+    whole: nn.Module = copy.copy(model)
+    node: Any = whole
     *parents, last = path.split(".")
     for name in parents:
         node._modules = {**node._modules, name: copy.copy(node._modules[name])}
         node = node._modules[name]
-    node._modules = {**node._modules, last: _Identity()}
-    return head
+    node._modules = {**node._modules, last: new}
+    return whole
 
 
 @torch.inference_mode()

@@ -1,12 +1,11 @@
-"""A sequence-classification reward model as a reward. Owns its tokenizer, template, truncation, padding and
-micro-batches; knows nothing of what calls it. Raw logits, never through a sigmoid."""
+"""A sequence-classification reward model as a reward. Owns its tokenizer, template and truncation; knows nothing of
+what calls it, nor of how rows of tokens become logits. Raw logits, never through a sigmoid."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from aisp_dist import checkpoints
 from aisp_dist.config import ConfigError, ModelReward
 from aisp_dist.records import Message, Prompt, Score
 from aisp_dist.render import Unrenderable, as_chat, encode_chat, starts_with_bos
-
-Ids = tuple[int, ...]
+from aisp_dist.rewards.prefix import Classifier, Ids, alike
 
 
 def load(name: str, settings: ModelReward, device: str | None = None) -> Callable[[Prompt, Sequence[str]], list[Score]]:
@@ -33,7 +31,8 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
     tokenizer, model = _checkpoint(key, settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     max_length = min(settings.max_tokens, positions or settings.max_tokens)
-    one_at_a_time = threading.Lock()  # the pad id of a call stands in the model's config
+    classifier = Classifier(model)
+    one_at_a_time = threading.Lock()
 
     def encode(messages: Sequence[Message]) -> list[int]:
         fix = "save its directory with a chat_template.jinja, or wrap the model in a function reward"
@@ -48,7 +47,7 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
                 return tuple(ids)
             # What both encodings share is the prompt's: the answer's header and the answer are never cut.
             head = 1 if starts_with_bos(tokenizer, ids) else 0
-            own = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, encode(messages), strict=False)))
+            own = alike(ids, encode(messages))
         except Unrenderable as error:
             return Score(None, str(error))
         if excess > own - head:
@@ -64,7 +63,7 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
         found = {response: tokens(prompt, response) for response in dict.fromkeys(responses)}
         rows = sorted({ids for ids in found.values() if isinstance(ids, tuple)}, key=lambda ids: (len(ids), ids))
         with one_at_a_time:
-            logits = dict(zip(rows, _logits(model, rows, settings.batch_rows), strict=True))
+            logits = dict(zip(rows, classifier.logits(rows, settings.batch_rows), strict=True))
         return [ids if isinstance(ids, Score) else _score(logits[ids]) for ids in map(found.__getitem__, responses)]
 
     return score
@@ -100,23 +99,4 @@ def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise ConfigError(f"{key}: {settings.model!r} is no trained reward model, it lacks {missing}; give one that is")
-    model.config.get_text_config().use_cache = False  # one pass: keys and values are never asked for again
     return tokenizer, model.eval().to(device)
-
-
-@torch.inference_mode()
-def _logits(model: Any, rows: Sequence[Ids], batch_rows: int) -> list[float]:
-    """fp32 logits of `rows`, padded on the right. The padding is a token that occurs in none of them: transformers
-    reads the score at the last token that is not the pad id, so one that is also EOS would move it into the text."""
-    used = {token for row in rows for token in row}
-    pad = next((i for i in range(model.get_input_embeddings().num_embeddings) if i not in used), None)
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
-    step = batch_rows if pad is not None else 1
-    values: list[float] = []
-    for start in range(0, len(rows), step):
-        batch = rows[start : start + step]
-        longest = max(map(len, batch))
-        ids = torch.tensor([(*row, *[pad or 0] * (longest - len(row))) for row in batch], device=model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=model.device)
-        values += model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1).tolist()
-    return values

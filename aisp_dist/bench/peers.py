@@ -1,0 +1,106 @@
+"""Other ways to decode the same trajectories, for an honest comparison. All are given prompts of one length and the
+noise v of every trajectory, and answer tokens, trajectory by trajectory in the order of the prompts.
+
+Shapes: P prompts, N samples of each, B = P N rows, L prompt tokens, T new tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+_PREFILL = 1 << 17  # tokens of one call of generate, whose prompts are all repeated: what a large GPU has room for
+
+Tokens = list[list[int]]
+Peer = Callable[[torch.Tensor, torch.Tensor], Tokens]  # prompts [P, L], v [B, T, D]
+
+
+@torch.inference_mode()
+def generate(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -> Tokens:
+    """transformers' generate on the repeated prompts, v added to what enters the output layer; as many prompts in one
+    call as have room."""
+    samples, steps = len(v_BTD) // len(prompts_PL), v_BTD.shape[1]
+    tokens: Tokens = []
+    for some_PL in torch.split(prompts_PL, max(1, _PREFILL // (samples * prompts_PL.shape[1]))):
+        rows_BL = some_PL.repeat_interleave(samples, dim=0)
+        left = iter(v_BTD[len(tokens) : len(tokens) + len(rows_BL)].unbind(1))
+
+        def add(_: Any, args: tuple[torch.Tensor], left: Any = left) -> tuple[torch.Tensor]:
+            (hidden,) = args
+            return (torch.cat([hidden[:, :-1], (hidden[:, -1].float() + next(left)).to(hidden.dtype)[:, None]], dim=1),)
+
+        hook = model.get_output_embeddings().register_forward_pre_hook(add)
+        ends = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+        made = model.generate(rows_BL, attention_mask=torch.ones_like(rows_BL), max_new_tokens=steps, **ends)
+        hook.remove()
+        tokens += made[:, prompts_PL.shape[1] :].tolist()
+    return tokens
+
+
+@torch.inference_mode()
+def repeated(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor, static: bool) -> Tokens:
+    """The fair one: every prompt prefilled once, its KV repeated for its samples, one greedy loop over all rows. A
+    static cache is written in place; a dynamic one is copied at every step."""
+    (rows, steps, _), length = v_BTD.shape, prompts_PL.shape[1]
+    samples = rows // len(prompts_PL)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    cache = StaticCache(model.config, max_cache_len=length + steps) if static else DynamicCache(config=model.config)
+    z_BD = decoder(input_ids=prompts_PL, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+    z_BD = z_BD.repeat_interleave(samples, dim=0)
+    if static:
+        for layer in cache.layers:
+            layer.keys, layer.values = (x.repeat_interleave(samples, dim=0) for x in (layer.keys, layer.values))
+            layer.batch_size = rows
+    else:
+        cache.batch_repeat_interleave(samples)
+    chosen: list[torch.Tensor] = []
+    for t in range(steps):
+        if t:
+            at = torch.full((rows, 1), length + t - 1, device=v_BTD.device)
+            passed = decoder(input_ids=chosen[-1], position_ids=at, past_key_values=cache, use_cache=True)
+            z_BD = passed.last_hidden_state[:, -1]
+        chosen.append(head((z_BD.float() + v_BTD[:, t]).to(z_BD.dtype)).argmax(-1, keepdim=True))
+    tokens: Tokens = torch.cat(chosen, dim=1).tolist()
+    return tokens
+
+
+def sampling(model: Any, dtype: str, rows: int, positions: int) -> Peer | str:
+    """vLLM with its prefix cache on, sampling without our noise; written to its documentation and never run here.
+    model: a checkpoint, or a config to fill with random weights. Where it is not installed, says so."""
+    if importlib.util.find_spec("vllm") is None:
+        return "not measured: vllm is not installed"
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    vllm = importlib.import_module("vllm")
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = "auto"
+        if not isinstance(model, str):
+            model.save_pretrained(folder)
+            model, weights = folder, "dummy"
+        llm = vllm.LLM(
+            model=model,
+            dtype=dtype,
+            load_format=weights,
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            max_num_seqs=rows,
+            max_model_len=positions,
+            gpu_memory_utilization=0.4,  # beside two copies of the model
+        )
+
+    def sample(prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -> Tokens:
+        settings = vllm.SamplingParams(
+            n=len(v_BTD) // len(prompts_PL), max_tokens=v_BTD.shape[1], ignore_eos=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": tokens} for tokens in prompts_PL.tolist()]
+        answers = llm.generate(prompts, settings, use_tqdm=False)
+        return [list(one.token_ids) for answer in answers for one in answer.outputs]
+
+    return sample

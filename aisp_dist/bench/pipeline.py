@@ -1,0 +1,211 @@
+"""Searches of several prompts with decoding and scoring at work in two processes, beside each of the two doing the same
+requests alone: how much of the faster one's work is hidden behind the slower one's. No Ray: an executor for each.
+
+    align (here) --- rounds ---> _advance (decoder)        align --- responses ---> _score (scorer)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from aisp_dist import rewards
+from aisp_dist.align import align
+from aisp_dist.bench import command, paired, shapes
+from aisp_dist.bench.workload import SAMPLING, warm
+from aisp_dist.config import Aisp, ConfigError, Generator, ModelReward, Run
+from aisp_dist.engine.decode import Engine
+from aisp_dist.engine.lm import LM
+from aisp_dist.engine.model import load
+from aisp_dist.records import Prompt, Rollout, Round, Score
+
+STEPS = 4  # of the engine, between looks at what has arrived
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both processes work on. Each name is met by a new engine and a new scorer, which know no prompt."""
+
+    name: str
+    run: str  # as JSON
+    device: str
+    threads: int
+
+    def parsed(self) -> Run:
+        torch.set_num_threads(self.threads)
+        return Run.model_validate_json(self.run)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What searches asked of the decoder and the scorer, and what the rounds became."""
+
+    rounds: dict[Round, Rollout] = field(default_factory=dict)
+    nlls: list[tuple[Tokens, Sequence[Tokens]]] = field(default_factory=list)
+    scores: list[tuple[Prompt, Sequence[str]]] = field(default_factory=list)
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    device, machine = paired.place(options.device, options.threads)
+    if bool(options.model) != bool(options.reward) or (options.model and options.shape):
+        raise ConfigError("--model and --reward go together and exclude --shape; give both of them, or --shape")
+    shape, dtype = options.shape or "llama:256/4/4k", options.dtype or "float32"
+    rows = options.batch_rows or -(-options.prompts // 2) * options.samples  # the other prompts are being scored
+    found: list[dict[str, float]] = []
+    one_process: dict[str, Any] = {"max_workers": 1, "mp_context": get_context("spawn")}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(**one_process) as decoder,
+        ProcessPoolExecutor(**one_process) as scorer,
+    ):
+        generator, reward = options.model, options.reward
+        if not options.model:
+            size = shapes.parse(shape), options.prompt_tokens + options.new_tokens + 64, getattr(torch, dtype)
+            generator, reward = (shapes.save(Path(folder) / k, *size, k == "reward") for k in ("generator", "reward"))
+        run = Run(
+            output="none",
+            generator=Generator(model=generator, dtype=dtype, batch_rows=rows, max_new_tokens=options.new_tokens),
+            rewards={"main": ModelReward(model=reward, dtype=dtype, batch_rows=options.samples)},
+            method=Aisp(num_samples=options.samples, num_iterations=options.iterations),
+        )
+        text, tokenizer = run.model_dump_json(by_alias=True), AutoTokenizer.from_pretrained(generator)
+        for repetition in range(options.repeat):
+            draw = torch.Generator().manual_seed(repetition)
+            ids = torch.randint(len(tokenizer), (options.prompts, options.prompt_tokens), generator=draw).tolist()
+            prompts = {Prompt(f"{p:06}", p, tokenizer.decode(row)): tuple(row) for p, row in enumerate(ids)}
+            task = Task(f"{repetition}", text, str(device), options.threads)
+            found.append(_repetition(task, prompts, decoder, scorer))
+            paired.say(f"  {found[-1]}")
+    work = {n: getattr(options, n) for n in ("prompt_tokens", "new_tokens", "samples", "prompts", "iterations")}
+    work |= {"model": options.model or shape, "dtype": dtype, "batch_rows": rows}
+    result = {name: paired.spread([one[name] for one in found]) for name in found[0]}
+    return {**machine, **work, "agrees": result["agreement"]["min"] == 1, **result}
+
+
+def _repetition(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, scorer: Executor) -> dict[str, float]:
+    """Seconds together and of each alone, and the share of rounds that were decoded the same both times."""
+    _load(task, decoder, scorer)
+    start = time.perf_counter()
+    asked = asyncio.run(_search(task, prompts, decoder, scorer))
+    seconds = time.perf_counter() - start
+    alone = replace(task, name=f"{task.name} alone")
+    _load(alone, decoder, scorer)
+    decode, answers = decoder.submit(_decode_alone, alone, list(asked.rounds), asked.nlls).result()
+    score = scorer.submit(_score_alone, alone, asked.scores).result()
+    same = [answer == again for answer, again in zip(asked.rounds.values(), answers, strict=True)]
+    figures = {"together_seconds": seconds, "decode_alone_seconds": decode, "score_alone_seconds": score}
+    return {**figures, "ratio": seconds / max(decode, score), "agreement": sum(same) / len(same)}
+
+
+def _load(task: Task, decoder: Executor, scorer: Executor) -> None:
+    for loading in (decoder.submit(_warm, task), scorer.submit(_score, task, Prompt("", 0, "w9"), ["w9"])):
+        loading.result()
+
+
+async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, scorer: Executor) -> Requests:
+    """All prompts at once."""
+    loop, wake, asked = asyncio.get_running_loop(), asyncio.Event(), Requests()
+    arrived: list[Round] = []
+    waiting: dict[Round, asyncio.Future[Rollout]] = {}
+
+    async def rollout(round: Round) -> Rollout:
+        arrived.append(round)
+        waiting[round] = answer = loop.create_future()
+        wake.set()
+        asked.rounds[round] = await answer
+        return asked.rounds[round]
+
+    async def score(_: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        asked.scores.append((prompt, responses))
+        return await loop.run_in_executor(scorer, _score, task, prompt, responses)
+
+    async def nll(_: str, prompt: Tokens, responses: Sequence[Tokens]) -> list[float]:
+        asked.nlls.append((prompt, responses))
+        return await loop.run_in_executor(decoder, _nll, task, prompt, responses)
+
+    async def decode() -> None:
+        while await wake.wait():
+            some = arrived.copy()
+            arrived.clear()
+            for round, answer in await loop.run_in_executor(decoder, _advance, task, some):
+                waiting.pop(round).set_result(answer)
+            if not waiting:
+                wake.clear()
+
+    async with asyncio.TaskGroup() as group:  # an error of one ends all
+        decoding = group.create_task(decode())
+        run = task.parsed()
+        await asyncio.gather(*(align(run, prompt, ids, rollout, score, nll) for prompt, ids in prompts.items()))
+        decoding.cancel()
+    return asked
+
+
+@lru_cache(1)
+def _lm(generator: Generator, device: str) -> LM:
+    return load(generator, device)
+
+
+@lru_cache(1)
+def _engine(task: Task) -> Engine:
+    settings = task.parsed().generator
+    return Engine(_lm(settings, task.device), settings.batch_rows, settings.max_new_tokens)
+
+
+@lru_cache(1)
+def _scorer(task: Task) -> rewards.RewardFn:
+    return rewards.load("main", task.parsed().rewards["main"], device=task.device)
+
+
+def _warm(task: Task) -> None:
+    warm(_engine(task), [Round(0, "warm", (1,), 0, 0, 1, SAMPLING)])
+
+
+def _advance(task: Task, arrived: Sequence[Round]) -> list[tuple[Round, Rollout]]:
+    engine, finished = _engine(task), []
+    for round in arrived:
+        engine.submit(round)
+    for _ in range(STEPS):
+        finished += engine.step()
+    return finished
+
+
+def _nll(task: Task, prompt: Tokens, responses: Sequence[Tokens]) -> list[float]:
+    return [_engine(task).nll(prompt, response) for response in responses]
+
+
+def _score(task: Task, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+    return _scorer(task)(prompt, responses)
+
+
+def _decode_alone(
+    task: Task, rounds: Sequence[Round], nlls: Sequence[tuple[Tokens, Sequence[Tokens]]]
+) -> tuple[float, list[Rollout]]:
+    start = time.perf_counter()
+    answers = _engine(task).run(rounds)
+    for prompt, responses in nlls:
+        _nll(task, prompt, responses)
+    return time.perf_counter() - start, answers
+
+
+def _score_alone(task: Task, scores: Sequence[tuple[Prompt, Sequence[str]]]) -> float:
+    start = time.perf_counter()
+    for prompt, responses in scores:
+        _score(task, prompt, responses)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    command.main("pipeline")

@@ -1,0 +1,52 @@
+"""`aisp doctor CONFIG`: checks what this project promises on this machine, with the models of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+from aisp_dist.config import ConfigError
+from jobs import cli, prepare, settings
+from jobs.progress import say
+
+_STEPS = 72  # past the first 64, where a row's keys and values go on in another block or page
+
+
+def main(args: Sequence[str]) -> int:
+    parse = settings.parser("doctor", cli.VERBS["doctor"])
+    parse.add_argument(
+        "--steps", type=int, default=_STEPS, help=f"decode at most so many tokens of a response ({_STEPS})"
+    )
+    parse.add_argument("--json", action="store_true", help="one JSON document in place of lines")
+    options, run, base_dir = settings.read(parse, args)
+    if options.steps < 1:
+        raise ConfigError(f"--steps is {options.steps}; it must be at least 1")
+    located = prepare.check(run, base_dir)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from aisp_dist.doctor import examine
+
+    disable_progress_bar()
+    out, checks = sys.stdout, []
+    with contextlib.redirect_stdout(sys.stderr):  # functions of users may print
+        for check in examine.examine(located, base_dir, options.steps, say):
+            checks.append(check)
+            if not options.json:
+                print(check.line(), file=out, flush=True)
+    failed = [check.name for check in checks if check.verdict == "FAILED"]
+    if options.json:
+        print(json.dumps({"ok": not failed, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))
+    elif failed:
+        print(f"{len(failed)} of {len(checks)} checks FAILED: {', '.join(failed)}")
+    else:
+        notes = [check.name for check in checks if check.verdict == "note"]
+        print(f"all {len(checks)} checks passed" + f", with a note on {', '.join(notes)}" * bool(notes))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    cli.run("doctor")

@@ -1,0 +1,189 @@
+"""The benches: what they promise to report, and that their checks of agreement can fail. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import runpy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from aisp_dist.bench import command, paired, peers, pipeline, score, shapes
+from aisp_dist.bench.decode import SUITES, roofline, workloads
+from aisp_dist.bench.workload import Workload
+from jobs import cli
+
+DECODE = ["decode", "--prompt-tokens", "20", "--new-tokens", "6", "--samples", "3", "--repeat", "1"]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(capsys, *args):
+    """Exit code and document of `aisp bench ARGS`."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *args])
+    return ended.value.code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family", shapes.FAMILIES)
+def test_all_ways_decode_the_same_tokens_in_fp32(family, capsys):
+    code, found = run(capsys, *DECODE, "--shape", f"{family}:64/2/1k", "--prompts", "2")
+    (one,) = found["configurations"]
+    assert code == 0 and found["agrees"] and one["checked"]
+    assert one["vllm"] == "not measured: vllm is not installed"
+    for name in ("generate", "repeated_static", "repeated_dynamic"):
+        assert one[name]["agreement"] == 1
+        assert set(one[name]["ratio"]) == set(one[name]["cpu_ratio"]) == {"median", "min", "max"}
+    ours = one["ours"]
+    assert ours["tokens_per_second"] == pytest.approx(6 * ours["trajectories_per_second"])
+    assert ours["prefill_seconds"] + ours["decode_seconds"] == pytest.approx(ours["seconds"]["median"])
+    assert 0 < ours["slot_utilisation"] <= 1
+    assert ours["peak_memory_bytes"] is None and ours["roofline_share"] is None  # of a GPU
+
+
+def test_a_peer_that_decodes_something_else_is_found_out(capsys, monkeypatch):
+    true = peers.generate
+    monkeypatch.setattr(peers, "generate", lambda model, prompts, v: true(model, prompts, torch.roll(v, 1, dims=1)))
+    code, found = run(capsys, *DECODE, "--shape", "llama:64/2/1k", "--peers", "generate,repeated_static")
+    (one,) = found["configurations"]
+    assert one["generate"]["agreement"] < 0.9 and one["repeated_static"]["agreement"] == 1
+    assert code == 1 and not found["agrees"]
+
+
+def test_other_dtypes_are_measured_and_not_checked(capsys):
+    code, found = run(capsys, *DECODE, "--shape", "llama:64/2/1k", "--dtype", "bfloat16", "--peers", "generate")
+    assert code == 0 and not found["configurations"][0]["checked"]
+
+
+def test_parts(capsys):
+    shape = ["--shape", "llama:64/2/1k", "--control-cost", "--mixed", "--varied"]
+    code, found = run(capsys, *DECODE, *shape)
+    parts = {one["part"]: one for one in found["configurations"]}
+    assert code == 0
+    assert [parts[name]["of"] for name in parts] == ["aisp / gaussian", "mixed / sorted", "lockstep / refill"]
+    assert parts["mixed"]["agreement"] == parts["varied"]["agreement"] == 1
+    assert parts["varied"]["refill"]["slot_utilisation"] > parts["varied"]["lockstep"]["slot_utilisation"]
+    assert all(one["ratio"]["min"] <= one["ratio"]["median"] <= one["ratio"]["max"] for one in parts.values())
+
+
+def test_a_checkpoint_is_measured_like_a_shape(tmp_path, capsys):
+    where = shapes.save(tmp_path, shapes.parse("qwen3:64/2/1k"), 40, torch.float32)
+    code, found = run(capsys, *DECODE, "--model", where, "--peers", "generate,repeated_static")
+    assert code == 0 and found["configurations"][0]["generate"]["agreement"] == 1
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "decode", "--model", where])
+    assert ended.value.code == 2 and "exceed the 40 positions of" in capsys.readouterr().err
+
+
+def options(*args):
+    return command.parser("decode").parse_args(args)
+
+
+def test_lists_are_swept_and_suites_are_the_named_configurations():
+    swept = workloads(options("--prompt-tokens", "8,16", "--samples", "4,8", "--prompts", "1,2"), "beside_peers")
+    sizes = [(work.prompt_tokens, work.samples, work.prompts, work.batch_rows) for work in swept]
+    assert sizes == [(length, n, p, n * p) for length in (8, 16) for n in (4, 8) for p in (1, 2)]
+    for suite, dtype, prompts in (("cpu", "float32", 1), ("gpu", "bfloat16", 8)):
+        works = list(workloads(options("--suite", suite), "beside_peers"))
+        assert [(w.model, w.prompt_tokens, w.new_tokens, w.prompts) for w in works] == SUITES[suite]
+        assert {(w.dtype, w.samples, w.prompts, w.batch_rows) for w in works} == {(dtype, 32, prompts, 32 * prompts)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompts", "tokens_per_second"),
+    [(500, 4, 33.5e3), (500, 8, 46.4e3), (2000, 4, 32.0e3), (2000, 8, 43.5e3)],
+)
+def test_the_roofline_of_llama_3_8b_on_an_h200(tokens, prompts, tokens_per_second):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shapes.parse("llama3-8b").config(4096), dtype=torch.bfloat16)
+    assert 8.0e9 < sum(p.numel() for p in model.parameters()) < 8.1e9
+    work = Workload("llama3-8b", False, tokens, 128, 32, prompts, 32 * prompts, "bfloat16")
+    assert 32 * prompts / roofline(model, work, 4.3e12, 7.9e14) == pytest.approx(tokens_per_second, rel=0.01)
+
+
+def test_equal_share_counts_places():
+    assert paired.equal_share([[1, 2], [3]], [[1, 2], [3]]) == 1
+    assert paired.equal_share([[1, 2], [3]], [[1, 9], [3]]) == pytest.approx(2 / 3)
+    assert paired.equal_share([[1, 2, 3, 4]], [[1, 2]]) == 0.5
+
+
+def test_scores_equal_those_of_the_padded_batch(capsys):
+    sizes = ["--prompt-tokens", "20", "--new-tokens", "5", "--samples", "4", "--repeat", "2"]
+    code, found = run(capsys, "score", "--shape", "llama:64/2/1k", *sizes)
+    assert code == 0 and found["reward_range"] > 0.1
+    for part in ("first", "next"):
+        assert found[part]["max_difference"] < 1e-4 and set(found[part]["ratio"]) == {"median", "min", "max"}
+
+
+def test_scores_that_differ_are_found_out(capsys, monkeypatch):
+    monkeypatch.setattr(score, "_full", lambda model, tokenizer, prompt, responses: [0.0] * len(responses))
+    code, found = run(capsys, "score", "--shape", "llama:64/2/1k", "--samples", "2", "--repeat", "1")
+    assert code == 1 and not found["agrees"]
+
+
+class Threads(ThreadPoolExecutor):
+    """A process pool without its processes, which take long to start: only what can be pickled goes in and out."""
+
+    def __init__(self, max_workers, mp_context):
+        super().__init__(max_workers)
+
+    def submit(self, work, *args):
+        work, args = pickle.loads(pickle.dumps((work, args)))
+        return super().submit(lambda: pickle.loads(pickle.dumps(work(*args))))
+
+
+def test_pipeline(capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "ProcessPoolExecutor", Threads)
+    sizes = ["--prompt-tokens", "20", "--new-tokens", "5", "--samples", "4", "--prompts", "3", "--iterations", "2"]
+    code, found = run(capsys, "pipeline", "--shape", "llama:64/2/1k", *sizes, "--repeat", "1")
+    assert code == 0 and found["agreement"]["min"] == 1
+    slower = max(found["decode_alone_seconds"]["median"], found["score_alone_seconds"]["median"])
+    assert found["ratio"]["median"] == pytest.approx(found["together_seconds"]["median"] / slower)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "required: what"),
+        (["everything"], "invalid choice: 'everything'"),
+        (["decode", "--samples", "0"], "'0' must be a whole number of at least 1"),
+        (["decode", "--samples", "4,x"], "'x' must be a whole number"),
+        (["decode", "--peers", "generate,magic"], "'magic' must be one of generate"),
+        (["decode", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["decode", "--colour"], "unrecognized arguments: --colour"),
+        (["decode", "--shape", "llama:100/2/1k"], "--shape: 'llama:100/2/1k' must be"),
+        (["decode", "--shape", "falcon:64/2/1k"], "--shape: 'falcon:64/2/1k' must be"),
+        (["decode", "--suite", "cpu", "--new-tokens", "8"], "--suite cpu excludes --new-tokens"),
+        (["decode", "--model", "a", "--shape", "b"], "--model excludes --shape"),
+        (["decode", "--model", "/nowhere"], "'/nowhere' is not a directory"),
+        (["decode", "--device", "nonsense"], "--device: 'nonsense' cannot be used here"),
+        (["score", "--model", "a", "--shape", "b"], "--model excludes --shape"),
+        (["pipeline", "--model", "a"], "--model and --reward go together"),
+    ],
+)
+def test_bad_usage_ends_with_code_2_and_says_why(args, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *args])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and says in shown.err and shown.out == ""
+
+
+@pytest.mark.parametrize(("shape", "code"), [("llama:64/2/1k", 0), ("round", 2)])
+def test_it_runs_as_a_module_too_where_there_is_no_ray(shape, code, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "aisp_dist.bench.decode")
+    monkeypatch.setattr(sys, "argv", ["decode", *DECODE[1:], "--shape", shape, "--peers", "generate"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("aisp_dist.bench.decode", run_name="__main__")
+    shown = capsys.readouterr()
+    assert ended.value.code == code
+    assert json.loads(shown.out)["bench"] == "decode" if code == 0 else "--shape: 'round' must be" in shown.err

@@ -127,7 +127,7 @@ class Nucleus(Section):
 
 
 class Gaussian(Section):
-    gaussian: float = doc("variance of the noise on the pre-logits; decoding is greedy", gt=0)
+    gaussian: float = doc("variance of the noise on the pre-logits; decoding is greedy", gt=0, le=1e12)
 
 
 Count = Annotated[int, Field(ge=1, lt=1 << 16)]
@@ -139,7 +139,7 @@ class Aisp(Section):
     kind: Literal["aisp"] = doc("the method", "aisp")
     num_samples: Count = doc("n, trajectories of an iteration", 16)
     num_iterations: Count = doc("kappa", 8)
-    sigma2: float = doc("sigma^2, variance of the noise", 0.5, gt=0)
+    sigma2: float = doc("sigma^2, variance of the noise", 0.5, gt=0, le=1e12)
     lambda_: float | Ess = doc("temperature of the weights, or {ess: fraction}", Ess(ess=0.1), alias="lambda")
     alpha: float = doc("discount of the mean in the prior", 0.9999, ge=0, le=1)
     noise: Literal["independent", "shared"] | Ar1 | Mixture = doc("covariance of the noise over time", "independent")

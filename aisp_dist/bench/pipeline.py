@@ -111,8 +111,9 @@ def _repetition(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, sc
 
 
 def _load(task: Task, decoder: Executor, scorer: Executor) -> None:
-    for loading in (decoder.submit(_warm, task), scorer.submit(_score, task, Prompt("", 0, "w9"), ["w9"])):
-        loading.result()
+    """One model after the other: two threads of a process, as the tests have, must not load at the same time."""
+    decoder.submit(_warm, task).result()
+    scorer.submit(_score, task, Prompt("", 0, "w9"), ["w9"]).result()
 
 
 async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, scorer: Executor) -> Requests:

@@ -93,10 +93,10 @@ class Generator:
                     self.inbox.get()()
                 try:
                     for round, rollout in self.engine.step():
-                        for answer in self.waiting.pop(round):
+                        for answer in self.waiting.pop(round, ()):
                             _settle(answer, rollout, None)
                 except DecodeError as error:  # this round only; the others go on
-                    for answer in self.waiting.pop(error.round):
+                    for answer in self.waiting.pop(error.round, ()):
                         _settle(answer, None, ValueError(str(error)))
         except BaseException:
             traceback.print_exc()

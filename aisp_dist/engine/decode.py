@@ -137,8 +137,11 @@ class Engine:
             self._retire()
         return self._hand_out()
 
+    @torch.inference_mode()
     def cancel(self, round: Round) -> None:
-        """Forgets a round in flight, if it is; its rows are free at the next step."""
+        """Forgets a round, in flight or not handed out yet; its rows are free at the next step."""
+        self._finished = [entry for entry in self._finished if entry[0] != round]
+        self._broken = [error for error in self._broken if error.round != round]
         for job in [job for job in self._jobs if job.round == round]:
             self._leave(job)
 
@@ -198,7 +201,9 @@ class Engine:
         other, and a kill finds few of them half done."""
         seats = []
         for slot, row in enumerate(self.rows):
-            if row is None and self._waiting and self._room(self._waiting[0][1].job.prompt):
+            if row is None and self._waiting:
+                if not self._room(self._waiting[0][1].job.prompt):
+                    break
                 _, row = heapq.heappop(self._waiting)
                 self.rows[slot] = row
                 job, prefix = row.job, self._prefill(row.job)
@@ -210,24 +215,31 @@ class Engine:
             self.batch.seat(seats)
 
     def _room(self, prompt: _Prompt) -> bool:
-        """Whether the prompt's prefix is there or can be made, in place of prefixes that no row uses if need be."""
-        while prompt.prefix is None and not self.kv.room(len(prompt.tokens)):
+        """Whether the prompt's next row can be seated, in place of prefixes that no row uses if need be."""
+        while not self.kv.room(0 if prompt.prefix else len(prompt.tokens)):
             if not self._forget(keep=prompt):
                 return False
         return True
 
     def _forget(self, keep: _Prompt | None = None) -> bool:
         """Drops a prefix that no row uses; an idle prompt's, least recently used, before one with rounds in flight."""
-        seated = [row.job.prompt for row in self.rows if row]
-        unused = [p for p in self.prompts.values() if p.prefix and p is not keep and p not in seated]
-        if unused:
-            self._drop(min(unused, key=lambda p: p.rounds > 0))
-        return bool(unused)
+        seated = {id(row.job.prompt) for row in self.rows if row}
+        for in_flight in (False, True):
+            for prompt in self.prompts.values():
+                if (
+                    prompt.prefix
+                    and bool(prompt.rounds) == in_flight
+                    and prompt is not keep
+                    and id(prompt) not in seated
+                ):
+                    self._drop(prompt)
+                    return True
+        return False
 
     def _drop(self, prompt: _Prompt) -> None:
         if prompt.prefix:
             self.kv.drop(prompt.prefix)
-            prompt.prefix = None
+            prompt.prefix = prompt.control = None
 
     def _decode(self) -> None:
         """`stride` tokens for every row. Where memory ends, the youngest trajectory starts again later; the oldest one
@@ -334,9 +346,12 @@ class Engine:
         if job.line:
             self.batch.controls.free.append(job.line)
         job.prompt.rounds -= 1
-        idle = 0
+        idle = controls = 0
         for key, prompt in reversed(list(self.prompts.items())):
             idle += 0 if prompt.rounds else len(prompt.tokens)
+            controls += prompt.control is not None and not prompt.rounds
+            if not prompt.rounds and controls > len(self.rows) // 4:
+                prompt.control = None  # rebuilt from the trace
             if not prompt.rounds and idle > self.idle_tokens:
                 self._drop(prompt)
                 del self.prompts[key]

@@ -17,7 +17,11 @@ import triton
 import triton.language as tl
 
 SPLIT = 512  # keys of a prefix that one program reads
-QUERIES = 64  # of a tile
+
+
+def queries(dtype: torch.dtype, size: int) -> int:
+    """Queries of a tile: as many as a multiprocessor's registers and shared memory take."""
+    return 16 if dtype == torch.float32 else 64 if size <= 128 else 32
 
 
 class Tables(NamedTuple):
@@ -75,13 +79,13 @@ def attend(
     lse = torch.empty(rows, heads, group, num_splits, dtype=torch.float32, device=q.device)
     sizes = {"K": heads, "C": size, "CP": _power(size), "V": value_size, "VP": _power(value_size), "P": page_size}
     how = {"G": group, "S": num_splits, "SPLIT": SPLIT, "WINDOW": window, "SOFTCAP": softcap}
-    how["num_warps"] = 8 if q.dtype == torch.float32 else 4
+    how["num_warps"] = 8 if q.dtype == torch.float32 or size > 128 else 4
     where, width = (k_store, v_store, pages), pages.shape[1]
     _write[(rows, heads)](keys, values, *where, at, width, **sizes)
-    queries = max(16, _power(per_tile * group))
+    tiled = max(16, _power(per_tile * group))
     tile = lengths, tile_line, tile_rows
     _prefix[(tiles, heads, num_splits)](
-        q, *where, *tile, at, part, lse, scale, width, R=per_tile, Q=queries, **sizes, **how
+        q, *where, *tile, at, part, lse, scale, width, R=per_tile, Q=tiled, **sizes, **how
     )
     sink = q if sinks is None else sinks.float()
     row = lengths, prompt

@@ -37,9 +37,9 @@ def parts(lm: LM, num_rows: int, num_steps: int, prompt_tokens: int, num_control
         "weights": sum(weights.values()),
         "prompts": prompt_tokens * lm.token_bytes,
         "suffixes": num_rows * num_steps * lm.token_bytes,
-        "logits": num_rows * lm.vocab_size * (8 + itemsize),
+        "logits": lm.vocab_size * (num_rows * (8 + itemsize) + 32 * 60),  # and those of which tokens are drawn
         "controls": 8 * (num_controls + 1) * num_steps * lm.hidden_size,  # twice while the table grows
-        "prefill": longest * (scores + 16 * lm.hidden_size * itemsize),
+        "prefill": longest * (scores + 16 * lm.hidden_size * itemsize + lm.token_bytes),
     }
 
 
@@ -53,6 +53,7 @@ def store(lm: LM, num_rows: int, num_steps: int, prompt_tokens: int | None = Non
 
         pages = (prompt_tokens or 0) // PAGE + (num_steps // PAGE + 2) * num_rows
         if prompt_tokens is None:
+            torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(lm.device)[0]
             pages = int((1 - _SPARE) * free - beside) // (PAGE * lm.token_bytes)
             if (pages - num_rows) * PAGE < num_steps + _PREFILL:

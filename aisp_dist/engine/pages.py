@@ -27,7 +27,7 @@ class Pages:
     `reserve`, so that steps in between find them at fixed places."""
 
     def __init__(self, lm: LM, num_rows: int, num_steps: int, num_pages: int) -> None:
-        self.num_rows, self.device = num_rows, lm.device
+        self.num_rows, self.device, self.dtype = num_rows, lm.device, lm.dtype
         self.capacity = (num_pages - 1 - max(num_rows, _pages(num_steps))) * PAGE
         self.store = [
             (
@@ -36,7 +36,8 @@ class Pages:
             )
             for at in lm.attention
         ]
-        self.rows_per_tile = max(1, kernels.QUERIES // max(at.group for at in lm.attention))
+        tile = kernels.queries(lm.dtype, max(max(at.key_size, at.value_size) for at in lm.attention))
+        self.rows_per_tile = max(1, tile // max(at.group for at in lm.attention))
         self.free = list(range(num_pages - 1, 0, -1))  # page 0 takes what empty rows write
         self.free_lines = list(range(4 * num_rows - 1, num_rows - 1, -1))
         self.held: dict[int, list[int]] = {slot: [] for slot in range(num_rows)}  # pages by line
@@ -48,8 +49,9 @@ class Pages:
         self.tables: kernels.Tables
 
     def room(self, tokens: int) -> bool:
-        """Whether a prompt of so many tokens can be kept now, with a page left for each row."""
-        return bool(self.free_lines) and len(self.free) >= _pages(tokens) + self.num_rows
+        """Whether a prompt of so many tokens can be kept now, with a page left for each row; for none, whether a row
+        can be seated."""
+        return bool(self.free_lines) and len(self.free) >= (_pages(tokens) + self.num_rows if tokens else 1)
 
     def keep(self, dense: Dense, z_D: torch.Tensor) -> Prefix:
         """The prefix that a dense pass left, copied to pages. `room` must have said yes."""
@@ -71,8 +73,9 @@ class Pages:
         self.free_lines.append(prefix.line)
 
     def seat(self, slot: int, prefix: Prefix) -> None:
-        """An empty suffix for a new trajectory."""
+        """An empty suffix for a new trajectory, and its first page."""
         self.seats[slot], self._moved = prefix, True
+        self._take(slot, 1)
 
     def leave(self, slot: int) -> None:
         self.seats[slot], self._moved = None, True
@@ -95,9 +98,9 @@ class Pages:
         def step(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             rows, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
             out: torch.Tensor = kernels.attend(
-                q.reshape(rows, kv_heads, heads // kv_heads, -1).contiguous(),
-                k[:, :, 0].contiguous(),
-                v[:, :, 0].contiguous(),
+                q.reshape(rows, kv_heads, heads // kv_heads, -1).to(self.dtype).contiguous(),
+                k[:, :, 0].to(self.dtype).contiguous(),
+                v[:, :, 0].to(self.dtype).contiguous(),
                 *self.store[layer.index],
                 at,
                 **tables._asdict(),
@@ -130,14 +133,14 @@ class Pages:
         """The tables as they stand now, to where they are or, where one has outgrown its place, to a new one."""
         if not (self._moved or self._paged):
             return
-        tiles = [(-1, [-1])]
+        tiles: list[tuple[int, list[int]]] = []
         by_line: dict[int, list[int]] = defaultdict(list)
         for slot, seat in enumerate(self.seats):
             if seat:
                 by_line[seat.line].append(slot)
         for line, slots in by_line.items():
             tiles += [(line, slots[i : i + self.rows_per_tile]) for i in range(0, len(slots), self.rows_per_tile)]
-        tiles += [(-1, [-1])] * (_power(len(tiles)) - len(tiles))
+        tiles += [(-1, [-1])] * (_power(max(1, len(tiles))) - len(tiles))
         rows = [[*slots, *[-1] * (self.rows_per_tile - len(slots))] for _, slots in tiles]
         prompt = [seat.line if seat else -1 for seat in self.seats]
         longest = max((seat.length for seat in self.seats if seat), default=1)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # length: tokens of its prompt. plan, control: its lines in Plans and Controls. key0, key1, word: its noise.
 STEP, ENDED, FINITE, TOKEN, LENGTH, PLAN, CONTROL, KEY0, KEY1, WORD = range(10)
 _EMPTY = (1, 1, 1, *[0] * 7)
+_DRAWN = 32  # rows whose tokens are drawn together: a draw takes 60 bytes for each logit
 
 
 class Seat(NamedTuple):
@@ -77,9 +78,9 @@ class Plans:
 class Controls:
     """The controls m [T, D] that rows are decoded under. Line 0 is none at all."""
 
-    def __init__(self, num_steps: int, dim: int, device: torch.device) -> None:
-        self.m_ATD = torch.zeros(1, num_steps, dim, device=device)
-        self.free: list[int] = []
+    def __init__(self, capacity: int, num_steps: int, dim: int, device: torch.device) -> None:
+        self.m_ATD = torch.zeros(capacity + 1, num_steps, dim, device=device)
+        self.free = list(range(capacity, 0, -1))
 
     def put(self, m_TD: torch.Tensor) -> int:
         """A line that holds m, until `free` takes it back."""
@@ -98,7 +99,7 @@ class Batch:
     def __init__(self, lm: LM, num_rows: int, num_steps: int, end_ids: frozenset[int]) -> None:
         self.lm, self.num_steps = lm, num_steps
         device, dim = lm.device, lm.hidden_size
-        self.plans, self.controls = Plans(num_steps, device), Controls(num_steps, dim, device)
+        self.plans, self.controls = Plans(num_steps, device), Controls(num_rows // 4, num_steps, dim, device)
         self.rows_BF = torch.tensor([_EMPTY] * num_rows, device=device)
         self.z0_BD = torch.zeros(num_rows, dim, dtype=lm.dtype, device=device)
         self.filter_BD = torch.zeros(num_rows, dim, device=device)
@@ -127,7 +128,7 @@ class Batch:
         z_BD = self.states(attend, first)
         z_BD = self.control(z_BD.float()) if controlled else z_BD.float()
         logits_BV = self.lm.logits(z_BD)
-        self.record(self.select(logits_BV, drawn), logits_BV)
+        self.record(*self.select(logits_BV, drawn))
 
     def states(self, attend: Callable[[torch.Tensor], Pass], first: bool) -> torch.Tensor:
         """z [B, D]: the stored z_0 for rows at their first step, a pass of the decoder for the others."""
@@ -150,22 +151,25 @@ class Batch:
         self.dots_BT.scatter_(1, at_B[:, None], (m_BD.double() * e_BD.double()).sum(-1, keepdim=True))
         return z_BD + v_BD
 
-    def select(self, logits_BV: torch.Tensor, drawn: bool) -> torch.Tensor:
-        """y [B]: the argmax (5), ties to the lowest id, or a keyed draw."""
+    def select(self, logits_BV: torch.Tensor, drawn: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """y [B]: the argmax (5), ties to the lowest id, or a keyed draw; and whether the logits are finite: an argmax
+        prefers NaN."""
         token_B = logits_BV.argmax(-1)
+        finite_B = logits_BV.gather(1, token_B[:, None])[:, 0].isfinite()
         if drawn:
             plan_B = self.rows_BF[:, PLAN]
             p_B, temperature_B = self.plans.p_F[plan_B], self.plans.temperature_F[plan_B]
-            drawn_B = draw(logits_BV, p_B, temperature_B, noise.uniform(*self._counter()))
+            whole = logits_BV, p_B, temperature_B, noise.uniform(*self._counter())
+            drawn_B = torch.cat([draw(*part) for part in zip(*(x.split(_DRAWN) for x in whole), strict=True)])
             token_B = torch.where(self.plans.draws_F[plan_B], drawn_B, token_B)
-        return token_B
+        return token_B, finite_B
 
-    def record(self, token_B: torch.Tensor, logits_BV: torch.Tensor) -> None:
+    def record(self, token_B: torch.Tensor, finite: torch.Tensor) -> None:
         """Appends the tokens, moves rows on, and marks those that end. An ended row repeats its last step unseen."""
         step_B, ended_B, finite_B, last_B = (self.rows_BF[:, x] for x in (STEP, ENDED, FINITE, TOKEN))
         token_B = torch.where(ended_B == 1, last_B, token_B)
         self.tokens_BT.scatter_(1, step_B[:, None] - 1, token_B[:, None])
-        finite_B.mul_(logits_BV.gather(1, token_B[:, None])[:, 0].isfinite() | (ended_B == 1))
+        finite_B.mul_(finite | (ended_B == 1))
         ended_B.copy_((ended_B == 1) | self.ends_V[token_B] | (step_B == self.num_steps))
         last_B.copy_(token_B)
         step_B.add_(1 - ended_B)
@@ -185,7 +189,7 @@ def draw(
     kept = reached - probability < p_R[:, None]
     mass_R1 = (probability * kept).sum(-1, keepdim=True)
     rank_R1 = torch.searchsorted(reached, uniform_R[:, None] * mass_R1)
-    tokens_R: torch.Tensor = order.gather(1, torch.minimum(rank_R1, kept.sum(-1, keepdim=True) - 1))[:, 0]
+    tokens_R: torch.Tensor = order.gather(1, torch.minimum(rank_R1, kept.sum(-1, keepdim=True) - 1).clamp(min=0))[:, 0]
     return tokens_R
 
 

@@ -88,8 +88,9 @@ def test_lines_for_people(tmp_path, capsys):
     assert "the engine is gone" in err and not (tmp_path / "out").exists()
 
 
-def test_logits_that_are_not_finite(diagnose):
-    code, found = diagnose("--method.sigma2", "1e76")
+def test_logits_that_are_not_finite(diagnose, monkeypatch):
+    monkeypatch.setattr(Batch, "control", lambda self, z_BD: z_BD * torch.nan)
+    code, found = diagnose()
     assert code == 1 and list(found) == ["memory", "decoding", *REWARD]
     assert found["decoding"]["verdict"] == "FAILED" and "sigma2" in found["decoding"]["figure"]
 
@@ -163,7 +164,10 @@ def test_a_wrong_merge_of_prefix_and_suffix(monkeypatch):
 
 
 def test_a_choice_that_is_not_the_argmax(monkeypatch):
-    monkeypatch.setattr(Batch, "select", lambda self, logits_BV, drawn: logits_BV.topk(2).indices[:, 1])
+    def second(self: Batch, logits_BV: torch.Tensor, drawn: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits_BV.topk(2).indices[:, 1], torch.ones(len(logits_BV), dtype=torch.bool)
+
+    monkeypatch.setattr(Batch, "select", second)
     assert failures(engine()) == ["exact tokens"]
 
 

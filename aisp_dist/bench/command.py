@@ -67,7 +67,8 @@ def parser(what: str) -> argparse.ArgumentParser:
         add("--iterations", type=_positive, default=4, metavar="N", help="of the search (4)")
     if what == "decode":
         add("--suite", choices=("cpu", "gpu"), help="named models and lengths, in place of flags for them")
-        add("--peers", "--peer", type=_several(_peer), default=list(PEERS), help=f"comma list of {', '.join(PEERS)} (all)")
+        known = f"comma list of {', '.join(PEERS)} (all)"
+        add("--peers", "--peer", type=_several(_peer), default=list(PEERS), help=known)
         add("--control-cost", action="store_true", help="instead: AISP's fifth iteration beside best-of-n Gaussian")
         add("--mixed", action="store_true", help="instead: prompts of mixed lengths beside the same ones sorted")
         add("--varied", action="store_true", help="instead: responses that end early, with row refill and without")

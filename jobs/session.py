@@ -24,6 +24,7 @@ from jobs.prepare import Prepared
 from jobs.progress import Progress
 
 _POLL = 0.5  # seconds between looks at the run, and at whether somebody wants it to stop
+_PATIENCE = 30.0  # seconds of waiting without a word
 _STOP = 60.0  # seconds that the last flush may take
 
 
@@ -64,7 +65,7 @@ class Session:
                 many = f"{g.replicas} actor{'s' * (g.replicas > 1)}"
                 self.say(f"{g.role}: {many} with {g.num_cpus:g} CPU, {g.num_gpus:g} GPU each")
             for loading in [self._start(i) for i in range(len(self.shards))]:
-                self._wait(loading)
+                self._load(loading)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -127,7 +128,7 @@ class Session:
                             raise Exit(1, f"the coordinator died {deaths} times; the same command resumes") from error
                         self.say("the coordinator died; starting it again from what is written")
                         asked.pop(i, None)
-                        self._wait(self._start(i))
+                        self._load(self._start(i))
                         running[i] = self.coordinators[i].relabel.remote(tables[i])
                 progress(sum(figures[1:], figures[0]))
         except Interrupted:
@@ -164,6 +165,17 @@ class Session:
         options = {"name": name, "num_cpus": 0, "max_concurrency": 100, "scheduling_strategy": here}
         self.coordinators[shard] = ray.remote(Coordinator).options(**options).remote(run, pools, None, name)
         return self.coordinators[shard].load.remote()
+
+    def _load(self, loading: Any) -> None:
+        """Wait until actors are up, and say now and then what they wait for."""
+        import ray
+
+        began = time.monotonic()
+        while not self._await([loading], _PATIENCE):
+            free = {kind: amount for kind, amount in ray.available_resources().items() if kind in ("CPU", "GPU")}
+            room = ", ".join(f"{amount:g} {kind}" for kind, amount in free.items()) or "no CPU or GPU"
+            self.say(f"actors are still being placed or loaded after {time.monotonic() - began:.0f} s; free: {room}")
+        self._value(loading)
 
     def _wait(self, ref: Any, limit: float = math.inf) -> Any:
         """The value of a call on a coordinator. Raises Interrupted; TimeoutError after `limit` seconds; see _value."""

@@ -38,7 +38,7 @@ def main(args: Sequence[str]) -> int:
             samples = count * run.method.num_samples * run.method.num_iterations
             print(f"{count} inputs, {samples} samples; `aisp compare` measures what they cost. Nothing was written")
             return 0
-        with Progress(prepared.output, prepared.located) as progress:
+        with Progress(prepared.output, prepared.located, shard=table.shard) as progress:
             cluster.relabel(prepared, table, progress)
     print(summary.text(prepared.output, progress.seconds, progress.samples))
     return 0

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from actors.coordinator import Table
-from actors.figures import Figures
+from actors.figures import Figures, share
 from aisp_dist import lease, manifest
 from aisp_dist.config import ConfigError, Run
 from jobs.cli import Exit
@@ -143,7 +143,8 @@ class Session:
             raise
 
     def _ask(self, shard: int, progress: Progress) -> Any:
-        return self.coordinators[shard].progress.remote(progress.total.value)
+        total = share(progress.counted.value, self.prepared.run.save.rows_per_file, self.shards[shard])
+        return self.coordinators[shard].progress.remote(total)
 
     def _start(self, shard: int) -> Any:
         """Start a shard's coordinator and, through it, generators and scorers; answers the call to wait for."""

@@ -44,7 +44,10 @@ def scrape(ray) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         families = list(text_string_to_metric_families(page.read().decode()))
     ours = {"run", "shard", "outcome", "reward", "kind", "replica", "le"}
     return {
-        (s.name, tuple(sorted((k, v) for k, v in s.labels.items() if k in ours))): s.value
+        (
+            s.name,
+            tuple(sorted((k, str(float(v)) if k == "le" else v) for k, v in s.labels.items() if k in ours)),
+        ): s.value
         for family in families
         for s in family.samples
         if s.name.startswith("ray_aisp_") and not s.name.endswith("_created")
@@ -63,7 +66,7 @@ def expected() -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         boundaries = HISTOGRAMS[name][1]
         for le in boundaries:
             tell(f"ray_{name}_bucket", bisect.bisect_right(sorted(values), le), le=str(float(le)), **tags)
-        tell(f"ray_{name}_bucket", len(values), le="+Inf", **tags)
+        tell(f"ray_{name}_bucket", len(values), le="inf", **tags)
         tell(f"ray_{name}_count", len(values), **tags)
 
     for key, (name, _) in GAUGES.items():

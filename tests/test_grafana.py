@@ -81,7 +81,7 @@ PLAUSIBLE = {
     "Reward gain by prompt": [(0, 1e-6), (1, 2), (2, 3)],
     "Prompts without gain": [(0.3, 0.37)],
     "Effective sample size of the last iteration": [(0.55, 0.75)] * 3,
-    "KL of the last iteration": [(5, 10)] * 3,
+    "KL of the last iteration": [(500, 1000)] * 3,
     "Samples per prompt": [(6, 6), (0, 8), (0, 8)],
     "Quarantined candidates": [(0.01, 0.5)],
     "Idle time": [(0.02, 0.02), (0.4, 0.4)],
@@ -108,7 +108,7 @@ def results():
 
     done = [r for r in map(rows.result, rows.prompts(20)) if isinstance(r, Done) and r.quarantined][:3]
     for gain, r in zip((-1.0, 1.25, 2.5), done, strict=True):
-        trace = (*r.trace[:-1], replace(r.trace[-1], kl=7.0))
+        trace = (*r.trace[:-1], replace(r.trace[-1], kl=700.0))
         yield replace(r, base=replace(r.base, reward=r.best.reward - gain), trace=trace)
     yield rows.result(rows.prompt(3), fails=True)
 

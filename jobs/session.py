@@ -161,6 +161,7 @@ class Session:
 
         from actors.cluster import start_pools
         from actors.coordinator import Coordinator, window
+        from actors.exporter import Exporter
 
         run = self.prepared.located
         again = f"-again-{self.starts}" if self.starts >= len(self.shards) else ""  # a dead one's name is free later
@@ -172,7 +173,7 @@ class Session:
             ray.get_runtime_context().get_node_id(), soft=True
         )  # rarely a spot machine
         options = {"name": name, "num_cpus": 0, "max_concurrency": 100, "scheduling_strategy": here}
-        self.coordinators[shard] = ray.remote(Coordinator).options(**options).remote(run, pools, None, name)
+        self.coordinators[shard] = ray.remote(Coordinator).options(**options).remote(run, pools, Exporter, name)
         return self.coordinators[shard].load.remote()
 
     def _up(self, shard: int, loading: Any) -> None:

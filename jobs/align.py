@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from actors.coordinator import TooManyFailed
+from actors import sizing
+from actors.coordinator import Table, TooManyFailed, window
 from aisp_dist import manifest, prompts, summary
 from aisp_dist.config import ConfigError
 from jobs import cli, prepare, session, settings
@@ -34,14 +35,28 @@ def main(args: Sequence[str]) -> int:
     with session.Session(prepared, say, shard) as cluster:
         say(cluster.first_prompt())
         if options.dry_run:
-            count = sum(1 for _ in prompts.read(prepared.located.prompts))
-            samples = count * run.method.num_samples * run.method.num_iterations
-            print(f"{count} inputs, {samples} samples; `aisp compare` measures what they cost. Nothing was written")
+            print(_trial(cluster, prepared, table))
             return 0
         with Progress(prepared.output, prepared.located, shard=table.shard) as progress:
             cluster.relabel(prepared, table, progress)
     print(summary.text(prepared.output, progress.seconds, progress.samples))
     return 0
+
+
+def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -> str:
+    """What the whole run will take, from a few prompts searched for real."""
+    run = prepared.located
+    inputs = prompts.count(run.prompts)
+    few = window(run) * run.runtime.generators.replicas
+    say(f"trial: the first {min(few, inputs)} prompts, searched for real and thrown away")
+    figures, size = cluster.trial(table, few)
+    samples = inputs * run.method.num_samples * run.method.num_iterations
+    lines = [f"{inputs} inputs, {samples} samples; nothing was written"]
+    if figures.samples and figures.done:
+        busy = {role: seconds / figures.samples for role, seconds in figures.busy.items()}
+        cost = sizing.suggest(busy.pop("generator"), busy, samples, size / figures.done, inputs)
+        lines.append(f"from {figures.samples} samples measured here: {cost.line()}")
+    return "\n".join(lines)
 
 
 def _shard(text: str, coordinators: int) -> tuple[int, int]:

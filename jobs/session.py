@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -93,6 +94,18 @@ class Session:
                 )
             manifest.write_run(prepared.output, prepared.record())
             self._fill([replace(table, lease=mine, shard=shard) for shard in self.shards], progress)
+
+    def trial(self, table: Table, prompts: int) -> tuple[Figures, int]:
+        """Search the first prompts for real, into a directory that is gone afterwards: figures, and bytes written."""
+        with tempfile.TemporaryDirectory(prefix="aisp-trial-") as folder:
+            output = Path(folder)
+            few = table.run.prompts.model_copy(update={"limit": min(prompts, table.run.prompts.limit or prompts)})
+            run = table.run.model_copy(update={"output": folder, "prompts": few})
+            with lease.Lease.take(output).beating() as mine, Progress(output, run, "trial: ") as progress:
+                manifest.write_run(output, self.prepared.record())
+                self._fill([replace(table, run=run, output=output, lease=mine)], progress)
+            assert progress.now is not None
+            return progress.now, sum(file.stat().st_size for file in output.glob("*/*.parquet"))
 
     def _fill(self, tables: Sequence[Table], progress: Progress) -> None:
         """Every shard to its end. A coordinator that dies or freezes is started again from what is written."""

@@ -214,7 +214,7 @@ def _csv(path: Path, wanted: list[str]) -> Numbered:
 def _parquet(path: Path, wanted: list[str]) -> Numbered:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # else it keeps all that it has read
         _require(wanted, file.schema_arrow.names, repr(str(path)))
         batches = file.iter_batches(batch_size=1024, columns=wanted)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)

@@ -132,6 +132,14 @@ def test_formats_agree(tmp_path, name):
     assert [p.id for p in by_key] == [row["key"] for row in ROWS]
 
 
+def test_what_was_read_of_a_parquet_file_is_not_held(tmp_path):
+    table = pa.table({"prompt": [random.Random(i).randbytes(600).hex() for i in range(6000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=200)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() for _ in read(settings(tmp_path / "a.parquet"))]
+    assert max(held) - before < table.nbytes / 2
+
+
 def test_messages_survive_parquet(tmp_path):
     rows = [{"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]}]
     write_parquet(tmp_path / "a.parquet", rows)

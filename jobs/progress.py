@@ -31,7 +31,7 @@ class Total:
 
     def _count(self, run: Run) -> None:
         with suppress(ConfigError):  # the run itself says what is wrong with the input
-            self.value = sum(1 for _ in prompts.read(run.prompts))
+            self.value = prompts.count(run.prompts)
 
 
 class Progress:

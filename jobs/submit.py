@@ -15,6 +15,7 @@ import glob
 import inspect
 import logging
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -37,7 +38,7 @@ from jobs.progress import say
 OURS = Path(__file__).parent.parent
 PACKAGES = ("aisp_dist", "actors", "jobs")
 _EXCLUDED = [".git", ".venv", "venv", "__pycache__"]  # from our packages too; newer Rays do so for working_dir alone
-_STOP = 90  # seconds from SIGTERM to SIGKILL of a stopped job: more than its last flush may take
+ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "90"}  # from SIGTERM to SIGKILL: more than the last flush may take
 _QUIET = 60.0  # seconds without a line of the log after which the connection is made anew: it may be dead
 _ANSWER = 30.0  # seconds that the cluster may take to answer
 _LOST = 300.0  # seconds without any answer after which we give up
@@ -83,14 +84,14 @@ def main(args: Sequence[str]) -> int:
         "runtime_env": {
             "working_dir": str(root),
             "excludes": _EXCLUDED,
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP)},
+            "env_vars": ENVIRONMENT,
         },
         "metadata": {"output": run.output} | ({"run_id": run_id} if run_id else {}),
     }
     if root != OURS:
         job["runtime_env"]["py_modules"] = [str(OURS / name) for name in PACKAGES]
     client = connect(ours.address)
-    say(f"sending {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB of {root}")
+    say(f"sending {len(sizes)} files, {sum(sizes.values()) / 1e3:.0f} kB, of {root}")
     return asyncio.run(_submit(client, job, ours.no_wait))
 
 
@@ -217,13 +218,13 @@ def connect(address: str | None) -> Any:
             f"--address: which cluster? As in --address http://HEAD:8265, or set {' or '.join(_ADDRESSES)}"
         )
     place = urlsplit(address if "://" in address else f"//{address}")
-    with suppress(ValueError):
-        port = place.port or {"http": 80, "https": 443}.get(place.scheme)
-        if place.hostname and port:
-            try:
-                socket.create_connection((place.hostname, port), timeout=10).close()
-            except OSError as error:
-                raise ConfigError(f"--address: nobody answers at {address} ({error}); is the cluster up?") from None
+    port = re.search(r":(\d{1,5})$", place.netloc)
+    if place.hostname and (port or place.scheme.startswith("http")):
+        try:
+            number = int(port[1]) if port else 443 if place.scheme == "https" else 80
+            socket.create_connection((place.hostname, number), timeout=10).close()
+        except OSError as error:
+            raise ConfigError(f"--address: nobody answers at {address} ({error}); is the cluster up?") from None
 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ _MARK = "AISP_TEST_HEAD"
 @contextmanager
 def started(temp: Path, **env: str) -> Iterator[dict[str, str]]:
     """The environment of commands that join it: RAY_ADDRESS is the GCS, RAY_API_SERVER_ADDRESS the dashboard."""
+    with socket.create_server(("", 0)) as unused:
+        free = unused.getsockname()[1]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", _MARK: str(temp)} | env
     start = [
         str(Path(sys.executable).with_name("ray")),
@@ -25,6 +28,7 @@ def started(temp: Path, **env: str) -> Iterator[dict[str, str]]:
         "--port=0",
         "--num-cpus=8",
         "--dashboard-port=0",
+        f"--dashboard-agent-listen-port={free}",  # else of two heads on one machine only the first takes jobs
         "--include-dashboard=true",
         "--object-store-memory=200000000",
         f"--temp-dir={temp}",

@@ -49,6 +49,13 @@ def listening(process: psutil.Process) -> int:
     return sum(c.status == psutil.CONN_LISTEN for c in process.net_connections("inet"))
 
 
+def command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline() or [""]
+    except psutil.Error:
+        return [""]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """One local run with secrets in its environment: its files, what it printed, and how many ports its processes and
@@ -77,15 +84,14 @@ def run(tmp_path_factory):
         while not ours <= actors.keys() or "first prompt" not in ((folder / "log").read_text()):
             assert started.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.5)
-            family = psutil.Process(started.pid).children(recursive=True)
-            actors = {
-                p.cmdline()[0].split(".")[0]: p for p in family if p.cmdline() and p.cmdline()[0].startswith("ray::")
-            }
+            family = [(p, command(p)) for p in psutil.Process(started.pid).children(recursive=True)]
+            actors = {words[0].split(".")[0]: p for p, words in family}
         ports = [
             listening(process) for process in (psutil.Process(started.pid), *(actors[name] for name in sorted(ours)))
         ]
-        words = (word for process in family for word in process.cmdline())
-        address = next(word for word in words if word.startswith("--gcs-address=")).partition("=")[2]
+        address = next(word for _, words in family for word in words if word.startswith("--gcs-address=")).partition(
+            "="
+        )[2]
         bare = subprocess.run(
             [sys.executable, "-c", BARE, address], env=env, capture_output=True, text=True, timeout=200
         )

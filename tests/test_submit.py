@@ -141,7 +141,7 @@ def holders(secret: str, *folders: Path) -> set[str]:
 def test_the_exit_code_is_the_drivers(cluster):
     failed, killed = job(cluster, "echo héllo; exit 3"), job(cluster, "kill -9 $$")
     assert (failed.wait(WAIT), killed.wait(WAIT)) == (3, 137)
-    assert failed.stdout.read().splitlines()[-1] == "héllo"
+    assert "héllo" in failed.stdout.read().splitlines()
 
 
 def test_no_wait_prints_the_id_and_an_id_is_taken_once(cluster):
@@ -161,12 +161,12 @@ def test_a_signal_stops_the_job_and_waits_for_its_flush(cluster):
 
 
 def test_a_second_signal_leaves_at_once_and_a_job_that_others_stopped_is_no_success(cluster):
-    run = job(cluster, "trap '' TERM; echo began; while :; do sleep 0.1; done", RAY_JOB_STOP_WAIT_TIME_S="6")
+    other = job(cluster, "echo began; sleep 600", ID="test-other")
+    until(other, "began")
+    run = job(cluster, "trap '' TERM; echo began; while :; do sleep 0.1; done")
     until(run, "began")
     run.send_signal(signal.SIGINT)
     assert "once more leaves at once" in "".join(run.stderr.readline() for _ in range(2))
-    other = job(cluster, "echo began; sleep 60", ID="test-other")
-    until(other, "began")
     run.send_signal(signal.SIGINT)
     assert run.wait(WAIT) == 130
     said = run.stderr.read()

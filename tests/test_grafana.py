@@ -60,7 +60,7 @@ def test_a_query_names_only_what_is_exported(title, query):
 def test_its_variables_are_declared_and_what_is_exported_is_shown():
     text = " ".join(query for _, query in QUERIES)
     declared = [variable["name"] for variable in BOARD["templating"]["list"]]
-    assert {"datasource", *re.findall(r"\$(\w+)", text)} == set(declared)
+    assert {"datasource", *re.findall(r"\$(\w+)", text)} == {"__rate_interval", *declared}
     for variable in BOARD["templating"]["list"]:
         if variable["type"] == "query":
             assert re.search(r"label_values\((\w+)", variable["query"])[1] in LABELS
@@ -164,7 +164,7 @@ def test_prometheus_answers_every_panel(watched, tmp_path):
     exporter.event.remote("restart", "generator-0")
     exporter.event.remote("retry", "generator-0")
     exporter.event.remote("retry", "generator-0")
-    values = {"$run": "abc123", "$shard": ".*", "$window": "1m"}
+    values = {"$run": "abc123", "$shard": ".*", "$window": "1m", "$__rate_interval": "1m"}
     wrong = ["nothing was asked"]
     for _ in range(120):
         for result in results():

@@ -10,6 +10,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -104,8 +105,6 @@ NOW = {"in_flight": 8, "queued_rounds": 4, "queued_scores": 1, "generators_alive
 
 def results():
     """Three that are done, with gains 0, 1.25 and 2.5, and one that failed."""
-    from dataclasses import replace
-
     done = [r for r in map(rows.result, rows.prompts(20)) if isinstance(r, Done) and r.quarantined][:3]
     for gain, r in zip((-1.0, 1.25, 2.5), done, strict=True):
         trace = (*r.trace[:-1], replace(r.trace[-1], kl=700.0))
@@ -139,6 +138,13 @@ def watched(tmp_path, monkeypatch):
             cwd=tmp_path,
             stderr=subprocess.DEVNULL,
         )
+
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://{at}/-/ready", timeout=10).close()
+                break
+            except OSError:  # not up yet
+                time.sleep(0.1)
 
         def ask(query: str) -> list[float]:
             url = f"http://{at}/api/v1/query?" + urllib.parse.urlencode({"query": query})
@@ -177,10 +183,7 @@ def test_prometheus_answers_every_panel(watched, tmp_path):
         wrong = []
         for panel in PANELS:
             for target, (low, high) in zip(panel["targets"], PLAUSIBLE[panel["title"]], strict=True):
-                try:
-                    answer = ask(re.sub(r"\$\w+", lambda name: values[name[0]], target["expr"]))
-                except ConnectionError:  # not up yet
-                    answer = []
+                answer = ask(re.sub(r"\$\w+", lambda name: values[name[0]], target["expr"]))
                 print(panel["title"], target.get("legendFormat"), answer)
                 if not answer or not all(low * (1 - 1e-6) <= value <= high * (1 + 1e-6) for value in answer):
                     wrong.append((panel["title"], target["expr"], answer))

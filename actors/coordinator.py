@@ -201,7 +201,7 @@ class Coordinator:
         self.exporter = (
             self.export(table.fingerprint[:12], f"{table.shard[0]}/{table.shard[1]}") if self.export else None
         )
-        self.reason = "in failed/"
+        self.reason, began = "in failed/", time.monotonic()
         run = table.run
         replicas = len(self.pools["generator"].fleet.slots)
         room = asyncio.Semaphore(window(run) * replicas)
@@ -234,6 +234,9 @@ class Coordinator:
             await asyncio.shield(asyncio.to_thread(store.flush))
         await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
         await asyncio.to_thread(store.finish)
+        if self.exporter:
+            now = self._figures()
+            self.exporter.gauges(gauges(now, now, time.monotonic() - began, self.total, 0))
         _judge(store, run.runtime.max_failed, self.reason, whole=True)
 
     async def _search(self, run: Run, line: Input) -> Result:
@@ -313,11 +316,12 @@ class Coordinator:
         loop, stall = asyncio.get_running_loop(), self.run.runtime.timeouts.stall
         last, at = self._figures(), loop.time()
         answers, moved = -1, loop.time()
+        samples = self.run.method.num_samples * self.run.method.num_iterations + 1
         while True:
             await asyncio.sleep(_REPORT)
             now, time_now = self._figures(), loop.time()
             if self.exporter:
-                self.exporter.gauges(gauges(now, now - last, time_now - at, self.total))
+                self.exporter.gauges(gauges(now, now - last, time_now - at, self.total, samples))
             last, at = now, time_now
             if self.flushing is not None and time_now - self.flushing > stall:
                 log.warning("writing to the output has taken %.0f s so far", time_now - self.flushing)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from actors.figures import Figures, share
+from actors.figures import Figures, seconds_left, share
 from aisp_dist import prompts
 from aisp_dist.config import ConfigError, Run
 
@@ -40,6 +40,7 @@ class Progress:
     def __init__(self, output: Path, run: Run, title: str = "", shard: tuple[int, int] = (0, 1)) -> None:
         self.metrics, self.counted, self.title = output / "metrics.jsonl", Total(run), title
         self.rows_per_file, self.shard = run.save.rows_per_file, shard
+        self.samples_each = run.method.num_samples * run.method.num_iterations + 1  # the base answer is one
         self.began = self.shown = self.logged = time.monotonic()
         self.now: Figures | None = None
         self.bar: Bar | None = None
@@ -88,9 +89,7 @@ class Progress:
         return time.monotonic() - self.began
 
     def seconds_left(self, now: Figures) -> float | None:
-        """None while nothing is finished, or the input is not counted yet."""
-        total = self.total
-        return None if total is None or not now.fresh else (total - now.finished) * self.seconds / now.fresh
+        return seconds_left(now, now.samples / self.seconds, self.total, self.samples_each)
 
     @property
     def samples(self) -> int:
@@ -99,6 +98,8 @@ class Progress:
     def line(self, now: Figures) -> str:
         total, seconds = self.total, self.seconds
         parts = [f"{self.title}{now.finished}/{'?' if total is None else total} prompts"]
+        if not now.fresh:
+            parts.append(f"{now.in_flight} in flight")
         if left := self.seconds_left(now):
             parts.append(f"{timedelta(seconds=round(left))} left")
         parts += [f"{now.samples / seconds:.0f} samples/s", f"{now.tokens / seconds:.0f} tokens/s"]
@@ -106,7 +107,8 @@ class Progress:
             parts.append(f"reward {now.reward_gain:+.3g} over base")
         if idle := now.idle():
             parts.append("idle: " + " ".join(f"{role} {share:.0%}" for role, share in idle.items()))
-        counts = {"failed": now.failed, "quarantined": now.quarantined, "restarts": now.restarts}
+        restarts = "restart" if now.restarts == 1 else "restarts"
+        counts = {"failed": now.failed, "quarantined": now.quarantined, restarts: now.restarts}
         parts += [f"{count} {name}" for name, count in counts.items() if count]
         return ", ".join(parts)
 

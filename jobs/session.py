@@ -63,8 +63,10 @@ class Session:
         try:
             self.groups = placement.plan(self.prepared.run, ray.cluster_resources(), len(self.shards))
             for g in self.groups:
-                many = f"{g.replicas} actor{'s' * (g.replicas > 1)}"
-                self.say(f"{g.role}: {many} with {g.num_cpus:g} CPU, {g.num_gpus:g} GPU each")
+                role = g.role if g.role == "generator" else f"scorer-{g.role}"
+                each = f"{g.num_cpus:g} CPU, {g.num_gpus:g} GPU each"
+                self.say(f"{role}: {g.replicas} actor{'s' * (g.replicas > 1)} with {each}")
+            self.say(f"loading models, for at most {self.prepared.run.runtime.timeouts.startup:g} s")
             for i, loading in enumerate([self._start(i) for i in range(len(self.shards))]):
                 self._up(i, loading)
         except BaseException:
@@ -155,7 +157,10 @@ class Session:
 
         if shard not in asked:
             total = share(progress.counted.value, self.prepared.run.save.rows_per_file, self.shards[shard])
-            asked[shard] = self.coordinators[shard].progress.remote(total), time.monotonic()
+            asked[shard] = (
+                self.coordinators[shard].progress.options(enable_task_events=False).remote(total),
+                time.monotonic(),
+            )
         call, since = asked[shard]
         if self._await([call], limit):
             del asked[shard]
@@ -272,21 +277,32 @@ def connect(run: Run, say: Callable[[str], None]) -> None:
         )
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    quiet = {"log_to_driver": True, "logging_level": "error", "namespace": f"aisp-{os.getpid()}"}
+    about = ray.job_config.JobConfig(metadata={"job_name": f"aisp {Path(run.output).name}", "output": run.output})
+    quiet = {"log_to_driver": True, "logging_level": "error", "namespace": f"aisp-{os.getpid()}", "job_config": about}
     if "RAY_ADDRESS" in os.environ:
         _reach(os.environ["RAY_ADDRESS"])
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # then the working directory has our modules
         here = Path(__file__).parent.parent
         modules = [] if in_job else [str(here / name) for name in ("aisp_dist", "actors", "jobs")]
-        ray.init(runtime_env={"py_modules": modules} if modules else None, **quiet)
+        _init(runtime_env={"py_modules": modules} if modules else None, **quiet)
         say(f"joined the Ray cluster at {os.environ['RAY_ADDRESS']}")
         return
     wanted = run.runtime.generators.replicas * run.runtime.generators.num_cpus
     wanted += sum(run.replicas(name).replicas * run.replicas(name).num_cpus for name in run.rewards)
     cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))  # Ray's CPUs are tokens; on one machine they may be shared
-    context = ray.init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
+    context = _init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
     board = f", dashboard at http://{context.dashboard_url}" if context.dashboard_url else ""
     say(f"started a local Ray with {cpus} CPU{board}")
+
+
+def _init(**options: Any) -> Any:
+    """ray.init, of which what goes wrong in starting or joining is one readable line. Raises Exit."""
+    import ray
+
+    try:
+        return ray.init(**options)
+    except Exception as error:
+        raise Exit(1, f"Ray did not start, or cannot be joined: {' '.join(str(error).split())[:500]}") from error
 
 
 def _reach(address: str) -> None:

@@ -31,9 +31,10 @@ def test_plain_lines_and_metrics(run, tmp_path, capsys, monkeypatch):
         shown(Figures(done=1))  # resumed: one was done before this command
         now = Figures(done=2, failed=1, fresh=2, samples=64, tokens=900, gain=1.0, gains=2, restarts=1)
         shown(now)
-        assert shown.seconds_left(now) == pytest.approx(shown.seconds / 2, rel=0.5), "one is left, two took this long"
+        left = shown.seconds_left(now) * 64 / shown.seconds
+        assert left == pytest.approx(3 * shown.samples_each - 64, rel=0.5), "samples of three prompts, 64 of them drawn"
     last = capsys.readouterr().err.splitlines()[-1]
-    for part in ("3/4 prompts", "left", "samples/s", "tokens/s", "reward +0.5 over base", "1 failed", "1 restarts"):
+    for part in ("3/4 prompts", "left", "samples/s", "tokens/s", "reward +0.5 over base", "1 failed", "1 restart"):
         assert part in last
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert entries[-1]["done"] == 2 and entries[-1]["total"] == 4

@@ -80,7 +80,7 @@ def seconds_left(now: Figures, pace: float, total: int | None, samples: int) -> 
 
 
 def gauges(now: Figures, lately: Figures, seconds: float, total: int | None, samples: int) -> dict[str, float | None]:
-    """What the exporter shows, by name; None: not known yet. lately: what `seconds` have added; samples: of a prompt."""
+    """What the exporter shows, by name; None: not known yet. lately: what `seconds` added; samples: of a prompt."""
     idle = lately.idle()
     return {
         "in_flight": now.in_flight,

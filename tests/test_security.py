@@ -86,12 +86,9 @@ def run(tmp_path_factory):
             time.sleep(0.5)
             family = [(p, command(p)) for p in psutil.Process(started.pid).children(recursive=True)]
             actors = {words[0].split(".")[0]: p for p, words in family}
-        ports = [
-            listening(process) for process in (psutil.Process(started.pid), *(actors[name] for name in sorted(ours)))
-        ]
-        address = next(word for _, words in family for word in words if word.startswith("--gcs-address=")).partition(
-            "="
-        )[2]
+        ports = [listening(p) for p in (psutil.Process(started.pid), *(actors[name] for name in sorted(ours)))]
+        found = next(word for _, words in family for word in words if word.startswith("--gcs-address="))
+        address = found.partition("=")[2]
         bare = subprocess.run(
             [sys.executable, "-c", BARE, address], env=env, capture_output=True, text=True, timeout=200
         )

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from aisp_dist import weights
@@ -108,7 +109,7 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
         )
     except (ConfigError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _refusal(settings, error) from error
     if wrong := sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}):
         raise ConfigError(

@@ -33,14 +33,14 @@ def run(what: str, args: Sequence[str]) -> int:
 def parser(what: str) -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(f"aisp bench {what}", description=ABOUT[what], allow_abbrev=False)
     add, sweep = parse.add_argument, what == "decode"
-    count = _several(_positive) if sweep else _positive
+    count = several(positive) if sweep else positive
     length, samples, shape = (256, 16, "llama:256/4/4k") if what == "pipeline" else (512, 32, "llama:512/8/16k")
 
     def size(flag: str, default: int, about: str) -> None:  # of a sweep, decode.py knows the defaults
         add(flag, type=count, default=None if sweep else default, metavar="N", help=f"{about} ({default})")
 
     about = f"random weights of llama3-8b or family:hidden/layers/vocab ({shape})"
-    add("--shape", type=_several(str) if sweep else str, default=None if sweep else shape, help=about)
+    add("--shape", type=several(str) if sweep else str, default=None if sweep else shape, help=about)
     size("--prompt-tokens", length, "tokens of a prompt")
     size("--new-tokens", 64, "tokens of a response")
     size("--samples", samples, "responses to a prompt")
@@ -50,26 +50,26 @@ def parser(what: str) -> argparse.ArgumentParser:
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default=None if sweep else "float32", help="(float32; of --suite gpu, bfloat16)")
     add("--device", help="as torch names it (cuda where there is one, else cpu)")
-    add("--threads", type=_positive, default=1, metavar="N", help="threads of torch, in each process (1)")
-    add("--repeat", type=_positive, default=3, metavar="N", help="repetitions; contenders take turns in each (3)")
+    add("--threads", type=positive, default=1, metavar="N", help="threads of torch, in each process (1)")
+    add("--repeat", type=positive, default=3, metavar="N", help="repetitions; contenders take turns in each (3)")
     if what == "pipeline":
-        add("--iterations", type=_positive, default=4, metavar="N", help="of the search (4)")
+        add("--iterations", type=positive, default=4, metavar="N", help="of the search (4)")
     if what == "decode":
         add("--suite", choices=("cpu", "gpu"), help="named models and lengths, in place of flags for them")
         known = f"comma list of {', '.join(PEERS)} (all)"
-        add("--peers", "--peer", type=_several(_peer), default=list(PEERS), help=known)
+        add("--peers", "--peer", type=several(_peer), default=list(PEERS), help=known)
         add("--bandwidth", type=float, default=4.3e12, help="bytes/s of the roofline on a GPU (4.3e12, an H200's)")
         add("--flops", type=float, default=7.9e14, help="FLOP/s of the roofline on a GPU (7.9e14, an H200's in bf16)")
     return parse
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
-def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
 
 

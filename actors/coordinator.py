@@ -16,7 +16,6 @@ import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from actors.pool import Pool
@@ -24,6 +23,7 @@ from aisp_dist import prompts, render
 from aisp_dist.align import align
 from aisp_dist.config import Run
 from aisp_dist.lease import Lease
+from aisp_dist.place import Place
 from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Score
 from aisp_dist.schema import ColumnType
 from aisp_dist.store import Store
@@ -47,12 +47,13 @@ class Table:
     """One output to fill. `run` has its paths resolved; `model` is the base model as the user named it."""
 
     run: Run
-    output: Path
+    output: Place
     columns: dict[str, ColumnType]
     fingerprint: str
     model: str
     lease: Lease | None = None  # without one it can be read, not filled
     retry_failed: bool = False
+    shard: tuple[int, int] = (0, 1)
 
     def store(self) -> Store:
         keep = self.run.save.candidates
@@ -67,6 +68,7 @@ class Table:
             keep if isinstance(keep, str) else keep.top_bottom,
             self.run.save.trace,
             self.lease.held if self.lease else lambda: False,
+            self.shard,
         )
 
     def whole(self) -> bool:

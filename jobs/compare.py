@@ -6,12 +6,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-import pyarrow.dataset as ds
-
-from aisp_dist import comparison, durable
+from aisp_dist import comparison
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.place import Place
 from jobs import cli, prepare, session, settings
 from jobs.progress import Progress, Total, say
 
@@ -24,7 +22,7 @@ def main(args: Sequence[str]) -> int:
     for name in ("prompts", "seeds"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
-    output = Path(run.output).absolute()
+    output = Place.at(run.output, run.runtime.storage_options) / "compare"
     plans = {
         arm: [
             prepare.prepare(_arm(run, output, arm, method, seed, options.prompts), base_dir)
@@ -43,18 +41,18 @@ def main(args: Sequence[str]) -> int:
             seconds += progress.seconds
     held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
     result = comparison.compare({arm: [p.output for p in seeds] for arm, seeds in plans.items()}, held_out)
-    durable.write(output / "compare" / "comparison.json", json.dumps(result.json(), indent=2).encode())
+    output.write("comparison.json", json.dumps(result.json(), indent=2).encode())
     print(comparison.text(result))
-    print(_cost(run, everything.value, samples, seconds, output / "compare" / _folder(comparison.AISP, 0)))
+    print(_cost(run, everything.value, samples, seconds, output / _folder(comparison.AISP, 0)))
     return 0
 
 
-def _arm(run: Run, output: Path, arm: str, method: object, seed: int, prompts: int) -> Run:
+def _arm(run: Run, output: Place, arm: str, method: object, seed: int, prompts: int) -> Run:
     limit = prompts if run.prompts.limit is None else min(prompts, run.prompts.limit)
     return run.model_copy(
         update={
             "method": method,
-            "output": str(output / "compare" / _folder(arm, seed)),
+            "output": str(output / _folder(arm, seed)),
             "seed": run.seed + seed,
             "prompts": run.prompts.model_copy(update={"limit": limit}),
         }
@@ -65,12 +63,12 @@ def _folder(arm: str, seed: int) -> str:
     return re.sub("[^a-z]+", "-", arm) + (f"-seed{seed}" if seed else "")
 
 
-def _cost(run: Run, total: int | None, samples: int, seconds: float, arm: Path) -> str:
+def _cost(run: Run, total: int | None, samples: int, seconds: float, arm: Place) -> str:
     """What the full run will take at the speed and size just measured."""
     if total is None:
         return "the input is still being counted; run again for the cost of the whole"
-    size = sum(file.stat().st_size for table in ("data", "candidates") for file in (arm / table).glob("*.parquet"))
-    rows = ds.dataset(arm / "data").count_rows()
+    size = sum(sum(arm.sizes(table).values()) for table in ("data", "candidates"))
+    rows = arm.dataset("data").count_rows()
     wanted = total * run.method.num_samples * run.method.num_iterations
     line = f"full run: {total} prompts, {wanted} samples, about {total * size / rows / 1e6:.1f} MB"
     if samples:

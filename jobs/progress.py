@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +16,10 @@ from rich.progress import Progress as Bar
 
 from aisp_dist import prompts
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.place import Place
 
 _PLAIN, _TERMINAL = 5.0, 0.5  # seconds between updates
+_REMOTE = 60.0  # seconds between lines of metrics.jsonl where each is a copy of the whole
 
 
 class Total:
@@ -36,8 +37,8 @@ class Total:
 class Progress:
     """Takes the coordinator's counts as they come. `with Progress(...) as progress: session.relabel(..., progress)`."""
 
-    def __init__(self, output: Path, run: Run, title: str = "") -> None:
-        self.metrics, self.total, self.title = output / "metrics.jsonl", Total(run), title
+    def __init__(self, output: Place, run: Run, title: str = "") -> None:
+        self.output, self.total, self.title = output, Total(run), title
         self.began = self.shown = self.logged = time.monotonic()
         self.first: dict[str, Any] | None = None
         self.now: dict[str, Any] = {}
@@ -68,14 +69,16 @@ class Progress:
             else:
                 done = now["done"] + now["failed"]
                 self.bar.update(self.task, completed=done, total=self.total.value, description=self.line())
-        if time_now - self.logged >= _PLAIN:
+        if time_now - self.logged >= (_REMOTE if self.output.remote else _PLAIN):
             self.logged = time_now
             self._log()
 
     def _log(self) -> None:
         entry = {"time": time.time(), "seconds": self.seconds, "total": self.total.value, **self.now}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            self.output.append("metrics.jsonl", f"{json.dumps(entry)}\n".encode())
+        except OSError as error:  # the rows do not wait for it
+            say(f"cannot write metrics.jsonl: {error}")
 
     @property
     def seconds(self) -> float:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from aisp_dist import durable
 from aisp_dist.config import ConfigError
-from aisp_dist.lease import Lease, LeaseLost, Owner, read_owner
+from aisp_dist.lease import Lease, LeaseLost, Owner, read_owners
+from aisp_dist.place import Place
 
 TTL = 0.4
 

@@ -127,7 +127,8 @@ class Place:
 
     def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
         """Replace what a file holds (None: there is none) by change(what it holds), with nobody's change in between.
-        `change` may be called again where another was faster, and what it raises ends the update."""
+        `change` may be called again where another was faster, and what it raises ends the update; no two processes
+        may make the same of the same."""
         if not self.remote:
             with self._locked():
                 old = self.read(name)

@@ -200,7 +200,7 @@ class Store:
                 self._planned_to = stop
                 self._close(old_done, old_failed, planned=len(chunk))
             return
-        done, failed = self._finished_ordinals(part, old_end, chunk)
+        done, failed = self._finished_ordinals(part, old_end, chunk) if staged or standing else (set(), set())
         if retry_failed:
             failed = {ordinal for ordinal in failed if ordinal >= stop}
         end = max(stop, old_end)
@@ -262,8 +262,10 @@ class Store:
     def _commit(self, part: int) -> None:
         opened = self._open[part]
         staged = segments.read(self._place, part, self._schemas)
-        old = parts.read_rows(self._place, part, opened.start + opened.committed, self._schemas)
-        tables = parts.merge([old, *(segment.tables for segment in staged)], opened.end)
+        rows = [segment.tables for segment in staged]
+        if opened.committed or not staged:
+            rows.insert(0, parts.read_rows(self._place, part, opened.start + opened.committed, self._schemas))
+        tables = parts.merge(rows, opened.end)
         lost = set(range(opened.start, opened.end)) - parts.ordinals(tables.data) - parts.ordinals(tables.failed)
         if lost:
             _log.warning("part %d: %d finished rows cannot be read again; not committed", part, len(lost))

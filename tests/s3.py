@@ -32,7 +32,7 @@ class Server:
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.app = DomainDispatcherApplication(create_backend_app)
-        self.lock, self.requests = threading.Lock(), []
+        self.lock, self.changing, self.requests = threading.Lock(), threading.Lock(), []
         self.left, self.lost, self.deaf = float("inf"), (), False
         self.http = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Handler)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
@@ -64,13 +64,16 @@ class Server:
             for condition in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
                 environ.pop(condition, None)
         if dead:
-            environ["wsgi.input"].read()
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("403 Forbidden", [("Content-Length", "0")])
             return [b""]
         if change and number in self.lost:
             b"".join(self.app(environ, lambda *answer: None))
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return [b""]
+        if change:
+            with self.changing:  # moto looks at the condition first and writes later
+                return self.app(environ, start_response)
         return self.app(environ, start_response)
 
     def place(self, name: str = "") -> Place:
@@ -78,7 +81,7 @@ class Server:
 
     @contextmanager
     def killed_after(self, changes: float) -> Iterator[list[bool]]:
-        """As killing.killed_after: runs its block until so many changes are done; the list then says whether it died."""
+        """As killing.killed_after: runs its block until so many changes are done; the list says whether it died."""
         died: list[bool] = []
         self.left = changes
         try:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from aisp_dist.config import Run
+from aisp_dist.place import Place
 from jobs import progress
 
 NOW = {"done": 0, "failed": 0, "committed": 0, "in_flight": 2, "samples": 0, "tokens": 0, "quarantined": 0,
@@ -27,7 +28,7 @@ def run(tmp_path):
 
 def test_plain_lines_and_metrics(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "_PLAIN", 0.0)
-    with progress.Progress(tmp_path, run) as shown:
+    with progress.Progress(Place.at(tmp_path), run) as shown:
         while shown.total.value is None:
             time.sleep(0.001)
         shown(NOW | {"done": 1})  # resumed: one was done before this command
@@ -48,7 +49,7 @@ def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "_TERMINAL", 0.0)
-    with progress.Progress(tmp_path, run, title="aisp: ") as shown:
+    with progress.Progress(Place.at(tmp_path), run, title="aisp: ") as shown:
         shown(NOW)
         shown(NOW | {"done": 3, "samples": 7})
     assert "aisp: 3/" in terminal.getvalue()

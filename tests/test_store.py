@@ -72,6 +72,7 @@ class Home:
 
     base: Place
     killed_after: Callable[[float], AbstractContextManager[list[bool]]]
+    count: int  # of prompts, as many as there is time for
 
     def __truediv__(self, name) -> Place:
         return self.base / str(name)
@@ -80,26 +81,26 @@ class Home:
 @pytest.fixture(params=["local", "s3"])
 def home(request, tmp_path):
     if request.param == "local":
-        return Home(at(tmp_path), killing.killed_after)
+        return Home(at(tmp_path), killing.killed_after, 7)
     server = request.getfixturevalue("server")
-    return Home(server.place(), server.killed_after)
+    return Home(server.place(), server.killed_after, 4)
 
 
 def test_a_kill_before_any_change_of_any_file_loses_and_doubles_nothing(home):
-    want = tables(write(home / "want", prompts(7)))
+    want = tables(write(home / "want", prompts(home.count)))
     for changes in itertools.count():
         root, kept = home / changes, set()
         with home.killed_after(changes) as died:
-            run(root, prompts(7), durable=kept)
+            run(root, prompts(home.count), durable=kept)
         assert_parts_are_whole(root)
-        again = run(root, prompts(7))
+        again = run(root, prompts(home.count))
         assert tables(root) == want, changes
         assert not kept & set(again), f"{changes}: finished rows were computed again"
         root.collect()
         assert root.names(".staging") in ([], ["lock"])
         if not died:
             break
-    assert changes > 15 and again == []
+    assert changes > 6 and again == []
 
 
 def assert_parts_are_whole(root):
@@ -216,6 +217,41 @@ def test_rows_are_the_same_whatever_thread_and_order_answers_come_in(tmp_path):
     flusher.join()
     rows.finish()
     assert tables(tmp_path / "out") == want
+
+
+def test_the_stores_of_all_shards_together_write_what_one_store_does(home):
+    """Two at a time, each of every second part; then three, of an extended input with another division."""
+    want = tables(write(home / "want", prompts(11), rows_per_file=2))
+    root = home / "out"
+    for count, shards in ((9, 2), (11, 3)):
+        threads = [
+            threading.Thread(target=run, args=(root, prompts(count)), kwargs={"rows_per_file": 2, "shard": (i, shards)})
+            for i in range(shards)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert tables(root) == want
+    assert root.read("README.md") == (home / "want").read("README.md")
+
+
+def test_a_shard_opens_counts_and_checks_its_own_parts_alone(tmp_path):
+    write(tmp_path, prompts(10), rows_per_file=2)
+    (tmp_path / "data/part-000001.parquet").write_bytes(b"damaged")
+    rows = store(tmp_path, 2, shard=(0, 2))
+    assert list(rows.plan(changed(2, 11))) == [prompt(10)]  # line 2 is of part 1
+    assert rows.counts() == (7, 5, 1, 6)
+    with pytest.raises(ValueError, match="never planned"):
+        rows.add(result(prompt(2)))
+    rows.add(result(prompt(10)))
+    rows.finish()
+    with pytest.raises(ConfigError, match="damaged"):
+        list(store(tmp_path, 2, shard=(1, 2)).plan(prompts(10)))
+    idle = store(tmp_path / "none", 2, shard=(3, 4))
+    assert list(idle.plan(prompts(5))) == list(idle.plan([])) == []
+    idle.finish()
+    assert idle.counts() == (0, 0, 0, 0) and tables(tmp_path / "none") == {}
 
 
 def test_a_second_answer_to_the_same_prompt_changes_nothing(tmp_path):
@@ -380,21 +416,23 @@ def test_staging_of_another_run_is_refused(tmp_path):
         list(store(tmp_path, fingerprint="0000").plan(prompts(2)))
 
 
-@pytest.mark.parametrize("answers", range(3))
-def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lost(tmp_path, answers):
-    """The lease goes to another run after the orphan's first, second, third question; the other then ends the work."""
-    root, asked = tmp_path / "out", itertools.count()
+@pytest.mark.parametrize("answers", range(6))
+def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lost(home, answers):
+    """The lease goes to another run after the orphan's first, second, ... question; the other then ends the work. The
+    orphan asks before it stages, before each of the three tables, and before it tidies up."""
+    root, asked = home / "out", itertools.count()
     orphan = store(root, still_owner=lambda: next(asked) < answers)
     for line in orphan.plan(prompts(4)):
         orphan.add(result(line))
     with pytest.raises(LeaseLost, match="another run has taken"):
         orphan.flush()
     assert len(segments.names(at(root), 0)) == (answers > 0)
-    assert (root / "data").exists() == (answers > 1)
+    written = [table for table in ("candidates", "failed", "data") if root.names(table)]
+    assert written == ["candidates", "failed", "data"][: max(0, answers - 1)]
     assert run(root, prompts(4)) == ([] if answers else [0, 1, 2, 3])
     with pytest.raises(LeaseLost):
         orphan.flush()
-    assert tables(root) == tables(write(tmp_path / "want", prompts(4)))
+    assert tables(root) == tables(write(home / "want", prompts(4)))
 
 
 def test_two_owners_that_stage_at_one_moment_do_not_overwrite_each_other(tmp_path, monkeypatch):

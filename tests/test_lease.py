@@ -164,10 +164,11 @@ def _race(place, wins):
         wins.put(None)
 
 
-def test_of_many_that_take_it_at_once_one_gets_it(place):
-    context = multiprocessing.get_context("spawn" if place.remote else "fork")
+def test_of_many_that_take_it_at_once_one_gets_it(tmp_path):
+    place = Place.at(tmp_path)
+    context = multiprocessing.get_context("fork")
     wins = context.Queue()
-    racers = [context.Process(target=_race, args=(place, wins)) for _ in range(2 if place.remote else 6)]
+    racers = [context.Process(target=_race, args=(place, wins)) for _ in range(6)]
     for racer in racers:
         racer.start()
     winners = [pid for _ in racers if (pid := wins.get(timeout=60)) is not None]

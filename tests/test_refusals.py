@@ -64,7 +64,10 @@ def refused(capsys, *args: str) -> str:
         (["--output", "run.yaml/sub"], "is a file"),
         (["--output", "gs://bucket/out"], "output: gs:// is not implemented; give a local directory, or s3://"),
         (["--output", "s3://bucket"], "not of the form s3://bucket/path"),
-        (["--output", "s3://a/b", "--runtime.storage_options.endpoint_override", "127.0.0.1:1"], "127.0.0.1:1"),
+        (
+            ["--output", "s3://bucket/x", "--runtime.storage_options.endpoint_override", "127.0.0.1:1"],
+            "cannot write to",
+        ),
         (["--runtime.storage_options.colour", "red"], "--runtime.storage_options.colour"),
         (["--runtime.storage_options.access_key", "id"], "access_key and secret_key come together"),
         (["--runtime.shards", "0"], "runtime.shards"),

@@ -114,6 +114,23 @@ def test_many_that_change_one_object_lose_no_change(place):
     assert sorted(place.read("lines").split()) == [f"{name}{n}".encode() for name in "abc" for n in range(3)]
 
 
+def test_of_many_that_take_a_lease_at_once_one_gets_it(place):
+    won, lost = [], []
+
+    def take():
+        try:
+            won.append(Lease.take(place))
+        except ConfigError:
+            lost.append(True)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and len(lost) == 3 and won[0].held()
+
+
 def test_an_orphan_finds_out_and_writes_nothing_more(server, place):
     """An orphan on a machine out of sight: its lease stood still, another has taken it and finished the work."""
     orphan = Lease.take(place, ttl=0.3)

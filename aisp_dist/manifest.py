@@ -41,8 +41,11 @@ def write_run(place: Place, run: dict[str, Any]) -> None:
 
 
 def read_run(place: Place) -> dict[str, Any] | None:
-    """run.json, or None where there is no output yet. Raises ConfigError where it is not readable."""
-    data = place.read("run.json")
+    """run.json, or None where there is no output yet. Raises ConfigError where it cannot be read."""
+    try:
+        data = place.read("run.json")
+    except OSError as error:
+        raise ConfigError(f"output: cannot read {place}/run.json: {' '.join(str(error).split())}") from None
     return None if data is None else _parse(place, data)
 
 

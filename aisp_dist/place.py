@@ -174,6 +174,8 @@ class Place:
             if not self._put_if(probe, b"1", {"IfNoneMatch": "*"}):
                 raise OSError(f"{self}/{probe}: a new object is said to be there already")
             try:
+                if self.read(probe) != b"1":  # by pyarrow
+                    raise OSError(f"{self}/{probe}: what was written cannot be read")
                 for number, wrong in enumerate(({"IfNoneMatch": "*"}, {"IfMatch": f'"{"0" * 32}"'}), 2):
                     if self._put_if(probe, str(number).encode(), wrong):
                         raise ConfigError(f"output: the store of {self} {_IGNORED}")

@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.figures import Figures, gauges
@@ -28,6 +27,7 @@ from aisp_dist import prompts, render
 from aisp_dist.align import align
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.lease import Lease
+from aisp_dist.place import Place
 from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Score
 from aisp_dist.schema import ColumnType
 from aisp_dist.store import Store
@@ -55,7 +55,7 @@ class Table:
     """One output to fill. `run` has its paths resolved; `model` is the base model as the user named it."""
 
     run: Run
-    output: Path
+    output: Place
     columns: dict[str, ColumnType]
     fingerprint: str
     model: str
@@ -76,6 +76,7 @@ class Table:
             keep if isinstance(keep, str) else keep.top_bottom,
             self.run.save.trace,
             self.lease.held if self.lease else lambda: False,
+            self.shard,
         )
 
     def whole(self) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from actors import sizing
 from actors.coordinator import Table, TooManyFailed, window
 from aisp_dist import manifest, prompts, summary
 from aisp_dist.config import ConfigError
-from jobs import cli, prepare, session, settings
+from jobs import cli, cost, prepare, session, settings
 from jobs.progress import Progress, say
 
 
@@ -49,14 +48,8 @@ def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -
     inputs = prompts.count(run.prompts)
     few = window(run) * run.runtime.generators.replicas
     say(f"trial: the first {min(few, inputs)} prompts, searched for real and thrown away")
-    figures, size = cluster.trial(table, few)
-    samples = inputs * run.method.num_samples * run.method.num_iterations
-    lines = [f"{inputs} inputs, {samples} samples; nothing was written"]
-    if figures.samples and figures.done:
-        busy = {role: seconds / figures.samples for role, seconds in figures.busy.items()}
-        cost = sizing.suggest(busy.pop("generator"), busy, samples, size / figures.done, inputs)
-        lines.append(f"from {figures.samples} samples measured here: {cost.line()}")
-    return "\n".join(lines)
+    figures, seconds, size = cluster.trial(table, few)
+    return f"{cost.text(run, inputs, figures, seconds, size, figures.done)}\nnothing was written"
 
 
 def _shard(text: str, coordinators: int) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -18,8 +17,10 @@ from rich.progress import Progress as Bar
 from actors.figures import Figures, seconds_left, share
 from aisp_dist import prompts
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.place import Place
 
 _PLAIN, _TERMINAL = 5.0, 0.5  # seconds between updates
+_REMOTE = 60.0  # seconds between lines of metrics.jsonl where each is a copy of the whole
 
 
 class Total:
@@ -37,8 +38,8 @@ class Total:
 class Progress:
     """Takes the coordinator's counts as they come. `with Progress(...) as progress: session.relabel(..., progress)`."""
 
-    def __init__(self, output: Path, run: Run, title: str = "", shard: tuple[int, int] = (0, 1)) -> None:
-        self.metrics, self.counted, self.title = output / "metrics.jsonl", Total(run), title
+    def __init__(self, output: Place, run: Run, title: str = "", shard: tuple[int, int] = (0, 1)) -> None:
+        self.output, self.counted, self.title = output, Total(run), title
         self.rows_per_file, self.shard = run.save.rows_per_file, shard
         self.samples_each = run.method.num_samples * run.method.num_iterations + 1  # the base answer is one
         self.began = self.shown = self.logged = time.monotonic()
@@ -68,7 +69,7 @@ class Progress:
                 say(self.line(now))
             else:
                 self.bar.update(self.task, completed=now.finished, total=self.total, description=self.line(now))
-        if time_now - self.logged >= _PLAIN:
+        if time_now - self.logged >= (_REMOTE if self.output.remote else _PLAIN):
             self.logged = time_now
             self._log(now)
 
@@ -76,8 +77,10 @@ class Progress:
         left = self.seconds_left(now)
         entry = {"time": time.time(), "seconds": self.seconds, "total": self.total, "seconds_left": left}
         entry |= now.json()
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            self.output.append("metrics.jsonl", f"{json.dumps(entry)}\n".encode())
+        except OSError as error:  # the rows do not wait for it
+            say(f"cannot write metrics.jsonl: {error}")
 
     @property
     def total(self) -> int | None:

@@ -20,6 +20,7 @@ from actors.coordinator import Table
 from actors.figures import Figures, share
 from aisp_dist import lease, manifest
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.place import Place
 from jobs.cli import Exit
 from jobs.prepare import Prepared
 from jobs.progress import Progress
@@ -88,7 +89,7 @@ class Session:
         """Fill one output: take it, describe it, run, and leave it resumable. Raises Exit, ConfigError."""
         from actors.cluster import differing_nodes
 
-        with lease.Lease.take(prepared.output, say=self.say).beating() as mine:
+        with lease.Lease.take(prepared.output, say=self.say, shard=self.owned).beating() as mine:
             if nodes := differing_nodes(mine):
                 raise ConfigError(
                     f"output: {prepared.output} is not the same place on {', '.join(nodes)} as here; give a directory "
@@ -97,17 +98,17 @@ class Session:
             manifest.write_run(prepared.output, prepared.record())
             self._fill([replace(table, lease=mine, shard=shard) for shard in self.shards], progress)
 
-    def trial(self, table: Table, prompts: int) -> tuple[Figures, int]:
-        """Search the first prompts for real, into a directory that is gone afterwards: figures, and bytes written."""
+    def trial(self, table: Table, prompts: int) -> tuple[Figures, float, int]:
+        """Search the first prompts for real, into a directory that is gone afterwards: figures, seconds, bytes."""
         with tempfile.TemporaryDirectory(prefix="aisp-trial-") as folder:
-            output = Path(folder)
+            output = Place.at(folder)
             few = table.run.prompts.model_copy(update={"limit": min(prompts, table.run.prompts.limit or prompts)})
             run = table.run.model_copy(update={"output": folder, "prompts": few})
             with lease.Lease.take(output).beating() as mine, Progress(output, run, "trial: ") as progress:
                 manifest.write_run(output, self.prepared.record())
                 self._fill([replace(table, run=run, output=output, lease=mine)], progress)
             assert progress.now is not None
-            return progress.now, sum(file.stat().st_size for file in output.glob("*/*.parquet"))
+            return progress.now, progress.seconds, sum(file.stat().st_size for file in Path(folder).glob("*/*.parquet"))
 
     def _fill(self, tables: Sequence[Table], progress: Progress) -> None:
         """Every shard to its end. A coordinator that dies or freezes is started again from what is written."""

@@ -11,6 +11,7 @@ import pytest
 
 from actors.figures import Figures
 from aisp_dist.config import Run
+from aisp_dist.place import Place
 from jobs import progress
 
 
@@ -25,7 +26,7 @@ def run(tmp_path):
 
 def test_plain_lines_and_metrics(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "_PLAIN", 0.0)
-    with progress.Progress(tmp_path, run) as shown:
+    with progress.Progress(Place.at(tmp_path), run) as shown:
         while shown.total is None:
             time.sleep(0.001)
         shown(Figures(done=1))  # resumed: one was done before this command
@@ -48,7 +49,7 @@ def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "_TERMINAL", 0.0)
-    with progress.Progress(tmp_path, run, title="aisp: ") as shown:
+    with progress.Progress(Place.at(tmp_path), run, title="aisp: ") as shown:
         shown(Figures())
         shown(Figures(done=3, samples=7))
     assert "aisp: 3/" in terminal.getvalue()

@@ -47,9 +47,9 @@ def main(args: Sequence[str]) -> int:
     if everything.value is None:
         print("\nthe input is still being counted; run again for the cost of the whole")
         return 0
-    arm = output / _folder(comparison.AISP, 0)
-    size = sum(sum(arm.sizes(table).values()) for table in ("data", "candidates"))
-    print("\n" + cost.text(run, everything.value, figures, seconds, size, arm.dataset("data").count_rows()))
+    pilot = output / _folder(comparison.AISP, 0)
+    size = sum(sum(pilot.sizes(table).values()) for table in ("data", "candidates"))
+    print("\n" + cost.text(run, everything.value, figures, seconds, size, pilot.dataset("data").count_rows()))
     return 0
 
 

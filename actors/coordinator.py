@@ -84,8 +84,7 @@ class Table:
         has, and too many are failed ones: the same command ends as it did before."""
         store = self.store()
         waiting = next(store.plan(prompts.read(self.run.prompts), self.retry_failed), None)
-        counts = store.counts()
-        whole = waiting is None and counts.planned == counts.committed
+        whole = waiting is None and store.settled()
         if whole:
             _judge(store, self.run.runtime.max_failed, "in failed/", whole=True)
         return whole

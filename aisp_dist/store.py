@@ -160,6 +160,11 @@ class Store:
             what = f"{len(missing)} inputs have no row, first line {missing[0]}" if missing else "inputs are left"
             raise Unfinished(f"{self._place}: {what}; the same command again computes them")
 
+    def settled(self) -> bool:
+        """Whether every part that `plan` has come to is committed as it is."""
+        with self._lock:
+            return not self._open
+
     def counts(self) -> Counts:
         with self._lock:
             planned, done, failed, committed = self._closed

@@ -3,7 +3,6 @@ that answer at once what a real round is made of. No model is loaded."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 from actors import cluster, coordinator, placement
 from actors.pool import Pool
-from actors.simulation import FINGERPRINT, Plan
+from actors.simulation import FINGERPRINT, Plan, pooled
 from aisp_dist.config import Run
 from aisp_dist.lease import Lease
 from aisp_dist.records import Prompt, Rollout, Round, Score, Trajectory
@@ -40,6 +39,9 @@ class Instant:
     async def load(self) -> None:
         pass
 
+    async def health(self) -> dict[str, float]:
+        return {"busy": 0, "progress": 0}
+
     async def rollout(self, round: Round) -> Rollout:
         return Rollout(tuple(self.drawn[round.start : round.stop]), u_sq=1.0)
 
@@ -57,18 +59,18 @@ class Measured(coordinator.Coordinator):
 
 
 async def _start(run: Run, samples: int, tokens: int) -> coordinator.Started:
-    def start(role: str, count: int) -> list[cluster.RayReplica]:
+    async def start(role: str, count: int, limit: int) -> Pool:
         group = placement.Group(role, count, 0, 0, None)
-        return [cluster.RayReplica(f"{role}-{i}", Instant, (samples, tokens), group, 60.0, False) for i in range(count)]
+        replicas = [
+            cluster.RayReplica(f"{role}-{i}", Instant, (samples, tokens), group, 60.0, False) for i in range(count)
+        ]
+        return await pooled(replicas, limit, 600.0, retries=0, is_fault=cluster.is_fault)
 
-    replicas = {
-        "generator": start("generator", run.runtime.generators.replicas),
-        "reward": start("reward", run.replicas("reward").replicas),
-    }
-    await asyncio.gather(*(replica.start() for each in replicas.values() for replica in each))
-    limits = {"generator": 2 * coordinator.window(run), "reward": 1}
-    known: dict[str, Any] = {"timeout": 600.0, "retries": 0, "is_fault": cluster.is_fault}
-    return {role: Pool(each, limit=limits[role], **known) for role, each in replicas.items()}, None
+    generators, scorers = run.runtime.generators.replicas, run.replicas("reward").replicas
+    return {
+        "generator": await start("generator", generators, 2 * coordinator.window(run)),
+        "reward": await start("reward", scorers, Plan().queue),
+    }, None
 
 
 def measure(options: Namespace) -> dict[str, Any]:
@@ -90,9 +92,9 @@ def measure(options: Namespace) -> dict[str, Any]:
             cpu, start = ray.get(shard.cpu.remote()), time.perf_counter()
             ray.get(shard.relabel.remote(table))
             seconds, cpu = time.perf_counter() - start, ray.get(shard.cpu.remote()) - cpu
-            committed = ray.get(shard.progress.remote())["committed"]
         finally:
             ray.shutdown()
+        whole = table.whole()
     rounds = num * (options.iterations + 1)
     plan = Plan(samples=options.samples, new_tokens=options.new_tokens, spread=0.0)
     real = plan.step(plan.batch_rows) * plan.new_tokens * plan.samples / plan.batch_rows
@@ -104,7 +106,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         "rounds_per_cpu_second": rounds / cpu,
         "gpu_seconds_per_round": real,  # of Llama-3-8B at the roofline of an H200, calculated
         "share_of_a_round": cpu / rounds / real,
-        "agrees": committed == num,
+        "agrees": whole,
     }
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.coordinator import Coordinator, Table, window
-from actors.pool import Pool
+from actors.pool import Pool, Replica
 from actors.sizing import suggest
 from aisp_dist import manifest, prompts
 from aisp_dist.config import ConfigError, Run
@@ -52,8 +52,9 @@ TARGET = 10_000_000  # prompts of the run that is reckoned up
 class Plan:
     """A cluster of one coordinator, its work, and its faults. Times in seconds.
 
-    spread: response lengths are uniform between (1 - spread) x new_tokens and new_tokens.
+    coordinator: CPU of a round. spread: response lengths are uniform from (1 - spread) x new_tokens to new_tokens.
     deaths: of a replica in an hour, of which the share `stalls` only hang. bandwidth, flops: what a GPU attains.
+    queue: requests that a scorer is given at a time. bundle: rows simulated as one.
     """
 
     generators: int = 8
@@ -69,8 +70,10 @@ class Plan:
     deaths: float = 0.0
     stalls: float = 0.1
     startup: float = 120.0
+    retries: int = 3
     bandwidth: float = 4.3e12
     flops: float = 7.9e14
+    queue: int = 2
     bundle: int = 8
     seed: int = 0
 
@@ -149,6 +152,7 @@ class Simulated:
         self.random = random.Random(f"{plan.seed} {name}")
         self.loop = asyncio.get_running_loop()
         self.work = 0.0  # seconds
+        self.starts = 0
         self._start()
 
     def _start(self) -> None:
@@ -181,16 +185,18 @@ class Simulated:
             raise Dead(f"{self.name} is dead")
         return await answer
 
-    async def health(self) -> dict[str, Any]:
+    async def health(self) -> dict[str, float]:
         if self.hangs:
             await self.loop.create_future()
         if not self.up:
             raise Dead(f"{self.name} is dead")
-        return {}
+        return {"busy": bool(self.asked), "progress": self.busy()}
 
     async def restart(self, reason: str) -> None:
+        """The first start, without a reason, takes no time: what is simulated is the run after it."""
         self.stop()
-        await asyncio.sleep(self.plan.startup)
+        await asyncio.sleep(self.plan.startup if reason else 0)
+        self.starts += 1
         self._start()
 
     def stop(self) -> None:
@@ -319,29 +325,24 @@ def _trajectory(sample: int, length: int) -> Trajectory:
     return Trajectory(sample, (0,) * length, "." * length, "stop")
 
 
-class _Tokenizer:
-    bos_token_id = None
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [0]}  # the plan says how long a prompt is
-
-
-class _Shard(Coordinator):
-    """The real one, but for the model's tokenizer, which would bring torch."""
-
-    async def load(self) -> None:
-        self.tokenizer: Any = _Tokenizer()
-        self.pools, self.context_length = await self.start()
+async def pooled(replicas: Sequence[Replica], limit: int, timeout: float, **settings: Any) -> Pool:
+    """A pool of replicas that it has started."""
+    pool = Pool(replicas, limit=limit, timeout=timeout, **settings)
+    if fleet := getattr(pool, "fleet", None):
+        await fleet.ready(len(replicas))
+    else:
+        await asyncio.gather(*(replica.restart("") for replica in replicas))
+    return pool
 
 
 @dataclass(frozen=True)
 class _Figures:
-    """Of one shard. integrals: (time, prompts in flight, busy seconds in the order of PARTS), sampled."""
+    """Of one shard. integrals: (time, prompts in flight, busy seconds in the order of PARTS), sampled. counts: in the
+    order of COUNTS."""
 
     plan: Plan
     integrals: list[tuple[float, int, tuple[float, ...]]]
-    progress: dict[str, Any]
-    violations: int
+    counts: tuple[int, ...]
 
     def steady(self) -> tuple[int, int]:
         """First and last sample with a full window."""
@@ -351,6 +352,7 @@ class _Figures:
 
 
 PARTS = ("generators", "rows", "scorers", "coordinator")
+COUNTS = ("done", "failed", "violations", "restarts", "repeats")
 
 
 def simulate(plan: Plan, shards: int = 1) -> dict[str, Any]:
@@ -360,14 +362,16 @@ def simulate(plan: Plan, shards: int = 1) -> dict[str, Any]:
         if getattr(plan, name) % plan.bundle:
             raise ConfigError(f"--{name}: {getattr(plan, name)} is no multiple of --bundle {plan.bundle}; make it one")
     if min(plan.generators, plan.scorers, plan.prompts) < shards:
-        raise ConfigError(f"--shards: {shards} coordinators need a generator, a scorer and a prompt each; lower it")
+        raise ConfigError(
+            f"--shards: {shards} of {plan.generators} generators, {plan.scorers} scorers and {plan.prompts} prompts; "
+            "each needs one of all, so lower it or raise --gpus or --prompts"
+        )
     found = []
     for k in range(shards):
         sizes = {name: (getattr(plan, name) + k) // shards for name in ("generators", "scorers", "prompts")}
         found.append(_simulate(replace(plan, **sizes, seed=plan.seed * 100_003 + k)))
     makespan = max(one.integrals[-1][0] for one in found)
     seconds = [one.integrals[hi][0] - one.integrals[lo][0] for one in found for lo, hi in [one.steady()]]
-    total = {name: sum(one.progress[name] for one in found) for name in ("done", "failed", "restarts", "repeats")}
     return {
         "shards": shards,
         "makespan_seconds": makespan,
@@ -380,8 +384,7 @@ def simulate(plan: Plan, shards: int = 1) -> dict[str, Any]:
             name: sum(one.integrals[-1][2][PARTS.index(name)] for one in found) / plan.prompts / (plan.iterations + 1)
             for name in ("generators", "scorers")
         },
-        **total,
-        "violations": sum(one.violations for one in found),
+        **dict(zip(COUNTS, map(sum, zip(*(one.counts for one in found), strict=True)), strict=True)),
     }
 
 
@@ -417,9 +420,18 @@ def _run(plan: Plan, root: Path) -> Run:
                 "max_new_tokens": plan.new_tokens,
             },
             "rewards": {"reward": {"kind": "function", "function": "none:none"}},
-            "method": {"kind": "aisp", "num_samples": plan.samples // plan.bundle, "num_iterations": plan.iterations, "lambda": 1.0},
+            "method": {
+                "kind": "aisp",
+                "num_samples": plan.samples // plan.bundle,
+                "num_iterations": plan.iterations,
+                "lambda": 1.0,
+            },
             "save": {"candidates": "none", "trace": False},
-            "runtime": {"generators": {"replicas": plan.generators}, "rewards": {"reward": {"replicas": plan.scorers}}},
+            "runtime": {
+                "generators": {"replicas": plan.generators},
+                "rewards": {"reward": {"replicas": plan.scorers}},
+                "retries": plan.retries,
+            },
         }
     )
 
@@ -432,15 +444,18 @@ async def _fill(plan: Plan, run: Run) -> _Figures:
     async def start() -> tuple[Mapping[str, Pool], int | None]:
         known: dict[str, Any] = {"retries": run.runtime.retries, "is_fault": lambda error: isinstance(error, Dead)}
         times = run.runtime.timeouts
-        scoring = Pool(scorers, limit=1, timeout=times.reward, timeout_is_content=True, **known)
-        return {"generator": Pool(generators, limit=2 * window(run), timeout=times.round, **known), "reward": scoring}, None
+        return {
+            "generator": await pooled(generators, 2 * window(run), times.round, **known),
+            "reward": await pooled(scorers, plan.queue, times.reward, timeout_is_content=True, **known),
+        }, None
 
-    shard, output = _Shard(run, start), Path(run.output)
+    shard, output = Coordinator(run, start), Path(run.output)
     integrals: list[tuple[float, int, tuple[float, ...]]] = []
 
     def sample() -> None:
         busy = (sum(g.busy() for g in generators), sum(g.rows for g in generators), sum(s.busy() for s in scorers))
-        integrals.append((loop.time(), shard.in_flight, (*busy, core.busy - max(0.0, core.free - loop.time()))))
+        in_flight = len(shard.pools["generator"].home)
+        integrals.append((loop.time(), in_flight, (*busy, core.busy - max(0.0, core.free - loop.time()))))
 
     async def watch() -> None:
         while True:
@@ -455,8 +470,10 @@ async def _fill(plan: Plan, run: Run) -> _Figures:
     await shard.relabel(Table(run, output, {}, FINGERPRINT, "simulated", lease))
     watching.cancel()
     sample()
-    violations = len(verify(output, prompts.read(run.prompts)).violations)
-    return _Figures(plan, integrals, await shard.progress(), violations)
+    verdict = verify(output, prompts.read(run.prompts))
+    repeats = sum(pool.repeats for pool in shard.pools.values())
+    restarts = sum(replica.starts - 1 for replica in (*generators, *scorers))
+    return _Figures(plan, integrals, (verdict.done, verdict.failed, len(verdict.violations), restarts, repeats))
 
 
 def measure(options: Namespace) -> dict[str, Any]:
@@ -466,7 +483,7 @@ def measure(options: Namespace) -> dict[str, Any]:
     found = []
     for gpus in options.gpus:
         for ratio, shards in itertools.product(options.ratio, options.shards):
-            generators = min(max(1, round(gpus * ratio)), gpus - 1)
+            generators = max(1, min(round(gpus * ratio), gpus - 1))
             num = max(1, options.prompts * gpus // max(options.gpus))
             plan = Plan(**settings | {"generators": generators, "scorers": gpus - generators, "prompts": num})
             print(f"{gpus} GPUs, {generators} generate, {shards} shards, {num} prompts", file=sys.stderr, flush=True)
@@ -475,7 +492,13 @@ def measure(options: Namespace) -> dict[str, Any]:
     best = max((one for one in found if one["gpus"] == max(options.gpus)), key=lambda one: one["prompts_per_second"])
     per_round = best["gpu_seconds_per_round"]
     per_sample = {name: seconds / options.samples for name, seconds in per_round.items()}
-    whole = suggest(per_sample["generators"], {"scorers": per_sample["scorers"]}, TARGET * options.samples * (options.iterations + 1), 0, TARGET)
+    whole = suggest(
+        per_sample["generators"],
+        {"scorers": per_sample["scorers"]},
+        TARGET * options.samples * (options.iterations + 1),
+        0,
+        TARGET,
+    )
     carried = sum(per_round.values()) / options.coordinator if options.coordinator else None
     return {
         "plan": settings,

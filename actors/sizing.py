@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 LARGEST = 64  # replicas that a ratio is spelled with
-GOOD = 0.9  # the smallest ratio that keeps this share of the replicas busy is taken
+GOOD = 0.95  # the smallest ratio that keeps this share of the replicas busy is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,9 @@ class Suggestion:
     bytes: float
 
     def line(self) -> str:
-        ratio = " : ".join([f"{self.generators} generator", *(f"{count} {name}" for name, count in self.rewards.items())])
+        ratio = " : ".join(
+            [f"{self.generators} generator", *(f"{count} {name}" for name, count in self.rewards.items())]
+        )
         return (
             f"replicas {ratio} (busy {self.utilisation:.0%}); {self.samples:,} samples: {self.gpu_hours:,.3g} "
             f"replica-hours (GPU-hours where each has one), {_bytes(self.bytes)}"
@@ -50,7 +52,7 @@ def suggest(
             break
         if (busy := pace * sum(seconds) / sum(tried)) > best + 1e-9:
             best, counts = busy, tried
-    hours = samples * sum(seconds) / (best or 1) / 3600
+    hours = samples * sum(seconds) / best / 3600
     generators, *others = counts
     rewards = dict(zip(reward_seconds_per_sample, others, strict=True))
     return Suggestion(generators, rewards, best, hours, samples, bytes_per_row * rows)

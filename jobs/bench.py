@@ -1,5 +1,5 @@
-"""`aisp bench WHAT`: how fast, as one JSON document on stdout. decode, score and pipeline are aisp_dist's and need no Ray;
-coordinator and simulate are of the actors."""
+"""`aisp bench WHAT`: how fast, as one JSON document on stdout. coordinator and simulate are of the actors, the others
+of aisp_dist, without Ray."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def parser(what: str) -> argparse.ArgumentParser:
         add("--spread", _share, 0.5, "responses are uniform between (1 - spread) x new tokens and new tokens")
         add("--deaths", _share, 0.0, "of a replica in an hour")
         add("--stalls", _share, 0.1, "share of the deaths that only hang")
+        add("--queue", _positive, 2, "requests that a scorer is given at a time")
         add("--startup", _share, 120.0, "seconds that a replica takes to start")
+        add("--retries", _positive, 3, "runtime.retries")
         add("--bundle", _positive, 8, "rows that are simulated as one")
         add("--bandwidth", float, 4.3e12, "bytes/s of a GPU, an H200's")
         add("--flops", float, 7.9e14, "FLOP/s of a GPU, an H200's in bf16")

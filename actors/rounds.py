@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from actors import cluster, coordinator, placement
-from actors.pool import Pool
 from actors.simulation import FINGERPRINT, Plan, pooled
 from aisp_dist.config import Run
 from aisp_dist.lease import Lease
@@ -58,19 +57,16 @@ class Measured(coordinator.Coordinator):
         return time.process_time()
 
 
-async def _start(run: Run, samples: int, tokens: int) -> coordinator.Started:
-    async def start(role: str, count: int, limit: int) -> Pool:
-        group = placement.Group(role, count, 0, 0, None)
+async def _start(run: Run, groups: Sequence[placement.Group], samples: int, tokens: int) -> coordinator.Started:
+    pools = {}
+    for group in groups:
         replicas = [
-            cluster.RayReplica(f"{role}-{i}", Instant, (samples, tokens), group, 60.0, False) for i in range(count)
+            cluster.RayReplica(f"{group.role}-{i}", Instant, (samples, tokens), group, 60.0, False)
+            for i in range(group.replicas)
         ]
-        return await pooled(replicas, limit, 600.0, retries=0, is_fault=cluster.is_fault)
-
-    generators, scorers = run.runtime.generators.replicas, run.replicas("reward").replicas
-    return {
-        "generator": await start("generator", generators, 2 * coordinator.window(run)),
-        "reward": await start("reward", scorers, Plan().queue),
-    }, None
+        limit = 2 * coordinator.window(run) if group.role == "generator" else Plan().queue
+        pools[group.role] = await pooled(replicas, limit, 600.0, retries=0, is_fault=cluster.is_fault)
+    return pools, None
 
 
 def measure(options: Namespace) -> dict[str, Any]:
@@ -83,10 +79,11 @@ def measure(options: Namespace) -> dict[str, Any]:
         Path(folder, "prompts.jsonl").write_text("".join(lines))
         run = _run(options, Path(folder))
         lease = Lease.take(Path(run.output))
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2 * options.replicas, include_dashboard=False, log_to_driver=False)
         try:
             actor = ray.remote(Measured).options(num_cpus=0, max_concurrency=100)
-            shard = actor.remote(run, partial(_start, run, options.samples, options.new_tokens))
+            groups = placement.plan(run, ray.cluster_resources())
+            shard = actor.remote(run, partial(_start, run, groups, options.samples, options.new_tokens))
             ray.get(shard.load.remote(), timeout=300)
             table = coordinator.Table(run, Path(run.output), {}, FINGERPRINT, "demo", lease)
             cpu, start = ray.get(shard.cpu.remote()), time.perf_counter()

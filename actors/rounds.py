@@ -17,6 +17,7 @@ from actors import cluster, coordinator, placement
 from actors.simulation import FINGERPRINT, Plan, pooled
 from aisp_dist.config import Run
 from aisp_dist.lease import Lease
+from aisp_dist.place import Place
 from aisp_dist.records import Prompt, Rollout, Round, Score, Trajectory
 
 VOCABULARY = 128_256  # Llama 3's; a token id of a larger one pickles as long
@@ -78,14 +79,14 @@ def measure(options: Namespace) -> dict[str, Any]:
         lines = (json.dumps({"prompt": f"{i}" + " word" * options.prompt_tokens}) + "\n" for i in range(num))
         Path(folder, "prompts.jsonl").write_text("".join(lines))
         run = _run(options, Path(folder))
-        lease = Lease.take(Path(run.output))
+        lease = Lease.take(Place.at(run.output))
         ray.init(address="local", num_cpus=2 * options.replicas, include_dashboard=False, log_to_driver=False)
         try:
             actor = ray.remote(Measured).options(num_cpus=0, max_concurrency=100)
             groups = placement.plan(run, ray.cluster_resources())
             shard = actor.remote(run, partial(_start, run, groups, options.samples, options.new_tokens))
             ray.get(shard.load.remote(), timeout=300)
-            table = coordinator.Table(run, Path(run.output), {}, FINGERPRINT, "demo", lease)
+            table = coordinator.Table(run, Place.at(run.output), {}, FINGERPRINT, "demo", lease)
             cpu, start = ray.get(shard.cpu.remote()), time.perf_counter()
             ray.get(shard.relabel.remote(table))
             seconds, cpu = time.perf_counter() - start, ray.get(shard.cpu.remote()) - cpu

@@ -31,11 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.coordinator import Coordinator, Table, window
-from actors.pool import Pool, Replica
+from actors.fleet import Replica
+from actors.pool import Pool
 from actors.sizing import suggest
 from aisp_dist import manifest, prompts
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.lease import Lease
+from aisp_dist.place import Place
 from aisp_dist.records import Prompt, Rollout, Round, Score, Trajectory
 from aisp_dist.verify import verify
 
@@ -328,10 +330,7 @@ def _trajectory(sample: int, length: int) -> Trajectory:
 async def pooled(replicas: Sequence[Replica], limit: int, timeout: float, **settings: Any) -> Pool:
     """A pool of replicas that it has started."""
     pool = Pool(replicas, limit=limit, timeout=timeout, **settings)
-    if fleet := getattr(pool, "fleet", None):
-        await fleet.ready(len(replicas))
-    else:
-        await asyncio.gather(*(replica.restart("") for replica in replicas))
+    await pool.fleet.ready(len(replicas))
     return pool
 
 
@@ -449,7 +448,7 @@ async def _fill(plan: Plan, run: Run) -> _Figures:
             "reward": await pooled(scorers, plan.queue, times.reward, timeout_is_content=True, **known),
         }, None
 
-    shard, output = Coordinator(run, start), Path(run.output)
+    shard, output = Coordinator(run, start), Place.at(run.output)
     integrals: list[tuple[float, int, tuple[float, ...]]] = []
 
     def sample() -> None:

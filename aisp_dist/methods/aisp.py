@@ -66,19 +66,35 @@ def softmax(rewards: Sequence[float], penalties: Sequence[float], lambda_: float
 
 
 def ess_temperature(rewards: Sequence[float], penalties: Sequence[float], target: float) -> float:
-    """The lambda at which 1 / sum w^2 = target, by bisection on its logarithm.
+    """The lambda at which 1 / sum w^2 = target, by secants and bisection on its logarithm.
 
     Free of the reward's unit: the search starts from the spread of the rewards. Where the target is out of reach (all
     rewards equal, or fewer finite ones than it asks for) the end of the bracket on its side is returned.
     """
-    spread = max(rewards) - min(rewards)
+    top = max(rewards)
+    spread = top - min(rewards)
     if spread == 0:
         return 1.0
+
+    def excess(log_lambda: float) -> float:
+        """log(ESS / target), which grows with lambda; of weights that need not sum to one."""
+        scale = math.exp(-log_lambda)
+        logs = [(r - top) * scale - p for r, p in zip(rewards, penalties, strict=True)]
+        high = max(logs)
+        exps = [math.exp(value - high) for value in logs]
+        return math.log(sum(exps) ** 2 / sum(e * e for e in exps) / target)
+
     low, high = math.log(spread) - 16, math.log(spread) + 16
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 1 / math.fsum(w * w for w in softmax(rewards, penalties, math.exp(middle))) < target:
-            low = middle
+    f_low, f_high = excess(low), excess(high)
+    if f_low >= 0 or f_high <= 0:
+        return math.exp(low if f_low >= 0 else high)
+    for step in range(90):  # about 12 are enough; with bisections alone among them it would be 60
+        middle = (low + high) / 2 if step % 3 == 0 else (low * f_high - high * f_low) / (f_high - f_low)
+        f = excess(middle)
+        if abs(f) < 1e-12 or not low < middle < high:
+            break
+        if f < 0:
+            low, f_low = middle, f
         else:
-            high = middle
-    return math.exp((low + high) / 2)
+            high, f_high = middle, f
+    return math.exp(middle)

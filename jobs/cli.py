@@ -20,7 +20,7 @@ VERBS = {
     "status": "progress of an output, from its files",
     "verify": "account for every input exactly once",
     "doctor": "exactness, schedule and reward checks on your own hardware and models",
-    "bench": "decode, score or pipeline: speed beside peers in the same run, as JSON",
+    "bench": "decode, score, pipeline, coordinator, simulate: speed beside peers in the same run, as JSON",
 }
 PLANNED = ("report", "export", "rescore", "evaluate", "tune", "train-value", "lm-eval")
 

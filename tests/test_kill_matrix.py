@@ -1,0 +1,50 @@
+"""The short form of the kill matrix: every process and signal once, every step of a commit once (kill_matrix.py)."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+
+import pytest
+from kill_matrix import KILL, STOP, TERM, Spec, a_cluster, quiet_tables, run_case
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    with a_cluster() as cluster:
+        yield cluster, *quiet_tables(cluster)
+
+
+def undisturbed(matrix, name: str, specs: list[Spec]) -> None:
+    """The tables are those of the quiet job, and every fault hit."""
+    cluster, quiet, _ = matrix
+    case = run_case(cluster, name, specs, quiet, random.Random(0))
+    assert case.outcome == "equal", case
+    assert len(case.faults) == len(specs), case
+
+
+def test_actors(matrix):
+    undisturbed(matrix, "actors", [Spec(role, how) for how in (KILL, TERM, STOP) for role in ("scorer", "generator")])
+
+
+def test_steps_of_a_commit(matrix):
+    """Killed before each change of a file; of a file that is to be written, with half of it there."""
+    steps = [step for step in matrix[2] if not step.startswith("mkdir")]
+    assert {"rename data/part-N.parquet", "rename failed/part-N.parquet"} <= set(steps)
+    hows = {"rename data/part-N.parquet": STOP, "rename candidates/part-N.parquet": TERM}
+    undisturbed(
+        matrix,
+        "steps",
+        [Spec("", hows.get(step, KILL), re.escape(step), torn=step.startswith("open")) for step in steps],
+    )
+
+
+def test_drivers(matrix):
+    """Two at once, then each way in which a command ends."""
+    specs = [Spec("driver", how) for how in (signal.SIGINT, TERM, KILL, STOP)]
+    undisturbed(matrix, "drivers", [Spec("second driver", KILL), *specs])
+
+
+def test_nodes(matrix):
+    undisturbed(matrix, "nodes", [Spec("raylet", how) for how in (KILL, TERM, STOP)])

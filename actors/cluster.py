@@ -10,12 +10,15 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.fleet import Fault
 from actors.generator import Generator
 from actors.placement import Group
-from actors.pool import Fault, Pool
+from actors.pool import Pool
 from actors.scorer import Scorer
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.lease import Lease
 
 log = logging.getLogger("aisp")
 
@@ -25,6 +28,21 @@ def is_fault(error: BaseException) -> bool:
     if isinstance(error, RayTaskError):
         return isinstance(error.cause, (RayActorError, WorkerCrashedError, MemoryError))
     return isinstance(error, RayError)
+
+
+def differing_nodes(lease: Lease, timeout: float = 60.0) -> list[str]:
+    """Machines of the cluster that do not find this lease in the output: theirs is another directory. One that does not
+    answer in time is not named: its actors will not come up either."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return []
+    look = ray.remote(num_cpus=0, max_retries=0)(lease.held)
+    looks = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(): node
+        for node in nodes
+    }
+    seen, _ = ray.wait(list(looks), num_returns=len(looks), timeout=timeout)
+    return sorted(looks[ref]["NodeManagerHostname"] for ref in seen if not ray.get(ref))
 
 
 class RayReplica:
@@ -46,14 +64,17 @@ class RayReplica:
             self.options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         self.starts = 0
         self.handle: Any = None
+        self.loaded: Any = None  # what load() answered
 
-    async def start(self) -> Any:
-        """Create the process and await its load(). Raises ConfigError from the load, Fault after `startup` seconds."""
+    async def restart(self, reason: str) -> None:
+        """A process where there was none, or another. Raises ConfigError from its load(), Fault after `startup` s."""
+        if self.handle is not None:
+            ray.kill(self.handle)
         name = self.name if not self.starts else f"{self.name}-restart-{self.starts}"
         self.starts += 1
         self.handle = ray.remote(self.cls).options(name=name, **self.options).remote(*self.args)
         try:
-            return await asyncio.wait_for(self.call("load"), self.startup)
+            self.loaded = await asyncio.wait_for(self.call("load"), self.startup)
         except TimeoutError:
             raise Fault(
                 f"{self.name} did not start within runtime.timeouts.startup = {self.startup:g} s; "
@@ -65,6 +86,8 @@ class RayReplica:
             raise
         except RayError as error:
             raise Fault(f"{self.name} died while it started: {str(error).splitlines()[0]}") from None
+        if reason:
+            log.warning("%s: a fresh process is up (start %d)", self.name, self.starts)
 
     async def call(self, method: str, *args: Any) -> Any:
         ref = getattr(self.handle, method).remote(*args)
@@ -74,44 +97,42 @@ class RayReplica:
             ray.cancel(ref)
             raise
 
-    async def restart(self, reason: str) -> None:
-        self.stop()
-        await self.start()
-        log.warning("%s: a fresh process is up (start %d)", self.name, self.starts)
-
-    def stop(self) -> None:
-        if self.handle is not None:
-            ray.kill(self.handle)
+    async def health(self) -> Mapping[str, float]:
+        figures: Mapping[str, float] = await self.call("health")
+        return figures
 
 
 async def start_pools(
-    run: Run, groups: Sequence[Group], base_dir: Path, window: int, suffix: str = ""
+    run: Run, groups: Sequence[Group], base_dir: Path, window: int, shard: tuple[int, int] = (0, 1), suffix: str = ""
 ) -> tuple[Mapping[str, Pool], int | None]:
-    """All replicas of a run, started side by side, as a pool for each role; and the base model's context length.
-    suffix: of the actors' names, for another try beside actors that are not gone yet."""
+    """The replicas of a run (of several coordinators: this one's share), started side by side, as a pool for each role;
+    and the base model's context length. suffix: of the actors' names, for another try beside actors not gone yet."""
     timeouts = run.runtime.timeouts
     mask = ray.cluster_resources().get("GPU", 0) > 0
-    replicas: dict[str, list[RayReplica]] = {}
+    pools: dict[str, Pool] = {}
+    needed: dict[str, int] = {}
     for group in groups:
-        for i in range(group.replicas):
+        replicas = []
+        for i in range(shard[0], group.replicas, shard[1]):
             if group.role == "generator":
                 name, cls = f"generator-{i}{suffix}", cast(type, Generator)
                 args: tuple[Any, ...] = (run.generator, name, group.threads)
             else:
                 name, cls = f"scorer-{group.role}-{i}{suffix}", Scorer
                 args = (group.role, run.rewards[group.role], base_dir, run.prompts.keep, name, group.threads)
-            replica = RayReplica(name, cls, args, group, timeouts.startup, mask)
-            replicas.setdefault(group.role, []).append(replica)
-    started = await asyncio.gather(*(r.start() for rs in replicas.values() for r in rs))
-    pools = {
-        role: Pool(
-            members,
-            limit=2 * window if role == "generator" else 1,
-            timeout=timeouts.round if role == "generator" else timeouts.reward,
+            replicas.append(RayReplica(name, cls, args, group, timeouts.startup, mask))
+        decodes = group.role == "generator"
+        pools[group.role] = Pool(
+            replicas,
+            limit=2 * window if decodes else 2,  # a scorer finds its next request beside it
+            timeout=timeouts.round if decodes else timeouts.reward,
             retries=run.runtime.retries,
             is_fault=is_fault,
-            timeout_is_content=role != "generator",
+            timeout_is_content=not decodes,
+            stall=timeouts.stall if decodes else timeouts.stall + timeouts.reward,  # it answers after its request
+            patience=timeouts.startup,
         )
-        for role, members in replicas.items()
-    }
-    return pools, started[0]
+        needed[group.role] = len(range(shard[0], group.needed, shard[1])) or 1
+    await asyncio.gather(*(pool.fleet.ready(needed[role]) for role, pool in pools.items()))
+    up = next(slot for slot in pools["generator"].fleet.slots if slot.up)
+    return pools, cast(RayReplica, up.replica).loaded

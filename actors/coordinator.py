@@ -14,22 +14,30 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import socket
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from actors.figures import Figures, gauges
 from actors.pool import Pool
 from aisp_dist import prompts, render
 from aisp_dist.align import align
-from aisp_dist.config import Run
+from aisp_dist.config import ConfigError, Run
 from aisp_dist.lease import Lease
 from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Score
 from aisp_dist.schema import ColumnType
 from aisp_dist.store import Store
 
+if TYPE_CHECKING:
+    from actors.exporter import Exporter
+
 log = logging.getLogger("aisp")
 
+_REPORT = 5.0  # seconds between looks at the figures
 SETTLED = 200  # prompts before the share of failed rows is judged
 Started = tuple[Mapping[str, Pool], int | None]  # pools by role, context length of the base model in tokens
 
@@ -53,6 +61,7 @@ class Table:
     model: str
     lease: Lease | None = None  # without one it can be read, not filled
     retry_failed: bool = False
+    shard: tuple[int, int] = (0, 1)  # this one of so many: the parts k with k % shard[1] == shard[0]
 
     def store(self) -> Store:
         keep = self.run.save.candidates
@@ -87,17 +96,27 @@ def window(run: Run) -> int:
 
 
 class Coordinator:
-    def __init__(self, run: Run, start: Callable[[], Awaitable[Started]]) -> None:
-        self.run, self.start = run, start
+    """export: makes what the figures of one output are told to (exporter.py), from its run id and shard."""
+
+    def __init__(
+        self,
+        run: Run,
+        start: Callable[[], Awaitable[Started]],
+        export: Callable[[str, str], Exporter] | None = None,
+        name: str = "coordinator",
+    ) -> None:
+        self.run, self.start, self.export, self.name = run, start, export, name
         self.task: asyncio.Task[None] | None = None
         self.store: Store | None = None
+        self.exporter: Exporter | None = None
         self.pools: Mapping[str, Pool] = {}
-        self.in_flight = 0
-        self.samples = self.tokens = self.quarantined = self.gains = 0  # of the output that is being filled
-        self.gain = 0.0
+        self.total: int | None = None  # of inputs, once somebody has counted them
+        self.flushing: float | None = None  # since when, by the loop's time
+        self.sums: Counter[str] = Counter()  # of this output, by the names of Figures
+        self.before = Figures()  # what its replicas had counted before it
 
     def __repr__(self) -> str:
-        return "coordinator"
+        return self.name
 
     async def load(self) -> None:
         """Start generators and scorers. Raises ConfigError for a model or function that cannot be used."""
@@ -106,6 +125,9 @@ class Coordinator:
         self.tokenizer, (self.pools, self.context_length) = await asyncio.gather(
             asyncio.to_thread(model.tokenizer, self.run.generator), self.start()
         )
+        self.watches = [asyncio.ensure_future(pool.fleet.watch()) for pool in self.pools.values()]
+        for pool in self.pools.values():
+            pool.fleet.event = self._event
 
     async def first_prompt(self) -> str:
         """The first prompt as the model will read it, special tokens and all: a wrong template shows here."""
@@ -134,52 +156,81 @@ class Coordinator:
             self.task.cancel()
             await asyncio.wait([self.task])
 
-    async def progress(self) -> dict[str, Any]:
-        """Counts and sums so far, for lines, gauges and metrics.jsonl."""
+    async def progress(self, total: int | None = None) -> Figures:
+        """The figures so far. total: how many inputs there are, if the caller knows."""
+        self.total = total if total is not None else self.total
+        return self._figures()
+
+    def _figures(self) -> Figures:
         counts = self.store.counts() if self.store else None
-        return {
-            "done": counts.done if counts else 0,
-            "failed": counts.failed if counts else 0,
-            "committed": counts.committed if counts else 0,
-            "in_flight": self.in_flight,
-            "samples": self.samples,
-            "tokens": self.tokens,
-            "quarantined": self.quarantined,
-            "reward_gain": self.gain / self.gains if self.gains else None,
-            "repeats": sum(pool.repeats for pool in self.pools.values()),
-            "restarts": sum(pool.restarts for pool in self.pools.values()),
-        }
+        grown = {role: pool.fleet.figures() for role, pool in self.pools.items()}
+        decoded = grown.get("generator", {})
+        of_replicas = Figures(
+            repeats=sum(pool.repeats for pool in self.pools.values()),
+            restarts=sum(pool.fleet.restarts for pool in self.pools.values()),
+            busy={role: figures.get("busy_seconds", 0.0) for role, figures in grown.items()},
+            up={role: figures.get("up_seconds", 0.0) for role, figures in grown.items()},
+            row_steps=decoded.get("row_steps", 0.0),
+            row_slots=decoded.get("row_slots", 0.0),
+        )
+        now = Figures(
+            done=counts.done if counts else 0,
+            failed=counts.failed if counts else 0,
+            committed=counts.committed if counts else 0,
+            queued={role: len(pool.waiting) for role, pool in self.pools.items()},
+            alive={role: sum(slot.up for slot in pool.fleet.slots) for role, pool in self.pools.items()},
+        )
+        return Figures(**dict[str, Any](self.sums)) + now + (of_replicas - self.before)
+
+    def _event(self, kind: str, replica: str) -> None:
+        if self.exporter:
+            self.exporter.event(kind, replica)
 
     async def _relabel(self, table: Table) -> None:
+        if table.lease and not await asyncio.to_thread(table.lease.held):
+            raise ConfigError(
+                f"output: {table.output} is not the same place for the coordinator, on {socket.gethostname()}, as for "
+                "the command that started it; give a directory that all machines share, or a URI"
+            )
+        await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
+        self.store, self.sums, self.before = None, Counter(), Figures()
+        self.before = self._figures()
         store = self.store = table.store()
-        self.samples = self.tokens = self.quarantined = self.gains = 0
-        self.gain, self.reason = 0.0, "in failed/"
+        self.exporter = (
+            self.export(table.fingerprint[:12], f"{table.shard[0]}/{table.shard[1]}") if self.export else None
+        )
+        self.reason = "in failed/"
         run = table.run
-        replicas = run.runtime.generators.replicas
+        replicas = len(self.pools["generator"].fleet.slots)
         room = asyncio.Semaphore(window(run) * replicas)
         intake = store.plan(prompts.read(run.prompts), table.retry_failed)
-        flusher: asyncio.Task[None] | None = None
+        beside: list[asyncio.Task[None]] = []
 
         async def one(line: Input) -> None:
-            self.in_flight += 1
+            self.sums["in_flight"] += 1
             try:
                 self._finish(table, await self._search(run, line))
             finally:
-                self.in_flight -= 1
+                self.sums["in_flight"] -= 1
                 room.release()
 
         try:
             async with asyncio.TaskGroup() as group:
-                flusher = group.create_task(_flush_every(store, run.save.flush_seconds))
+                beside = [
+                    group.create_task(self._flush_every(run.save.flush_seconds)),
+                    group.create_task(self._report()),
+                ]
                 while batch := await asyncio.to_thread(_take, intake, 64):
                     for line in batch:
                         await room.acquire()
                         group.create_task(one(line))
                 for _ in range(window(run) * replicas):
                     await room.acquire()
-                flusher.cancel()
+                for task in beside:
+                    task.cancel()
         finally:
             await asyncio.shield(asyncio.to_thread(store.flush))
+        await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
         await asyncio.to_thread(store.finish)
         _judge(store, run.runtime.max_failed, self.reason, whole=True)
 
@@ -203,13 +254,20 @@ class Coordinator:
         return render.render(line, run.prompts, self.tokenizer, limit)
 
     async def _rollout(self, round: Round) -> Rollout:
+        began = time.monotonic()
         rollout: Rollout = await self.pools["generator"].call(round.prompt_id, "rollout", round)
-        self.samples += round.stop - round.start
-        self.tokens += sum(len(t.token_ids) for t in rollout.trajectories)
+        samples, tokens = round.stop - round.start, sum(len(t.token_ids) for t in rollout.trajectories)
+        for name, count in (("iterations", round.iteration >= 0), ("samples", samples), ("tokens", tokens)):
+            self.sums[name] += count
+        if self.exporter:
+            self.exporter.round(time.monotonic() - began, samples, tokens)
         return rollout
 
     async def _score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        began = time.monotonic()
         scores: list[Score] = await self.pools[reward].call(prompt.id, "score", prompt, responses)
+        if self.exporter:
+            self.exporter.scored(reward, time.monotonic() - began, len(responses))
         return scores
 
     async def _nll(
@@ -222,14 +280,55 @@ class Coordinator:
         store = self.store
         assert store is not None
         store.add(result)
+        self.sums["fresh"] += 1
+        if self.exporter:
+            self.exporter.finished(result)
         if isinstance(result, Done):
-            self.quarantined += result.quarantined
+            self.sums["quarantined"] += result.quarantined
             if result.best.reward is not None and result.base.reward is not None:
-                self.gain, self.gains = self.gain + result.best.reward - result.base.reward, self.gains + 1
+                self.sums["gain"] += result.best.reward - result.base.reward  # type: ignore[assignment]
+                self.sums["gains"] += 1
             return
         log.warning("source_index %d (id %s) failed: %s", result.prompt.source_index, result.prompt.id, result.reason)
         self.reason = result.reason
         _judge(store, table.run.runtime.max_failed, self.reason)
+
+    async def _flush_every(self, seconds: float) -> None:
+        store, loop = self.store, asyncio.get_running_loop()
+        assert store is not None
+        while True:
+            await asyncio.sleep(max(seconds, 0.05))
+            self.flushing = loop.time()
+            try:
+                await asyncio.to_thread(store.flush)
+            except OSError as error:  # nothing is lost yet: the next flush tries again, and the last one must succeed
+                log.warning("cannot write to the output (%s); trying again in %g s", error, seconds)
+            finally:
+                self.flushing = None
+
+    async def _report(self) -> None:
+        """Tell the exporter every few seconds, and the log when nothing moves: which prompt sits where."""
+        loop, stall = asyncio.get_running_loop(), self.run.runtime.timeouts.stall
+        last, at = self._figures(), loop.time()
+        answers, moved = -1, loop.time()
+        while True:
+            await asyncio.sleep(_REPORT)
+            now, time_now = self._figures(), loop.time()
+            if self.exporter:
+                self.exporter.gauges(gauges(now, now - last, time_now - at, self.total))
+            last, at = now, time_now
+            if self.flushing is not None and time_now - self.flushing > stall:
+                log.warning("writing to the output has taken %.0f s so far", time_now - self.flushing)
+            if (total := sum(pool.answers for pool in self.pools.values())) != answers or not now.in_flight:
+                answers, moved = total, time_now
+            elif time_now - moved > stall:
+                moved = time_now
+                for slot, call in sorted(
+                    (pair for pool in self.pools.values() for pair in pool.fleet.oldest()),
+                    key=lambda pair: pair[1].since,
+                )[:3]:
+                    what = (call.home, call.method, slot.replica.name, time_now - call.since)
+                    log.warning("nothing has moved for %g s: prompt %s waits for %s on %s for %.0f s", stall, *what)
 
 
 def _judge(store: Store, allowed: float, reason: str, whole: bool = False) -> None:
@@ -245,15 +344,6 @@ def _judge(store: Store, allowed: float, reason: str, whole: bool = False) -> No
 
 def _take(intake: Iterator[Input], count: int) -> list[Input]:
     return list(itertools.islice(intake, count))
-
-
-async def _flush_every(store: Store, seconds: float) -> None:
-    while True:
-        await asyncio.sleep(max(seconds, 0.05))
-        try:
-            await asyncio.to_thread(store.flush)
-        except OSError as error:  # nothing is lost yet: the next flush tries again, and the last one must succeed
-            log.warning("cannot write to the output (%s); trying again in %g s", error, seconds)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

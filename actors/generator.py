@@ -6,6 +6,7 @@ import asyncio
 import os
 import queue
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,9 @@ class Generator:
         self.settings, self.name, self.threads = settings, name, threads
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.waiting: dict[Round, list[asyncio.Future[Rollout]]] = {}
+        self.turns = 0  # of the engine's thread
+        self.busy_seconds = 0.0
+        self.began = time.monotonic()
 
     def __repr__(self) -> str:
         return self.name
@@ -41,6 +45,7 @@ class Generator:
         disable_progress_bar()  # noise in job logs
         lm = await asyncio.to_thread(model.load, self.settings)
         self.engine = decode.Engine(lm, self.settings.batch_rows, self.settings.max_new_tokens, self.settings.stop)
+        self.began = time.monotonic()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
         return lm.context_length
 
@@ -82,13 +87,26 @@ class Generator:
         self.inbox.put(measure)
         return await answer
 
+    async def health(self) -> dict[str, float]:
+        """See pool.Replica. row_steps / row_slots: the share of rows that held a trajectory while decoding."""
+        return {
+            "progress": self.turns,
+            "busy": float(bool(self.waiting) or not self.inbox.empty()),
+            "busy_seconds": self.busy_seconds,
+            "up_seconds": time.monotonic() - self.began,
+            "row_steps": self.engine.row_steps,
+            "row_slots": self.engine.steps * len(self.engine.rows),
+        }
+
     def _run(self) -> None:
         from aisp_dist.engine.decode import DecodeError
 
         try:
             while True:
-                if not self.engine.busy:
-                    self.inbox.get()()
+                work = None if self.engine.busy else self.inbox.get()
+                began = time.monotonic()
+                if work is not None:
+                    work()
                 while not self.inbox.empty():
                     self.inbox.get()()
                 try:
@@ -98,6 +116,8 @@ class Generator:
                 except DecodeError as error:  # this round only; the others go on
                     for answer in self.waiting.pop(error.round, ()):
                         _settle(answer, None, ValueError(str(error)))
+                self.turns += 1
+                self.busy_seconds += time.monotonic() - began
         except BaseException:
             traceback.print_exc()
             os._exit(1)

@@ -11,10 +11,12 @@ from aisp_dist.config import ConfigError, ModelReward, Replicas, Run
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Equal actors: `role` is generator or a reward's name; resources are for one actor."""
+    """Equal actors: `role` is generator or a reward's name; resources are for one actor. needed: so many must be there
+    for the run to begin."""
 
     role: str
     replicas: int
+    needed: int
     num_cpus: float
     num_gpus: float
     accelerator: str | None
@@ -26,7 +28,7 @@ class Group:
         return 2 if self.role == "generator" and self.num_cpus >= 2 else 1
 
 
-def plan(run: Run, resources: Mapping[str, float]) -> tuple[Group, ...]:
+def plan(run: Run, resources: Mapping[str, float], coordinators: int = 1) -> tuple[Group, ...]:
     """The actors of a run, generators first. `resources`: ray.cluster_resources().
 
     Raises ConfigError naming what is short, by how much, and which key to change.
@@ -34,13 +36,19 @@ def plan(run: Run, resources: Mapping[str, float]) -> tuple[Group, ...]:
     groups = [_group("generator", run.runtime.generators, True, resources)]
     for name, reward in run.rewards.items():
         groups.append(_group(name, run.replicas(name), isinstance(reward, ModelReward), resources))
+    for group in groups:
+        if group.needed < coordinators:
+            raise ConfigError(
+                f"runtime.shards: {coordinators} coordinators, and {group.role} has {group.needed} replicas; each "
+                "coordinator needs one of its own: raise replicas, or lower shards"
+            )
     for kind, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        wanted = sum(g.replicas * getattr(g, key) for g in groups)
+        wanted = sum(g.needed * getattr(g, key) for g in groups)
         if wanted > resources.get(kind, 0) + 1e-9:
-            parts = ", ".join(f"{g.role} {g.replicas} x {getattr(g, key):g}" for g in groups if getattr(g, key))
+            parts = ", ".join(f"{g.role} {g.needed} x {getattr(g, key):g}" for g in groups if getattr(g, key))
             raise ConfigError(
                 f"runtime: the actors need {wanted:g} {kind} ({parts}) and the cluster has {resources.get(kind, 0):g}; "
-                f"lower replicas or {key}, or add machines"
+                f"lower replicas, at_least or {key}, or add machines"
             )
     return tuple(groups)
 
@@ -56,4 +64,4 @@ def _group(role: str, wanted: Replicas, model: bool, resources: Mapping[str, flo
     num_gpus = auto if wanted.num_gpus == "auto" else float(wanted.num_gpus)
     if num_gpus > 1 and num_gpus != int(num_gpus):
         raise ConfigError(f"runtime, {role}: num_gpus is {num_gpus:g}; above 1 it must be whole")
-    return Group(role, wanted.replicas, wanted.num_cpus, num_gpus, wanted.accelerator)
+    return Group(role, wanted.replicas, wanted.needed, wanted.num_cpus, num_gpus, wanted.accelerator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,9 @@ class Scorer:
     ) -> None:
         self.reward, self.settings, self.base_dir, self.columns = reward, settings, base_dir, columns
         self.name, self.threads = name, threads
+        self.answered = 0
+        self.busy_seconds = 0.0
+        self.began = time.monotonic()
 
     def __repr__(self) -> str:
         return self.name
@@ -35,7 +39,18 @@ class Scorer:
             torch.set_num_threads(self.threads)
             disable_progress_bar()  # noise in job logs
         self.scores = rewards.load(self.reward, self.settings, self.base_dir, columns=self.columns)
+        self.began = time.monotonic()
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
         """One score for each response, in order. Raises what the reward raises."""
-        return self.scores(prompt, responses)
+        began = time.monotonic()
+        try:
+            return self.scores(prompt, responses)
+        finally:
+            self.answered += 1
+            self.busy_seconds += time.monotonic() - began
+
+    def health(self) -> dict[str, float]:
+        """See pool.Replica. Never busy without progress: how long a reward may take is its own timeout."""
+        up = time.monotonic() - self.began
+        return {"progress": self.answered, "busy": 0.0, "busy_seconds": self.busy_seconds, "up_seconds": up}

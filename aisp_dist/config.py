@@ -201,9 +201,15 @@ class Save(Section):
 
 class Replicas(Section):
     replicas: int = doc("actors of this kind", 1, ge=1)
+    at_least: int | None = doc("begin with so many; the others join as machines do. null: all of them", None, ge=1)
     num_gpus: float | Literal["auto"] = doc("GPUs an actor takes; auto: 1 where the cluster has any, else 0", "auto")
     num_cpus: float = doc("CPUs an actor takes; from 2 on its torch uses two threads", 1.0, ge=0)
     accelerator: str | None = doc("GPU type the actor must be placed on, as Ray names it", None)
+
+    @property
+    def needed(self) -> int:
+        """Actors without which a run does not begin."""
+        return min(self.at_least or self.replicas, self.replicas)
 
 
 class RewardReplicas(Replicas):
@@ -216,6 +222,7 @@ class Timeouts(Section):
     startup: float = doc("placing and loading all actors", 1800.0, gt=0)
     round: float = doc("decoding one round", 600.0, gt=0)
     reward: float = doc("scoring one round", 120.0, gt=0)
+    stall: float = doc("a process without a sign of life, or busy without progress, is replaced", 120.0, gt=0)
 
 
 class Runtime(Section):

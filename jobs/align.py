@@ -34,7 +34,7 @@ def main(args: Sequence[str]) -> int:
             return 0
         with Progress(prepared.output, prepared.located) as progress:
             cluster.relabel(prepared, table, progress)
-    print(summary.text(prepared.output, progress.seconds, progress.now.get("samples", 0)))
+    print(summary.text(prepared.output, progress.seconds, progress.samples))
     return 0
 
 

@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> int:
         for arm, prepared in ((arm, p) for arm, seeds in plans.items() for p in seeds):
             with Progress(prepared.output, prepared.located, title=f"{arm}: ") as progress:
                 cluster.relabel(prepared, prepared.table(), progress)
-            samples += progress.now["samples"]
+            samples += progress.samples
             seconds += progress.seconds
     held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
     result = comparison.compare({arm: [p.output for p in seeds] for arm, seeds in plans.items()}, held_out)

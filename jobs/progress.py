@@ -7,14 +7,15 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from actors.figures import Figures
 from aisp_dist import prompts
 from aisp_dist.config import ConfigError, Run
 
@@ -39,8 +40,7 @@ class Progress:
     def __init__(self, output: Path, run: Run, title: str = "") -> None:
         self.metrics, self.total, self.title = output / "metrics.jsonl", Total(run), title
         self.began = self.shown = self.logged = time.monotonic()
-        self.first: dict[str, Any] | None = None
-        self.now: dict[str, Any] = {}
+        self.now: Figures | None = None
         self.bar: Bar | None = None
 
     def __enter__(self) -> Progress:
@@ -53,27 +53,27 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
-        if self.now:
-            say(self.line())
-            self._log()
+        if self.now is not None:
+            say(self.line(self.now))
+            self._log(self.now)
 
-    def __call__(self, now: dict[str, Any]) -> None:
-        self.first = self.first or now
+    def __call__(self, now: Figures) -> None:
         self.now = now
         time_now = time.monotonic()
         if time_now - self.shown >= (_PLAIN if self.bar is None else _TERMINAL):
             self.shown = time_now
             if self.bar is None:
-                say(self.line())
+                say(self.line(now))
             else:
-                done = now["done"] + now["failed"]
-                self.bar.update(self.task, completed=done, total=self.total.value, description=self.line())
+                self.bar.update(self.task, completed=now.finished, total=self.total.value, description=self.line(now))
         if time_now - self.logged >= _PLAIN:
             self.logged = time_now
-            self._log()
+            self._log(now)
 
-    def _log(self) -> None:
-        entry = {"time": time.time(), "seconds": self.seconds, "total": self.total.value, **self.now}
+    def _log(self, now: Figures) -> None:
+        left = self.seconds_left(now)
+        entry = {"time": time.time(), "seconds": self.seconds, "total": self.total.value, "seconds_left": left}
+        entry |= now.json()
         with self.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -81,22 +81,27 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    @property
-    def finished(self) -> int:
-        """Prompts that this command finished, resumed ones not counted."""
-        first = self.first or self.now
-        return sum(self.now.get(key, 0) - first.get(key, 0) for key in ("done", "failed"))
+    def seconds_left(self, now: Figures) -> float | None:
+        """None while nothing is finished, or the input is not counted yet."""
+        total = self.total.value
+        return None if total is None or not now.fresh else (total - now.finished) * self.seconds / now.fresh
 
-    def line(self) -> str:
-        now, total, seconds = self.now, self.total.value, self.seconds
-        finished = now["done"] + now["failed"]
-        parts = [f"{self.title}{finished}/{'?' if total is None else total} prompts"]
-        if self.finished and total is not None and finished < total:
-            parts.append(f"{(total - finished) * seconds / self.finished:.0f} s left")
-        parts += [f"{now[key] / seconds:.0f} {key}/s" for key in ("samples", "tokens")]
-        if now["reward_gain"] is not None:
-            parts.append(f"reward {now['reward_gain']:+.3g} over base")
-        parts += [f"{now[key]} {key}" for key in ("failed", "quarantined", "restarts") if now[key]]
+    @property
+    def samples(self) -> int:
+        return self.now.samples if self.now else 0
+
+    def line(self, now: Figures) -> str:
+        total, seconds = self.total.value, self.seconds
+        parts = [f"{self.title}{now.finished}/{'?' if total is None else total} prompts"]
+        if left := self.seconds_left(now):
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        parts += [f"{now.samples / seconds:.0f} samples/s", f"{now.tokens / seconds:.0f} tokens/s"]
+        if now.reward_gain is not None:
+            parts.append(f"reward {now.reward_gain:+.3g} over base")
+        if idle := now.idle():
+            parts.append("idle: " + " ".join(f"{role} {share:.0%}" for role, share in idle.items()))
+        counts = {"failed": now.failed, "quarantined": now.quarantined, "restarts": now.restarts}
+        parts += [f"{count} {name}" for name, count in counts.items() if count]
         return ", ".join(parts)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from actors.coordinator import Table
+from actors.figures import Figures
 from aisp_dist import lease, manifest
 from aisp_dist.config import ConfigError, Run
 from jobs.cli import Exit
 from jobs.prepare import Prepared
+from jobs.progress import Progress
 
 _POLL = 0.5  # seconds between looks at the run, and at whether somebody wants it to stop
 _STOP = 60.0  # seconds that the last flush may take
@@ -35,11 +36,16 @@ class Interrupted(Exit):
 
 
 class Session:
-    """`with Session(...)` starts Ray, coordinator, generators and scorers, and ends with all of them gone."""
+    """`with Session(...)` starts Ray, coordinators, generators and scorers, and ends with all of them gone.
 
-    def __init__(self, prepared: Prepared, say: Callable[[str], None]) -> None:
+    shard: this session's one of so many; None: all of runtime.shards, with a coordinator each."""
+
+    def __init__(self, prepared: Prepared, say: Callable[[str], None], shard: tuple[int, int] | None = None) -> None:
         self.prepared, self.say = prepared, say
-        self.coordinator: Any = None
+        count = prepared.run.runtime.shards
+        self.owned = shard or (0, 1)
+        self.shards = [shard] if shard else [(i, count) for i in range(count)]
+        self.coordinators: list[Any] = [None for _ in self.shards]
         self.starts = 0
         self.signal: int | None = None
 
@@ -53,11 +59,12 @@ class Session:
         # compiled code comes out as SystemError.
         self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.groups = placement.plan(self.prepared.run, ray.cluster_resources())
+            self.groups = placement.plan(self.prepared.run, ray.cluster_resources(), len(self.shards))
             for g in self.groups:
                 many = f"{g.replicas} actor{'s' * (g.replicas > 1)}"
                 self.say(f"{g.role}: {many} with {g.num_cpus:g} CPU, {g.num_gpus:g} GPU each")
-            self._start()
+            for loading in [self._start(i) for i in range(len(self.shards))]:
+                self._wait(loading)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -71,81 +78,131 @@ class Session:
             signal.signal(number, handler)
 
     def first_prompt(self) -> str:
-        return str(self._wait(self.coordinator.first_prompt.remote()))
+        return str(self._wait(self.coordinators[0].first_prompt.remote()))
 
-    def progress(self) -> dict[str, Any]:
-        """The coordinator's counts now."""
-        now: dict[str, Any] = self._wait(self.coordinator.progress.remote(), limit=_STOP)
-        return now
-
-    def relabel(self, prepared: Prepared, table: Table, tick: Callable[[dict[str, Any]], None]) -> None:
+    def relabel(self, prepared: Prepared, table: Table, progress: Progress) -> None:
         """Fill one output: take it, describe it, run, and leave it resumable. Raises Exit, ConfigError."""
-        from ray.exceptions import ActorDiedError, ActorUnavailableError
+        from actors.cluster import differing_nodes
 
         with lease.Lease.take(prepared.output, say=self.say).beating() as mine:
+            if nodes := differing_nodes(mine):
+                raise ConfigError(
+                    f"output: {prepared.output} is not the same place on {', '.join(nodes)} as here; give a directory "
+                    "that all machines share, or a URI such as s3://bucket/path"
+                )
             manifest.write_run(prepared.output, prepared.record())
-            owned = replace(table, lease=mine)
-            for attempt in itertools.count():
-                try:
-                    self._wait(self.coordinator.relabel.remote(owned), lambda: tick(self.progress()))
-                    tick(self.progress())
-                    return
-                except Interrupted:
-                    self.say("stopping: writing what is finished")
-                    try:
-                        self._wait(self.coordinator.stop.remote(), limit=_STOP)
-                    except (Exit, ActorDiedError, TimeoutError):
-                        self.say("left at once: what was finished since the last flush is computed again")
-                    raise
-                except (ActorDiedError, ActorUnavailableError) as error:
-                    if attempt == prepared.run.runtime.retries:
-                        raise Exit(1, f"the coordinator died {attempt + 1} times; the same command resumes") from error
-                    self.say("the coordinator died; starting it again from what is written")
-                    self._start()
+            self._fill([replace(table, lease=mine, shard=shard) for shard in self.shards], progress)
 
-    def _start(self) -> None:
-        """Start the coordinator and, through it, generators and scorers. Raises ConfigError, Exit."""
+    def _fill(self, tables: Sequence[Table], progress: Progress) -> None:
+        """Every shard to its end. A coordinator that dies or freezes is started again from what is written."""
         import ray
+        from ray.exceptions import RayActorError
+
+        run = self.prepared.run.runtime
+        running = {i: self.coordinators[i].relabel.remote(table) for i, table in enumerate(tables)}
+        figures = [Figures() for _ in tables]
+        asked: dict[int, tuple[Any, float]] = {}  # calls for figures, and since when
+        deaths = 0
+        try:
+            while running:
+                self._await(list(running.values()), _POLL)
+                for i, ref in list(running.items()):
+                    try:
+                        done = bool(ray.wait([ref], timeout=0)[0])
+                        if done:
+                            self._value(ref)
+                            del running[i]
+                        call, since = asked.setdefault(i, (self._ask(i, progress), time.monotonic()))
+                        if self._await([call], _POLL if done else 0.0):
+                            figures[i] = self._value(asked.pop(i)[0])
+                        elif time.monotonic() - since > run.timeouts.stall:
+                            self.say(
+                                f"coordinator {i} shows no sign of life for {run.timeouts.stall:g} s; replacing it"
+                            )
+                            ray.kill(self.coordinators[i])
+                            asked[i] = call, math.inf
+                    except RayActorError as error:
+                        deaths += 1
+                        if deaths > run.retries:
+                            raise Exit(1, f"the coordinator died {deaths} times; the same command resumes") from error
+                        self.say("the coordinator died; starting it again from what is written")
+                        asked.pop(i, None)
+                        self._wait(self._start(i))
+                        running[i] = self.coordinators[i].relabel.remote(tables[i])
+                progress(sum(figures[1:], figures[0]))
+        except Interrupted:
+            self.say("stopping: writing what is finished")
+            stops = [self.coordinators[i].stop.remote() for i in running]
+            try:
+                if not self._await(stops, _STOP):
+                    raise TimeoutError
+                [self._value(stop) for stop in stops]
+            except (Exit, RayActorError, TimeoutError):
+                self.say("left at once: what was finished since the last flush is computed again")
+            raise
+
+    def _ask(self, shard: int, progress: Progress) -> Any:
+        return self.coordinators[shard].progress.remote(progress.total.value)
+
+    def _start(self, shard: int) -> Any:
+        """Start a shard's coordinator and, through it, generators and scorers; answers the call to wait for."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from actors.cluster import start_pools
         from actors.coordinator import Coordinator, window
 
         run = self.prepared.located
-        again = f"-again-{self.starts}" if self.starts else ""  # names of the dead are free only after a while
+        again = f"-again-{self.starts}" if self.starts >= len(self.shards) else ""  # a dead one's name is free later
         self.starts += 1
-        pools = partial(start_pools, run, self.groups, self.prepared.base_dir, window(run), again)
-        actor = ray.remote(Coordinator).options(name=f"coordinator{again}", num_cpus=0, max_concurrency=100)
-        self.coordinator = actor.remote(run, pools)
-        self._wait(self.coordinator.load.remote())
+        share = shard, len(self.shards)
+        pools = partial(start_pools, run, self.groups, self.prepared.base_dir, window(run), share, again)
+        name = ("coordinator" if len(self.shards) == 1 else f"coordinator-{shard}") + again
+        here = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True
+        )  # rarely a spot machine
+        options = {"name": name, "num_cpus": 0, "max_concurrency": 100, "scheduling_strategy": here}
+        self.coordinators[shard] = ray.remote(Coordinator).options(**options).remote(run, pools, None, name)
+        return self.coordinators[shard].load.remote()
 
-    def _wait(self, ref: Any, tick: Callable[[], None] = lambda: None, limit: float = math.inf) -> Any:
-        """The value of a call on the coordinator, with `tick` called meanwhile. What the coordinator raised becomes
-        ConfigError or Exit. Raises Interrupted; ActorDiedError where the coordinator is gone; TimeoutError after
-        `limit` seconds."""
+    def _wait(self, ref: Any, limit: float = math.inf) -> Any:
+        """The value of a call on a coordinator. Raises Interrupted; TimeoutError after `limit` seconds; see _value."""
+        if not self._await([ref], limit):
+            raise TimeoutError
+        return self._value(ref)
+
+    def _await(self, refs: list[Any], limit: float) -> bool:
+        """Whether all are there within so many seconds. Raises Interrupted."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayTaskError
+
+        deadline = time.monotonic() + limit
+        while True:
+            if self.signal is not None:
+                number, self.signal = self.signal, None  # one signal interrupts one wait: what follows is the way out
+                raise Interrupted(number)
+            left = max(0.0, min(_POLL, deadline - time.monotonic()))
+            if len(ray.wait(refs, num_returns=len(refs), timeout=left)[0]) == len(refs):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+
+    def _value(self, ref: Any) -> Any:
+        """What a call that has ended answered. Raises what the coordinator raised as ConfigError or Exit; RayActorError
+        where the coordinator is gone."""
+        import ray
+        from ray.exceptions import RayTaskError
 
         from actors.coordinator import TooManyFailed
 
-        deadline = time.monotonic() + limit
-        while self.signal is None:
-            try:
-                return ray.get(ref, timeout=_POLL)
-            except GetTimeoutError:
-                tick()
-                if time.monotonic() > deadline:
-                    raise
-            except RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, ConfigError):
-                    raise ConfigError(str(cause)) from None
-                if isinstance(cause, TooManyFailed):
-                    raise Exit(3, str(cause)) from None
-                raise Exit(
-                    1, f"{type(cause).__name__}: {cause}; the same command goes on from what is finished"
-                ) from error
-        number, self.signal = self.signal, None  # one signal interrupts one wait: what follows is the way out
-        raise Interrupted(number)
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, ConfigError):
+                raise ConfigError(str(cause)) from None
+            if isinstance(cause, TooManyFailed):
+                raise Exit(3, str(cause)) from None
+            raise Exit(1, f"{type(cause).__name__}: {cause}; the same command goes on from what is finished") from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.coordinator import Coordinator, Stopped, Table, TooManyFailed, window
-from actors.pool import Fault, Pool
+from actors.fleet import Fault
+from actors.pool import Pool
 from aisp_dist import manifest, prompts
 from aisp_dist.config import Run
 from aisp_dist.lease import Lease
@@ -24,15 +25,20 @@ class Dead(Exception):
 
 
 class FakeGenerator:
-    """Answers are a function of the round alone, as the engine's are. `faults`: chance that a call dies."""
+    """Answers are a function of the round alone, as the engine's are. `faults`: chance that a call dies; `dies_after`:
+    calls after which all die."""
 
-    def __init__(self, name, faults=0.0, delay=0.0, seed=0):
+    def __init__(self, name, faults=0.0, delay=0.0, seed=0, dies_after=1 << 30):
         self.name, self.faults, self.delay, self.random = name, faults, delay, random.Random(seed)
-        self.rounds = []
+        self.rounds, self.left = [], dies_after
+
+    async def health(self):
+        return {"progress": len(self.rounds), "busy": 0.0, "busy_seconds": 0.5, "up_seconds": 1.0}
 
     async def call(self, method, *args):
         await asyncio.sleep(self.delay * self.random.random())
-        if self.random.random() < self.faults:
+        self.left -= 1
+        if self.random.random() < self.faults or self.left < 0:
             raise Dead("killed")
         if method == "nll":
             return [len(response) / 10 for response in args[1]]
@@ -144,7 +150,7 @@ def test_every_input_becomes_one_row_in_order_whatever_faults_and_replicas(tmp_p
     asyncio.run(fill(run, shard))
     assert rows(run) == plain
     assert verify(run_path(run), prompts.read(run.prompts)).violations == ()
-    assert shard.pools["generator"].restarts > 0, "the faults really happened"
+    assert shard.pools["generator"].fleet.restarts > 0, "the faults really happened"
     assert sum(len(part) for name, part in plain.items() if name.startswith("data")) == 20
 
 
@@ -227,7 +233,7 @@ def test_a_finished_table_of_failed_rows_ends_the_same_way_again(tmp_path):
 def test_a_dead_cluster_ends_in_a_fault_and_loses_nothing(tmp_path):
     plain = undisturbed(tmp_path)
     run = run_of(tmp_path)
-    dying = FakeGenerator("g", faults=0.3, seed=3)
+    dying = FakeGenerator("g", dies_after=40)
     with pytest.raises(Fault, match="runtime.retries"):
         asyncio.run(fill(run, coordinator(run, [dying], [FakeScorer("s")], retries=1)))
     assert not any(name.startswith("failed") for name in rows(run)), "a fault is never a row"
@@ -263,7 +269,7 @@ def test_no_more_prompts_are_in_flight_than_the_window_allows(tmp_path):
         nonlocal most
         filling = asyncio.ensure_future(fill(run, shard))
         while not filling.done():
-            most = max(most, shard.in_flight)
+            most = max(most, shard.sums["in_flight"])
             await asyncio.sleep(0.001)
         await filling
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
-from actors.pool import Fault, Pool
+from actors.fleet import Fault
+from actors.pool import Pool
 from aisp_dist.align import RowError
+from aisp_dist.config import ConfigError
 
 
 class Dead(Exception):
@@ -33,6 +36,9 @@ class Fake:
         if self.on_restart:
             await self.on_restart()
 
+    async def health(self):
+        return {"progress": len(self.calls), "busy": 0.0, "busy_seconds": 1.0}
+
 
 def pool(*replicas, **options):
     defaults = {"limit": 4, "timeout": 5.0, "retries": 2, "is_fault": lambda e: isinstance(e, Dead)}
@@ -43,17 +49,19 @@ def test_a_dead_replica_is_restarted_and_the_call_goes_elsewhere():
     async def main():
         a, b = Fake("a", [Dead("gone")]), Fake("b")
         p = pool(a, b)
-        p.home["x"] = p.slots[0]
+        p.home["x"] = p.fleet.slots[0]
         assert await p.call("x", "m") == "ok"
         assert len(a.restarts) == 1 and not b.restarts and len(b.calls) == 1
-        assert (p.restarts, p.repeats) == (1, 1)
+        assert (p.fleet.restarts, p.repeats) == (1, 1)
 
     asyncio.run(main())
 
 
 def test_too_many_faults_end_the_run_with_a_message():
     async def main():
-        with pytest.raises(Fault, match=r"failed 3 times, more than runtime.retries = 2.*Dead: gone"):
+        with pytest.raises(
+            Fault, match=r"m of x on a failed more than runtime.retries = 2 times, and nothing else.*Dead: gone"
+        ):
             await pool(Fake("a", [Dead("gone")] * 9)).call("x", "m")
 
     asyncio.run(main())
@@ -78,7 +86,7 @@ def test_only_a_process_started_after_the_error_may_judge_it():
         stale = Fake("b", [ValueError("odd")] * 9)
         a = Fake("a", [ValueError("odd"), "fine"])
         p = pool(a, stale)
-        p.home["x"] = p.slots[0]
+        p.home["x"] = p.fleet.slots[0]
         assert await p.call("x", "m") == "fine"
         assert not stale.calls
 
@@ -176,12 +184,140 @@ def test_a_prompt_stays_where_it_is_warm_while_there_is_room():
     asyncio.run(main())
 
 
-def test_a_replica_that_cannot_come_back_ends_the_run():
+def test_a_replica_that_cannot_come_back_ends_the_run_only_when_no_other_is_left(monkeypatch):
+    monkeypatch.setattr("actors.fleet._BACKOFF", (0.001, 0.002))
+
     async def broken():
         raise Fault("did not start")
 
     async def main():
         with pytest.raises(Fault, match="did not start"):
             await pool(Fake("a", [Dead("gone")], broken)).call("x", "m")
+        lost, other = Fake("a", [Dead("gone")], broken), Fake("b")
+        p = pool(lost, other)
+        assert [await p.call(str(i), "m") for i in range(20)] == ["ok"] * 20
+        await asyncio.sleep(0.05)
+        assert len(lost.restarts) > 3 and not p.fleet.broken, "tried for again while the other works"
+        lost.on_restart = None
+        await asyncio.sleep(0.01)
+        assert all(slot.up for slot in p.fleet.slots)
+
+    asyncio.run(main())
+
+
+class Poisoned(Fake):
+    """Its process dies of one prompt, and takes along whatever else is in it."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.death = asyncio.Event()
+
+    async def call(self, method, *args):
+        self.calls.append(args)
+        if args == ("poison",):
+            await asyncio.sleep(0.002)
+            death, self.death = self.death, asyncio.Event()
+            death.set()
+            raise Dead("segmentation fault")
+        death = self.death
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(death.wait(), 0.004)
+            raise Dead("segmentation fault")
+        return "ok"
+
+
+def test_a_prompt_that_kills_its_process_every_time_becomes_a_row_and_no_other_does():
+    async def main():
+        for count in (1, 3):
+            p = pool(*(Poisoned(str(i)) for i in range(count)), limit=4)
+            names = ["poison" if i in (5, 11) else f"good {i}" for i in range(30)]
+            found = await asyncio.gather(*(p.call(name, "m", name) for name in names), return_exceptions=True)
+            for name, answer in zip(names, found, strict=True):
+                if name == "poison":
+                    assert isinstance(
+                        answer, RowError
+                    ) and "alone in a fresh process that answers other calls: Dead" in str(answer)
+                else:
+                    assert answer == "ok", (name, answer)
+
+    asyncio.run(main())
+
+
+def test_processes_that_all_die_end_the_run_and_make_no_rows(monkeypatch):
+    monkeypatch.setattr("actors.fleet._BACKOFF", (0.001, 0.002))
+
+    async def main():
+        p = pool(Fake("a", [Dead("gone")] * 99), Fake("b", [Dead("gone")] * 99))
+        found = await asyncio.gather(*(p.call(str(i), "m") for i in range(8)), return_exceptions=True)
+        assert all(isinstance(answer, Fault) for answer in found), found
+
+    asyncio.run(main())
+
+
+def test_frozen_and_idle_replicas_are_found_and_replaced_and_their_calls_go_on():
+    async def forever(*args):
+        await asyncio.sleep(3600)
+
+    async def main():
+        events = []
+        frozen, hung, fine = Fake("frozen", [forever]), Fake("hung", [forever]), Fake("fine")
+        frozen.health = forever
+        hung.health = lambda: asyncio.sleep(0, {"progress": 7, "busy": 1.0})
+        for slow in (frozen, hung):
+            p = pool(slow, timeout=3600, stall=0.05)
+            p.fleet.event = lambda *event: events.append(event)
+            watch = asyncio.ensure_future(p.fleet.watch())
+
+            async def mended(slow=slow):
+                slow.health = fine.health
+
+            slow.on_restart = mended
+            assert await asyncio.wait_for(p.call("x", "m"), 5) == "ok" and len(slow.restarts) == 1
+            watch.cancel()
+        assert "no sign of life for 0.05 s" in frozen.restarts[0] and "busy, and no progress" in hung.restarts[0]
+        assert events.count(("stall", "frozen")) == events.count(("restart", "frozen")) == 1
+
+    asyncio.run(main())
+
+
+def test_a_pool_begins_with_as_many_as_are_needed_and_takes_in_the_others_later(monkeypatch):
+    monkeypatch.setattr("actors.fleet._BACKOFF", (0.001, 0.002))
+
+    async def main():
+        machine = asyncio.Event()
+        late = Fake("late", restart=machine.wait)
+        p = pool(Fake("a"), late)
+        await asyncio.wait_for(p.fleet.ready(1), 5)
+        assert await p.call("x", "m") == "ok" and not late.calls
+        machine.set()
+        await asyncio.sleep(0.01)
+        await asyncio.gather(*(p.call(str(i), "m") for i in range(8)))
+        assert late.calls
+
+        async def broken():
+            raise Fault("no such machine")
+
+        with pytest.raises(Fault, match="no such machine"):
+            await asyncio.wait_for(pool(Fake("a"), Fake("b", restart=broken)).fleet.ready(2), 5)
+
+        async def refused():
+            raise ConfigError("no such model")
+
+        with pytest.raises(ConfigError, match="no such model"):
+            await asyncio.wait_for(pool(Fake("a"), Fake("b", restart=refused)).fleet.ready(2), 5)
+
+    asyncio.run(main())
+
+
+def test_figures_add_up_over_the_processes_of_a_replica():
+    async def main():
+        p = pool(Fake("a", ["ok", Dead("gone")]), Fake("b"))
+        await p.fleet.refresh()
+        assert p.fleet.figures() == {"busy_seconds": 2.0}
+        p.home["x"] = p.fleet.slots[0]
+        await p.call("x", "m")
+        await p.call("x", "m")
+        await p.fleet.refresh()
+        assert p.fleet.figures() == {"busy_seconds": 3.0}, "a's first process is counted still"
 
     asyncio.run(main())

@@ -9,11 +9,9 @@ import time
 
 import pytest
 
+from actors.figures import Figures
 from aisp_dist.config import Run
 from jobs import progress
-
-NOW = {"done": 0, "failed": 0, "committed": 0, "in_flight": 2, "samples": 0, "tokens": 0, "quarantined": 0,
-       "reward_gain": None, "repeats": 0, "restarts": 0}  # fmt: skip
 
 
 @pytest.fixture
@@ -30,11 +28,12 @@ def test_plain_lines_and_metrics(run, tmp_path, capsys, monkeypatch):
     with progress.Progress(tmp_path, run) as shown:
         while shown.total.value is None:
             time.sleep(0.001)
-        shown(NOW | {"done": 1})  # resumed: one was done before this command
-        shown(NOW | {"done": 2, "failed": 1, "samples": 64, "tokens": 900, "reward_gain": 0.5, "restarts": 1})
-    assert shown.finished == 2
+        shown(Figures(done=1))  # resumed: one was done before this command
+        now = Figures(done=2, failed=1, fresh=2, samples=64, tokens=900, gain=1.0, gains=2, restarts=1)
+        shown(now)
+        assert shown.seconds_left(now) == pytest.approx(shown.seconds / 2, rel=0.5), "one is left, two took this long"
     last = capsys.readouterr().err.splitlines()[-1]
-    for part in ("3/4 prompts", "s left", "samples/s", "tokens/s", "reward +0.5 over base", "1 failed", "1 restarts"):
+    for part in ("3/4 prompts", "left", "samples/s", "tokens/s", "reward +0.5 over base", "1 failed", "1 restarts"):
         assert part in last
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert entries[-1]["done"] == 2 and entries[-1]["total"] == 4
@@ -49,6 +48,6 @@ def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "_TERMINAL", 0.0)
     with progress.Progress(tmp_path, run, title="aisp: ") as shown:
-        shown(NOW)
-        shown(NOW | {"done": 3, "samples": 7})
+        shown(Figures())
+        shown(Figures(done=3, samples=7))
     assert "aisp: 3/" in terminal.getvalue()

@@ -36,9 +36,9 @@ def differing_nodes(lease: Lease, timeout: float = 60.0) -> list[str]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return []
-    look = ray.remote(num_cpus=0, max_retries=0)(lease.held)
+    look = ray.remote(num_cpus=0, max_retries=0)(Lease.held)
     looks = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(): node
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(lease): node
         for node in nodes
     }
     seen, _ = ray.wait(list(looks), num_returns=len(looks), timeout=timeout)

@@ -141,8 +141,18 @@ class Cluster:
         checks = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
         self.env = os.environ | {f"RAY_health_check_{name}": str(value) for name, value in checks.items()}
         self.env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "AISP_KILLS": str(home)}
+        self.env |= {"RAY_worker_niceness": "5"}  # not starved by whatever else the machine does
         self.env |= {"PYTHONPATH": f"{home / 'site'}:{ROOT}", "HF_HUB_OFFLINE": "1"}
-        self._ray("--head", "--port=0", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.temp}")
+
+    def start(self) -> None:
+        self._ray(
+            "--head",
+            "--port=0",
+            "--num-cpus=0",
+            "--include-dashboard=false",
+            "--dashboard-port=0",
+            f"--temp-dir={self.temp}",
+        )
         self.env["RAY_ADDRESS"] = self.address = (self.temp / "ray_current_cluster").read_text().strip()
         self.head = {p.pid for p in self.raylets()}
         self.add_node()
@@ -321,19 +331,21 @@ class Job:
 
 
 THINGS = ("puppies", "cups of coffee", "bicycles", "words of Spanish", "loaves of bread", "miles on foot", "gardens")
-TIMEOUTS: dict[str, float] = {"startup": 120, "round": 20, "reward": 10}
+TIMEOUTS: dict[str, float] = {"startup": 120, "round": 60, "reward": 10, "stall": 8}
 
 
 @dataclass(frozen=True)
 class Spec:
     """A fault to come: `step` is a pattern of HOOK's steps, at which the process that reaches it is hit, with `torn` a
-    file that is to be written being half there; without it the process is hit some time after rows were written."""
+    file that is to be written being half there. Without it the process is hit some time after rows were written, or
+    `loading`: it is killed then, and its replacement is hit as soon as it is there."""
 
     process: str
     signal: signal.Signals
     step: str = ""
     occurrence: int = 1
     torn: bool = False
+    loading: bool = False
 
 
 EXIT = {signal.SIGINT: 130, TERM: 143, KILL: -KILL}
@@ -385,7 +397,11 @@ def _replaced(job: Job, fault: Fault, role: str, victims: set[int], began: float
 
 def _actor(job: Job, spec: Spec) -> None:
     victim = until(f"a {spec.process}", lambda: job.cluster.living(spec.process))[-1]  # the newest
-    fault, began = _note(job, spec.process, spec), time.time()
+    if spec.loading:
+        victim.kill()
+        job.cluster.victims.add(victim.pid)
+        victim = until(f"another {spec.process}\n{job.logs()}", lambda: job.cluster.living(spec.process))[-1]
+    fault, began = _note(job, spec.process, spec, "loading" if spec.loading else "random"), time.time()
     victim.send_signal(spec.signal)
     _replaced(job, fault, spec.process, {victim.pid}, began)
 
@@ -495,6 +511,8 @@ def draw(rng: random.Random, steps: list[str]) -> list[Spec]:
             return Spec("", how, re.escape(rng.choice(steps)), rng.randint(1, 3), torn)
         if kind == "driver" and how == TERM:
             how = rng.choice((TERM, signal.SIGINT))
+        if kind in ACTORS and rng.random() < 0.2:
+            return Spec(kind, how, loading=True)
         return Spec(kind, KILL if kind == "second driver" else how)
 
     kinds = ("generator", "scorer", "coordinator", "driver", "step", "raylet", "second driver")
@@ -530,6 +548,7 @@ def a_cluster() -> Iterator[Cluster]:
     home = Path(tempfile.mkdtemp(prefix="aisp-"))  # short: Ray puts sockets below it
     cluster = Cluster(home)
     try:
+        cluster.start()
         yield cluster
     finally:
         cluster.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +31,9 @@ def is_fault(error: BaseException) -> bool:
     return isinstance(error, RayError)
 
 
-def differing_nodes(lease: Lease, timeout: float = 60.0) -> list[str]:
+def differing_nodes(lease: Lease, timeout: float = 30.0) -> list[str]:
     """Machines of the cluster that do not find this lease in the output: theirs is another directory. One that does not
-    answer in time is not named: its actors will not come up either."""
+    answer, or goes away, is not named: its actors will not come up either."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return []
@@ -42,7 +43,11 @@ def differing_nodes(lease: Lease, timeout: float = 60.0) -> list[str]:
         for node in nodes
     }
     seen, _ = ray.wait(list(looks), num_returns=len(looks), timeout=timeout)
-    return sorted(looks[ref]["NodeManagerHostname"] for ref in seen if not ray.get(ref))
+    found = []
+    for ref in seen:
+        with suppress(RayError):
+            found += [] if ray.get(ref) else [looks[ref]["NodeManagerHostname"]]
+    return sorted(found)
 
 
 class RayReplica:

@@ -163,16 +163,6 @@ class Coordinator:
 
     def _figures(self) -> Figures:
         counts = self.store.counts() if self.store else None
-        grown = {role: pool.fleet.figures() for role, pool in self.pools.items()}
-        decoded = grown.get("generator", {})
-        of_replicas = Figures(
-            repeats=sum(pool.repeats for pool in self.pools.values()),
-            restarts=sum(pool.fleet.restarts for pool in self.pools.values()),
-            busy={role: figures.get("busy_seconds", 0.0) for role, figures in grown.items()},
-            up={role: figures.get("up_seconds", 0.0) for role, figures in grown.items()},
-            row_steps=decoded.get("row_steps", 0.0),
-            row_slots=decoded.get("row_slots", 0.0),
-        )
         now = Figures(
             done=counts.done if counts else 0,
             failed=counts.failed if counts else 0,
@@ -180,7 +170,20 @@ class Coordinator:
             queued={role: len(pool.waiting) for role, pool in self.pools.items()},
             alive={role: sum(slot.up for slot in pool.fleet.slots) for role, pool in self.pools.items()},
         )
-        return Figures(**dict[str, Any](self.sums)) + now + (of_replicas - self.before)
+        return Figures(**dict[str, Any](self.sums)) + now + (self._of_replicas() - self.before)
+
+    def _of_replicas(self) -> Figures:
+        """What the replicas have counted since they were started, for this output and earlier ones."""
+        grown = {role: pool.fleet.figures() for role, pool in self.pools.items()}
+        decoded = grown.get("generator", {})
+        return Figures(
+            repeats=sum(pool.repeats for pool in self.pools.values()),
+            restarts=sum(pool.fleet.restarts for pool in self.pools.values()),
+            busy={role: figures.get("busy_seconds", 0.0) for role, figures in grown.items()},
+            up={role: figures.get("up_seconds", 0.0) for role, figures in grown.items()},
+            row_steps=decoded.get("row_steps", 0.0),
+            row_slots=decoded.get("row_slots", 0.0),
+        )
 
     def _event(self, kind: str, replica: str) -> None:
         if self.exporter:
@@ -193,8 +196,7 @@ class Coordinator:
                 "the command that started it; give a directory that all machines share, or a URI"
             )
         await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
-        self.store, self.sums, self.before = None, Counter(), Figures()
-        self.before = self._figures()
+        self.sums, self.before = Counter(), self._of_replicas()
         store = self.store = table.store()
         self.exporter = (
             self.export(table.fingerprint[:12], f"{table.shard[0]}/{table.shard[1]}") if self.export else None

@@ -92,3 +92,12 @@ def gauges(now: Figures, lately: Figures, seconds: float, total: int | None) -> 
         "committed": now.committed,
         "staged": now.finished - now.committed,
     }
+
+
+def share(total: int | None, rows_per_file: int, shard: tuple[int, int]) -> int | None:
+    """How many of `total` inputs are in a shard's parts; None for a total not known yet."""
+    if total is None:
+        return None
+    whole, rest = divmod(total, rows_per_file)
+    index, count = shard
+    return len(range(index, whole, count)) * rows_per_file + (rest if whole % count == index else 0)

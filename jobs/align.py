@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from actors.coordinator import TooManyFailed
 from aisp_dist import manifest, prompts, summary
+from aisp_dist.config import ConfigError
 from jobs import cli, prepare, session, settings
 from jobs.progress import Progress, say
 
@@ -14,9 +16,13 @@ def main(args: Sequence[str]) -> int:
     parse = settings.parser("align", cli.VERBS["align"])
     parse.add_argument("--retry-failed", action="store_true", help="compute the rows of failed/ again")
     parse.add_argument("--dry-run", action="store_true", help="load the models, show the first prompt, write nothing")
+    parse.add_argument(
+        "--shard", metavar="I/N", help="only this one of N shards, from 0: one job of many on one output"
+    )
     options, run, base_dir = settings.read(parse, args)
+    shard = _shard(options.shard, run.runtime.shards) if options.shard else None
     prepared = prepare.prepare(run, base_dir)
-    table = prepared.table(options.retry_failed)
+    table = replace(prepared.table(options.retry_failed), shard=shard or (0, 1))
     try:
         nothing_to_do = not options.dry_run and manifest.read_run(prepared.output) and table.whole()
     except TooManyFailed as error:
@@ -25,17 +31,30 @@ def main(args: Sequence[str]) -> int:
         say("every input has its row already: nothing to do")
         print(summary.text(prepared.output, 0.0, 0))
         return 0
-    with session.Session(prepared, say) as cluster:
+    with session.Session(prepared, say, shard) as cluster:
         say(cluster.first_prompt())
         if options.dry_run:
             count = sum(1 for _ in prompts.read(prepared.located.prompts))
             samples = count * run.method.num_samples * run.method.num_iterations
             print(f"{count} inputs, {samples} samples; `aisp compare` measures what they cost. Nothing was written")
             return 0
-        with Progress(prepared.output, prepared.located) as progress:
+        with Progress(prepared.output, prepared.located, shard=table.shard) as progress:
             cluster.relabel(prepared, table, progress)
     print(summary.text(prepared.output, progress.seconds, progress.samples))
     return 0
+
+
+def _shard(text: str, coordinators: int) -> tuple[int, int]:
+    """`2/8` as (2, 8). Raises ConfigError."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--shard is {text!r}; give it as I/N with 0 <= I < N, as in --shard 2/8")
+    if coordinators > 1:
+        raise ConfigError(
+            f"--shard {text} with runtime.shards = {coordinators}: the first is one job of many, the second many "
+            "coordinators in one job; give one of them"
+        )
+    return int(index), int(count)
 
 
 if __name__ == "__main__":

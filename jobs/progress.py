@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from actors.figures import Figures
+from actors.figures import Figures, share
 from aisp_dist import prompts
 from aisp_dist.config import ConfigError, Run
 
@@ -37,8 +37,9 @@ class Total:
 class Progress:
     """Takes the coordinator's counts as they come. `with Progress(...) as progress: session.relabel(..., progress)`."""
 
-    def __init__(self, output: Path, run: Run, title: str = "") -> None:
-        self.metrics, self.total, self.title = output / "metrics.jsonl", Total(run), title
+    def __init__(self, output: Path, run: Run, title: str = "", shard: tuple[int, int] = (0, 1)) -> None:
+        self.metrics, self.counted, self.title = output / "metrics.jsonl", Total(run), title
+        self.rows_per_file, self.shard = run.save.rows_per_file, shard
         self.began = self.shown = self.logged = time.monotonic()
         self.now: Figures | None = None
         self.bar: Bar | None = None
@@ -65,17 +66,22 @@ class Progress:
             if self.bar is None:
                 say(self.line(now))
             else:
-                self.bar.update(self.task, completed=now.finished, total=self.total.value, description=self.line(now))
+                self.bar.update(self.task, completed=now.finished, total=self.total, description=self.line(now))
         if time_now - self.logged >= _PLAIN:
             self.logged = time_now
             self._log(now)
 
     def _log(self, now: Figures) -> None:
         left = self.seconds_left(now)
-        entry = {"time": time.time(), "seconds": self.seconds, "total": self.total.value, "seconds_left": left}
+        entry = {"time": time.time(), "seconds": self.seconds, "total": self.total, "seconds_left": left}
         entry |= now.json()
         with self.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+    @property
+    def total(self) -> int | None:
+        """Inputs of this command's shard; None while they are being counted."""
+        return share(self.counted.value, self.rows_per_file, self.shard)
 
     @property
     def seconds(self) -> float:
@@ -83,7 +89,7 @@ class Progress:
 
     def seconds_left(self, now: Figures) -> float | None:
         """None while nothing is finished, or the input is not counted yet."""
-        total = self.total.value
+        total = self.total
         return None if total is None or not now.fresh else (total - now.finished) * self.seconds / now.fresh
 
     @property
@@ -91,7 +97,7 @@ class Progress:
         return self.now.samples if self.now else 0
 
     def line(self, now: Figures) -> str:
-        total, seconds = self.total.value, self.seconds
+        total, seconds = self.total, self.seconds
         parts = [f"{self.title}{now.finished}/{'?' if total is None else total} prompts"]
         if left := self.seconds_left(now):
             parts.append(f"{timedelta(seconds=round(left))} left")

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from actors.coordinator import Table
-from actors.figures import Figures
+from actors.figures import Figures, share
 from aisp_dist import lease, manifest
 from aisp_dist.config import ConfigError, Run
 from jobs.cli import Exit
@@ -24,6 +24,7 @@ from jobs.prepare import Prepared
 from jobs.progress import Progress
 
 _POLL = 0.5  # seconds between looks at the run, and at whether somebody wants it to stop
+_PATIENCE = 30.0  # seconds of waiting without a word
 _STOP = 60.0  # seconds that the last flush may take
 
 
@@ -46,7 +47,7 @@ class Session:
         self.owned = shard or (0, 1)
         self.shards = [shard] if shard else [(i, count) for i in range(count)]
         self.coordinators: list[Any] = [None for _ in self.shards]
-        self.starts = 0
+        self.starts = self.deaths = 0
         self.signal: int | None = None
 
     def __enter__(self) -> Session:
@@ -63,8 +64,8 @@ class Session:
             for g in self.groups:
                 many = f"{g.replicas} actor{'s' * (g.replicas > 1)}"
                 self.say(f"{g.role}: {many} with {g.num_cpus:g} CPU, {g.num_gpus:g} GPU each")
-            for loading in [self._start(i) for i in range(len(self.shards))]:
-                self._wait(loading)
+            for i, loading in enumerate([self._start(i) for i in range(len(self.shards))]):
+                self._up(i, loading)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -98,51 +99,55 @@ class Session:
         import ray
         from ray.exceptions import RayActorError
 
-        run = self.prepared.run.runtime
         running = {i: self.coordinators[i].relabel.remote(table) for i, table in enumerate(tables)}
         figures = [Figures() for _ in tables]
         asked: dict[int, tuple[Any, float]] = {}  # calls for figures, and since when
-        deaths = 0
         try:
             while running:
                 self._await(list(running.values()), _POLL)
                 for i, ref in list(running.items()):
                     try:
-                        done = bool(ray.wait([ref], timeout=0)[0])
-                        if done:
-                            self._value(ref)
-                            del running[i]
-                        call, since = asked.setdefault(i, (self._ask(i, progress), time.monotonic()))
-                        if self._await([call], _POLL if done else 0.0):
-                            figures[i] = self._value(asked.pop(i)[0])
-                        elif time.monotonic() - since > run.timeouts.stall:
-                            self.say(
-                                f"coordinator {i} shows no sign of life for {run.timeouts.stall:g} s; replacing it"
-                            )
-                            ray.kill(self.coordinators[i])
-                            asked[i] = call, math.inf
+                        if ray.wait([ref], timeout=0)[0]:
+                            self._value(running.pop(i))
+                        figures[i] = self._look(i, asked, progress, 1.0 if i not in running else 0.0) or figures[i]
                     except RayActorError as error:
-                        deaths += 1
-                        if deaths > run.retries:
-                            raise Exit(1, f"the coordinator died {deaths} times; the same command resumes") from error
-                        self.say("the coordinator died; starting it again from what is written")
                         asked.pop(i, None)
-                        self._wait(self._start(i))
-                        running[i] = self.coordinators[i].relabel.remote(tables[i])
+                        if i in running:
+                            self._died(error)
+                            self._up(i, self._start(i))
+                            running[i] = self.coordinators[i].relabel.remote(tables[i])
                 progress(sum(figures[1:], figures[0]))
-        except Interrupted:
-            self.say("stopping: writing what is finished")
+        except (Exit, ConfigError) as error:  # of one shard, or a signal: the others write what they have
+            if isinstance(error, Interrupted):
+                self.say("stopping: writing what is finished")
             stops = [self.coordinators[i].stop.remote() for i in running]
             try:
-                if not self._await(stops, _STOP):
-                    raise TimeoutError
-                [self._value(stop) for stop in stops]
+                if stops and not self._await(stops, _STOP):
+                    raise TimeoutError from None
+                for stop in stops:
+                    self._value(stop)
             except (Exit, RayActorError, TimeoutError):
                 self.say("left at once: what was finished since the last flush is computed again")
             raise
 
-    def _ask(self, shard: int, progress: Progress) -> Any:
-        return self.coordinators[shard].progress.remote(progress.total.value)
+    def _look(self, shard: int, asked: dict[int, tuple[Any, float]], progress: Progress, limit: float) -> Any:
+        """A shard's figures, or None where they are not there within `limit` seconds. Its coordinator is killed where
+        they do not come for timeouts.stall: it is frozen."""
+        import ray
+
+        if shard not in asked:
+            total = share(progress.counted.value, self.prepared.run.save.rows_per_file, self.shards[shard])
+            asked[shard] = self.coordinators[shard].progress.remote(total), time.monotonic()
+        call, since = asked[shard]
+        if self._await([call], limit):
+            del asked[shard]
+            return self._value(call)
+        stall = self.prepared.run.runtime.timeouts.stall
+        if time.monotonic() - since > stall:
+            self.say(f"coordinator {shard} shows no sign of life for {stall:g} s; replacing it")
+            ray.kill(self.coordinators[shard])
+            asked[shard] = call, math.inf
+        return None
 
     def _start(self, shard: int) -> Any:
         """Start a shard's coordinator and, through it, generators and scorers; answers the call to wait for."""
@@ -164,6 +169,34 @@ class Session:
         options = {"name": name, "num_cpus": 0, "max_concurrency": 100, "scheduling_strategy": here}
         self.coordinators[shard] = ray.remote(Coordinator).options(**options).remote(run, pools, None, name)
         return self.coordinators[shard].load.remote()
+
+    def _up(self, shard: int, loading: Any) -> None:
+        """Wait until a coordinator and its actors are there; another one where it dies meanwhile."""
+        from ray.exceptions import RayActorError
+
+        while True:
+            try:
+                return self._load(loading)
+            except RayActorError as error:
+                self._died(error)
+                loading = self._start(shard)
+
+    def _died(self, error: Exception) -> None:
+        self.deaths += 1
+        if self.deaths > self.prepared.run.runtime.retries:
+            raise Exit(1, f"coordinators died {self.deaths} times; the same command goes on") from error
+        self.say("the coordinator died; starting it again from what is written")
+
+    def _load(self, loading: Any) -> None:
+        """Wait, and say now and then what for."""
+        import ray
+
+        began = time.monotonic()
+        while not self._await([loading], _PATIENCE):
+            free = {kind: amount for kind, amount in ray.available_resources().items() if kind in ("CPU", "GPU")}
+            room = ", ".join(f"{amount:g} {kind}" for kind, amount in free.items()) or "no CPU or GPU"
+            self.say(f"actors are still being placed or loaded after {time.monotonic() - began:.0f} s; free: {room}")
+        self._value(loading)
 
     def _wait(self, ref: Any, limit: float = math.inf) -> Any:
         """The value of a call on a coordinator. Raises Interrupted; TimeoutError after `limit` seconds; see _value."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.figures import Figures, gauges
+from actors.figures import Figures, gauges, share
 
 A = Figures(
     done=3, failed=1, fresh=4, samples=64, gain=2.0, gains=2, busy={"g": 6.0, "r": 1.0}, up={"g": 10.0, "r": 4.0}
@@ -26,3 +26,11 @@ def test_gauges_know_what_is_not_known_yet():
     assert empty["eta_seconds"] is None and empty["reward_gain"] is None and empty["generator_idle"] is None
     now = gauges(A + B, B, 4.0, 16)
     assert now["eta_seconds"] == pytest.approx((16 - 6) / (2 / 4)) and now["slot_utilisation"] == 0.75
+
+
+@pytest.mark.parametrize("total", [0, 1, 6, 7, 20, 21, 22])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_shards_of_an_input_are_its_parts_dealt_out(total, count):
+    shares = [share(total, 7, (i, count)) for i in range(count)]
+    assert shares == [sum(n // 7 % count == i for n in range(total)) for i in range(count)]
+    assert share(None, 7, (0, count)) is None

@@ -26,7 +26,7 @@ def run(tmp_path):
 def test_plain_lines_and_metrics(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "_PLAIN", 0.0)
     with progress.Progress(tmp_path, run) as shown:
-        while shown.total.value is None:
+        while shown.total is None:
             time.sleep(0.001)
         shown(Figures(done=1))  # resumed: one was done before this command
         now = Figures(done=2, failed=1, fresh=2, samples=64, tokens=900, gain=1.0, gains=2, restarts=1)

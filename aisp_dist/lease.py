@@ -44,12 +44,14 @@ class Owner:
     beat: int = 0
 
     def alive(self) -> bool | None:
-        """Whether the owner's process lives; None where this machine cannot know."""
+        """Whether the owner's process lives; None where this machine cannot know, or it is stopped."""
         if (self.host, self.machine) != _machine():
             return None
         try:
             process = psutil.Process(self.pid)
             same: bool = abs(process.create_time() - self.started) < 2  # the system's notion of its boot time drifts
+            if same and process.status() == psutil.STATUS_STOPPED:
+                return None  # it may never run again: the counter decides
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False

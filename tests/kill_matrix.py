@@ -187,27 +187,28 @@ class Cluster:
     def close(self) -> None:
         for process in (*self._native(), *self._python()):
             if process.pid != os.getpid():
-                with_psutil(process.kill)
+                unless_gone(process.kill)
 
     def _native(self) -> list[psutil.Process]:
         return [p for p in psutil.process_iter() if any(str(self.temp) in word for word in cmdline(p))]
 
     def _python(self) -> Iterator[psutil.Process]:
         for path in (self.home / "pids").iterdir():
-            process = with_psutil(lambda pid=int(path.name): psutil.Process(pid))
+            process = unless_gone(lambda pid=int(path.name): psutil.Process(pid))
             if process is not None and process.create_time() > path.stat().st_mtime - 60 and cmdline(process)[0]:
                 yield process
 
 
-def with_psutil(ask: Callable[[], Any]) -> Any:
+def unless_gone(ask: Callable[[], Any]) -> Any:
+    """The answer; None where the process or file that is asked has just gone."""
     try:
         return ask()
-    except psutil.Error:
+    except (psutil.Error, FileNotFoundError):
         return None
 
 
 def cmdline(process: psutil.Process) -> list[str]:
-    return with_psutil(process.cmdline) or [""]
+    return unless_gone(process.cmdline) or [""]
 
 
 @dataclass
@@ -279,10 +280,10 @@ class Job:
         try:
             found = command.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise Disagreement(f"the command did not end within {seconds:g} s\n{self.logs()}") from None
+            raise Disagreement(f"the command did not end within {seconds:g} s") from None
         self.case.codes.append(found)
         if found != code:
-            raise Disagreement(f"exit code {found} in place of {code}\n{self.logs()}")
+            raise Disagreement(f"exit code {found} in place of {code}")
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("log-*")))
@@ -290,7 +291,7 @@ class Job:
     def written(self) -> int:
         """When rows were last written, in ns."""
         paths = (*self.output.glob(".staging/part-*/seg-*"), *self.output.glob("data/part-*"))
-        return max((path.stat().st_mtime_ns for path in paths if path.exists()), default=0)
+        return max((unless_gone(lambda path=path: path.stat().st_mtime_ns) or 0 for path in paths), default=0)
 
     def goes_on(self, seconds: float = 120) -> None:
         """Wait until more rows are written, or the command is done."""
@@ -299,10 +300,10 @@ class Job:
         def ask() -> bool:
             code = self.commands[-1].poll()
             if code and self.written() == before:
-                raise Disagreement(f"the command ended with {code}\n{self.logs()}")
+                raise Disagreement(f"the command ended with {code}")
             return code == 0 or self.written() != before
 
-        until(f"more rows\n{self.logs()}", ask, seconds)
+        until(f"more rows", ask, seconds)
 
     def tables(self) -> dict[str, bytes]:
         return {str(f.relative_to(self.output)): f.read_bytes() for f in sorted(self.output.glob("*/part-*.parquet"))}
@@ -313,7 +314,7 @@ class Job:
         found = self.tables()
         if found != want:
             names = sorted(name for name in found.keys() | want.keys() if found.get(name) != want.get(name))
-            raise Disagreement(f"other tables: {', '.join(names)}\n{self.logs()}")
+            raise Disagreement(f"other tables: {', '.join(names)}")
         command = [sys.executable, "-m", "jobs.verify", "out"]
         done = subprocess.run(
             command, cwd=self.folder, env=self.cluster.env, capture_output=True, text=True, timeout=120
@@ -385,7 +386,7 @@ def _replaced(job: Job, fault: Fault, role: str, victims: set[int], began: float
 
     def replacement() -> bool:
         if code := job.commands[-1].poll():
-            raise Disagreement(f"the command ended with {code} on {fault}\n{job.logs()}")
+            raise Disagreement(f"the command ended with {code} on {fault}")
         return code == 0 or bool(job.cluster.living(role))
 
     until(f"another {role} after {fault}", replacement)
@@ -400,7 +401,7 @@ def _actor(job: Job, spec: Spec) -> None:
     if spec.loading:
         victim.kill()
         job.cluster.victims.add(victim.pid)
-        victim = until(f"another {spec.process}\n{job.logs()}", lambda: job.cluster.living(spec.process))[-1]
+        victim = until(f"another {spec.process}", lambda: job.cluster.living(spec.process))[-1]
     fault, began = _note(job, spec.process, spec, "loading" if spec.loading else "random"), time.time()
     victim.send_signal(spec.signal)
     _replaced(job, fault, spec.process, {victim.pid}, began)
@@ -418,7 +419,7 @@ def _at_step(job: Job, spec: Spec, armed: bool) -> None:
     if not armed:
         _arm(job, spec)
     home = job.cluster.home
-    until(f"{spec.step}\n{job.logs()}", lambda: (home / "fired").exists() or job.commands[-1].poll() == 0)
+    until(f"{spec.step}", lambda: (home / "fired").exists() or job.commands[-1].poll() == 0)
     (home / "plan").unlink(missing_ok=True)
     if not (home / "fired").exists():
         return  # the job was done before
@@ -444,33 +445,31 @@ def _driver_hit(job: Job, spec: Spec, fault: Fault, began: float) -> None:
         job.end(EXIT[spec.signal])
         fault.noticed = time.time() - began
         if spec.signal != KILL and "the same command goes on" not in job.logs():
-            raise Disagreement(f"{spec.signal.name}: the command does not say how it resumes\n{job.logs()}")
+            raise Disagreement(f"{spec.signal.name}: the command does not say how it resumes")
         job.start()
         job.goes_on()
         fault.recovered = time.time() - began
         return
     coordinators = {p.pid for p in job.cluster.living("coordinator")}
     new = job.start()
-    until(f"the second command owns the output\n{job.logs()}", lambda: _owner(job) == new.pid or new.poll() is not None)
+    until(f"the second command owns the output", lambda: _owns(job, new.pid) or new.poll() is not None)
     fault.noticed = time.time() - began
     job.goes_on()
     fault.recovered = time.time() - began
     woken = time.time()
     old.send_signal(signal.SIGCONT)
     if until("the woken command ends", lambda: old.poll() is not None) and old.returncode == 0:
-        raise Disagreement(f"a command that lost its output ended with exit code 0\n{job.logs()}")
+        raise Disagreement(f"a command that lost its output ended with exit code 0")
     job.case.codes.append(old.returncode)
     for pid in (old.pid, *coordinators):
         if wrote := [step for when, step in job.cluster.steps(pid) if when > woken and "part-" in step]:
-            raise Disagreement(f"process {pid} wrote after its output was taken: {wrote}\n{job.logs()}")
+            raise Disagreement(f"process {pid} wrote after its output was taken: {wrote}")
     job.cluster.victims |= coordinators
 
 
-def _owner(job: Job) -> int | None:
-    try:
-        return json.loads((job.output / ".staging" / "lease.json").read_text())["pid"]
-    except (OSError, ValueError):
-        return None
+def _owns(job: Job, pid: int) -> bool:
+    lease = job.output / ".staging" / "lease.json"
+    return unless_gone(lambda: str(pid) in re.findall(r'"pid": ?([0-9]+)', lease.read_text()))
 
 
 def _second(job: Job, spec: Spec) -> None:
@@ -495,9 +494,9 @@ def _raylet(job: Job, spec: Spec) -> None:
     try:
         _replaced(job, fault, "generator", lost, began)
     finally:
-        with_psutil(raylet.kill)
+        unless_gone(raylet.kill)
         for pid in lost:
-            with_psutil(lambda pid=pid: psutil.Process(pid).kill())
+            unless_gone(lambda pid=pid: psutil.Process(pid).kill())
 
 
 def draw(rng: random.Random, steps: list[str]) -> list[Spec]:
@@ -527,7 +526,7 @@ def run_case(cluster: Cluster, name: str, specs: list[Spec], quiet: dict[str, by
         job.check(quiet)
         job.case.outcome = "equal"
     except Disagreement as error:
-        job.case.outcome = str(error)
+        job.case.outcome = f"{error}\n{job.logs()}"
     finally:
         job.close()
     job.case.seconds = round(time.monotonic() - began, 1)

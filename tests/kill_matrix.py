@@ -303,7 +303,7 @@ class Job:
                 raise Disagreement(f"the command ended with {code}")
             return code == 0 or self.written() != before
 
-        until(f"more rows", ask, seconds)
+        until("more rows", ask, seconds)
 
     def tables(self) -> dict[str, bytes]:
         return {str(f.relative_to(self.output)): f.read_bytes() for f in sorted(self.output.glob("*/part-*.parquet"))}
@@ -452,14 +452,14 @@ def _driver_hit(job: Job, spec: Spec, fault: Fault, began: float) -> None:
         return
     coordinators = {p.pid for p in job.cluster.living("coordinator")}
     new = job.start()
-    until(f"the second command owns the output", lambda: _owns(job, new.pid) or new.poll() is not None)
+    until("the second command owns the output", lambda: _owns(job, new.pid) or new.poll() is not None)
     fault.noticed = time.time() - began
     job.goes_on()
     fault.recovered = time.time() - began
     woken = time.time()
     old.send_signal(signal.SIGCONT)
     if until("the woken command ends", lambda: old.poll() is not None) and old.returncode == 0:
-        raise Disagreement(f"a command that lost its output ended with exit code 0")
+        raise Disagreement("a command that lost its output ended with exit code 0")
     job.case.codes.append(old.returncode)
     for pid in (old.pid, *coordinators):
         if wrote := [step for when, step in job.cluster.steps(pid) if when > woken and "part-" in step]:

@@ -108,7 +108,8 @@ class Session:
                 for i, ref in list(running.items()):
                     try:
                         if ray.wait([ref], timeout=0)[0]:
-                            self._value(running.pop(i))
+                            self._value(ref)
+                            del running[i]
                         figures[i] = self._look(i, asked, progress, 1.0 if i not in running else 0.0) or figures[i]
                     except RayActorError as error:
                         asked.pop(i, None)
@@ -126,6 +127,10 @@ class Session:
                     raise TimeoutError from None
                 for stop in stops:
                     self._value(stop)
+                for i in running:
+                    asked.pop(i, None)
+                    figures[i] = self._look(i, asked, progress, 1.0) or figures[i]
+                progress(sum(figures[1:], figures[0]))
             except (Exit, RayActorError, TimeoutError):
                 self.say("left at once: what was finished since the last flush is computed again")
             raise

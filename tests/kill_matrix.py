@@ -135,13 +135,13 @@ class Cluster:
     def __init__(self, home: Path) -> None:
         self.home, self.temp = home, home / "ray"
         self.victims: set[int] = set()
-        for name in ("pids", "steps", "site"):
+        for name in ("pids", "steps", "site", "jobs"):
             (home / name).mkdir(parents=True)
         (home / "site" / "sitecustomize.py").write_text(HOOK)
         checks = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
         self.env = os.environ | {f"RAY_health_check_{name}": str(value) for name, value in checks.items()}
         self.env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "AISP_KILLS": str(home)}
-        self.env |= {"RAY_worker_niceness": "5"}  # not starved by whatever else the machine does
+        self.env |= {"RAY_worker_niceness": "0"}  # not starved by whatever else the machine does
         self.env |= {"PYTHONPATH": f"{home / 'site'}:{ROOT}", "HF_HUB_OFFLINE": "1"}
 
     def start(self) -> None:
@@ -236,7 +236,7 @@ class Job:
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, self.case = cluster, Case(name)
-        self.folder = cluster.home / name
+        self.folder = cluster.home / "jobs" / name
         self.folder.mkdir()
         self.output = self.folder / "out"
         self.commands: list[subprocess.Popen[bytes]] = []
@@ -345,7 +345,7 @@ class Spec:
 
 
 EXIT = {signal.SIGINT: 130, TERM: 143, KILL: -KILL}
-SLOW = 0.3  # seconds a scoring takes while faults are to come
+SLOW, HELD = 0.3, 3.0  # seconds a scoring takes while faults are to come, and while little is to be done
 
 
 def disturb(job: Job, specs: list[Spec], rng: random.Random) -> None:
@@ -446,9 +446,11 @@ def _driver_hit(job: Job, spec: Spec, fault: Fault, began: float) -> None:
         fault.recovered = time.time() - began
         return
     coordinators = {p.pid for p in job.cluster.living("coordinator")}
+    job.pace(HELD)  # else the stopped command's coordinator, which runs on, is done before the output is taken from it
     new = job.start()
     until("the second command owns the output", lambda: _owns(job, new.pid) or new.poll() is not None)
     fault.noticed = time.time() - began
+    job.pace(SLOW)
     job.goes_on()
     fault.recovered = time.time() - began
     woken = time.time()
@@ -480,12 +482,14 @@ def _second(job: Job, spec: Spec) -> None:
 def _raylet(job: Job, spec: Spec) -> None:
     """Lose the node that the generator is on; another has just joined."""
     cluster = job.cluster
+    job.pace(HELD)
     cluster.add_node()
     generator = until("a generator", lambda: cluster.living("generator"))[-1]
     raylet = next(p for p in cluster.raylets() if p.pid == generator.ppid())
     lost = {p.pid for p in raylet.children()}
     fault, began = _note(job, "raylet", spec), time.time()
     raylet.send_signal(spec.signal)
+    job.pace(SLOW)
     try:
         _replaced(job, fault, "generator", lost, began)
     finally:

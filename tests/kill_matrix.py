@@ -355,6 +355,8 @@ def disturb(job: Job, specs: list[Spec], rng: random.Random) -> None:
         _arm(job, specs[0])
     job.start()
     for number, spec in enumerate(specs):
+        if job.commands[-1].poll() == 0:
+            break
         job.pace(SLOW * (not spec.step))
         if spec.step:
             _at_step(job, spec, armed=number == 0)
@@ -391,14 +393,22 @@ def _replaced(job: Job, fault: Fault, role: str, victims: set[int], began: float
     fault.left_behind = any(psutil.pid_exists(pid) for pid in victims)
 
 
+def _find(job: Job, role: str) -> psutil.Process | None:
+    """The newest actor of a role; None where the job is done."""
+    until(f"a {role}", lambda: job.cluster.living(role) or job.commands[-1].poll() is not None)
+    return next(reversed(job.cluster.living(role)), None)
+
+
 def _actor(job: Job, spec: Spec) -> None:
-    victim = until(f"a {spec.process}", lambda: job.cluster.living(spec.process))[-1]  # the newest
-    if spec.loading:
+    victim = _find(job, spec.process)
+    if victim and spec.loading:
         victim.kill()
         job.cluster.victims.add(victim.pid)
-        victim = until(f"another {spec.process}", lambda: job.cluster.living(spec.process))[-1]
+        victim = _find(job, spec.process)
+    if victim is None:
+        return
     fault, began = _note(job, spec.process, spec, "loading" if spec.loading else "random"), time.time()
-    victim.send_signal(spec.signal)
+    unless_gone(lambda: victim.send_signal(spec.signal))
     _replaced(job, fault, spec.process, {victim.pid}, began)
 
 
@@ -484,7 +494,9 @@ def _raylet(job: Job, spec: Spec) -> None:
     cluster = job.cluster
     job.pace(HELD)
     cluster.add_node()
-    generator = until("a generator", lambda: cluster.living("generator"))[-1]
+    generator = _find(job, "generator")
+    if generator is None:
+        return
     raylet = next(p for p in cluster.raylets() if p.pid == generator.ppid())
     lost = {p.pid for p in raylet.children()}
     fault, began = _note(job, "raylet", spec), time.time()

@@ -35,7 +35,7 @@ def differing_nodes(lease: Lease, timeout: float = 30.0) -> list[str]:
     """Machines of the cluster that do not find this lease in the output: theirs is another directory. One that does not
     answer, or goes away, is not named: its actors will not come up either."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
+    if lease.place.remote or len(nodes) < 2:
         return []
     look = ray.remote(num_cpus=0, max_retries=0)(Lease.held)
     looks = {
@@ -103,7 +103,8 @@ class RayReplica:
             raise
 
     async def health(self) -> Mapping[str, float]:
-        figures: Mapping[str, float] = await self.call("health")
+        ref = self.handle.health.options(enable_task_events=False).remote()  # too many for the dashboard's table
+        figures: Mapping[str, float] = await ref
         return figures
 
 

@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.figures import Figures, gauges
@@ -28,6 +27,7 @@ from aisp_dist import prompts, render
 from aisp_dist.align import align
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.lease import Lease
+from aisp_dist.place import Place
 from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Score
 from aisp_dist.schema import ColumnType
 from aisp_dist.store import Store
@@ -55,7 +55,7 @@ class Table:
     """One output to fill. `run` has its paths resolved; `model` is the base model as the user named it."""
 
     run: Run
-    output: Path
+    output: Place
     columns: dict[str, ColumnType]
     fingerprint: str
     model: str
@@ -76,6 +76,7 @@ class Table:
             keep if isinstance(keep, str) else keep.top_bottom,
             self.run.save.trace,
             self.lease.held if self.lease else lambda: False,
+            self.shard,
         )
 
     def whole(self) -> bool:
@@ -201,7 +202,7 @@ class Coordinator:
         self.exporter = (
             self.export(table.fingerprint[:12], f"{table.shard[0]}/{table.shard[1]}") if self.export else None
         )
-        self.reason = "in failed/"
+        self.reason, began = "in failed/", time.monotonic()
         run = table.run
         replicas = len(self.pools["generator"].fleet.slots)
         room = asyncio.Semaphore(window(run) * replicas)
@@ -234,6 +235,9 @@ class Coordinator:
             await asyncio.shield(asyncio.to_thread(store.flush))
         await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
         await asyncio.to_thread(store.finish)
+        if self.exporter:
+            now = self._figures()
+            self.exporter.gauges(gauges(now, now, time.monotonic() - began, self.total, 0))
         _judge(store, run.runtime.max_failed, self.reason, whole=True)
 
     async def _search(self, run: Run, line: Input) -> Result:
@@ -313,11 +317,12 @@ class Coordinator:
         loop, stall = asyncio.get_running_loop(), self.run.runtime.timeouts.stall
         last, at = self._figures(), loop.time()
         answers, moved = -1, loop.time()
+        samples = self.run.method.num_samples * self.run.method.num_iterations + 1
         while True:
             await asyncio.sleep(_REPORT)
             now, time_now = self._figures(), loop.time()
             if self.exporter:
-                self.exporter.gauges(gauges(now, now - last, time_now - at, self.total))
+                self.exporter.gauges(gauges(now, now - last, time_now - at, self.total, samples))
             last, at = now, time_now
             if self.flushing is not None and time_now - self.flushing > stall:
                 log.warning("writing to the output has taken %.0f s so far", time_now - self.flushing)

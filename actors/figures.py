@@ -71,10 +71,17 @@ class Figures:
         return Figures(*(both(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
-def gauges(now: Figures, lately: Figures, seconds: float, total: int | None) -> dict[str, float | None]:
-    """What the exporter shows, by name. lately: what `seconds` have added; None: not known yet."""
+def seconds_left(now: Figures, pace: float, total: int | None, samples: int) -> float | None:
+    """At `pace` samples/s, where a prompt takes `samples`; None while that or the number of inputs is not known. By
+    samples, since prompts in flight together finish together."""
+    if total is None or not pace:
+        return None
+    return max(0.0, (total - now.finished + now.fresh) * samples - now.samples) / pace
+
+
+def gauges(now: Figures, lately: Figures, seconds: float, total: int | None, samples: int) -> dict[str, float | None]:
+    """What the exporter shows, by name; None: not known yet. lately: what `seconds` added; samples: of a prompt."""
     idle = lately.idle()
-    speed = lately.fresh / seconds
     return {
         "in_flight": now.in_flight,
         "queued_rounds": now.queued.get("generator"),
@@ -87,7 +94,7 @@ def gauges(now: Figures, lately: Figures, seconds: float, total: int | None) -> 
         "iterations_per_second": lately.iterations / seconds,
         "tokens_per_second": lately.tokens / seconds,
         "reward_gain": now.reward_gain,
-        "eta_seconds": (total - now.finished) / speed if total is not None and speed else None,
+        "eta_seconds": seconds_left(now, lately.samples / seconds, total, samples),
         "total_prompts": total,
         "committed": now.committed,
         "staged": now.finished - now.committed,

@@ -142,6 +142,7 @@ class Fleet:
         slot.epoch, slot.sacrificed = slot.epoch + 1, sacrificed
         slot.barren += not sacrificed
         self.restarts += 1
+        log.warning("%s: %s; replacing it, %d calls repeat", slot.replica.name, reason.rstrip("."), len(slot.calls))
         self.event("restart", slot.replica.name)
         now = asyncio.get_running_loop().time()
         for call in slot.calls.values():  # a frozen machine would let them wait for their whole timeout
@@ -208,7 +209,6 @@ class Fleet:
                     continue
                 reason = f"busy, and no progress for {self.stall:g} s"
             if slot.epoch == epoch:
-                log.warning("%s: %s; replacing it", slot.replica.name, reason)
                 self.event("stall", slot.replica.name)
                 self.restart(slot, epoch, reason)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -47,6 +48,8 @@ class Generator:
         self.engine = decode.Engine(lm, self.settings.batch_rows, self.settings.max_new_tokens, self.settings.stop)
         self.began = time.monotonic()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
+        what = f"{self.settings.model}, {lm.dtype}, {len(self.engine.rows)} rows, {self.threads} threads"
+        print(f"{self.name}: {what}, context {lm.context_length or 'unlimited'}", file=sys.stderr)
         return lm.context_length
 
     async def rollout(self, round: Round) -> Rollout:

@@ -86,7 +86,7 @@ class Pool:
                     if isinstance(error, TimeoutError):  # the process still hangs on it
                         self.fleet.restart(slot, epoch, reason, sacrificed=True)
                     raise RowError(f"{method} on {slot.replica.name}, again in a fresh process: {reason}") from None
-                log.warning("%s: %s; restarting it and repeating %s of %s", slot.replica.name, reason, method, home)
+                log.info("%s of %s is repeated: %s on %s", method, home, reason, slot.replica.name)
                 self.repeats += 1
                 self.fleet.event("retry", slot.replica.name)
                 self.fleet.restart(slot, epoch, reason, sacrificed=content)

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset as ds
 
 from aisp_dist.config import Aisp, BestOfN, ConfigError, Gaussian, Method, Nucleus, Run
 from aisp_dist.metrics import Interval, diversity, interval
+from aisp_dist.place import Place
 from aisp_dist.summary import words
 
 AISP, TOP_P, GAUSSIAN, SHUFFLED, BASE = (
@@ -71,7 +70,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare(outputs: Mapping[str, Sequence[Path]], held_out: Sequence[str]) -> Comparison:
+def compare(outputs: Mapping[str, Sequence[Place]], held_out: Sequence[str]) -> Comparison:
     """`outputs`: for each arm its finished outputs, one a seed. Values are averaged over seeds, then over prompts."""
     tables = {arm: [_rows(path) for path in paths] for arm, paths in outputs.items()}
     everything = [rows.keys() for seeds in tables.values() for rows in seeds]
@@ -117,8 +116,8 @@ def compare(outputs: Mapping[str, Sequence[Path]], held_out: Sequence[str]) -> C
     return Comparison(tuple(found), _loss(tables, shared), len(seen) - len(shared))
 
 
-def _rows(output: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in ds.dataset(output / "data").to_table().to_pylist()}
+def _rows(output: Place) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in output.dataset("data").to_table().to_pylist()}
 
 
 def _number(value: float | None) -> float:

@@ -6,9 +6,19 @@ Each field's description is its help text on the command line and in the JSON sc
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
 from aisp_dist.records import Sampling, TopP
 
@@ -25,16 +35,17 @@ def doc(text: str, default: Any = ..., **bounds: Any) -> Any:
     return Field(default=default, description=text, **bounds)
 
 
-def _only(default: Any) -> BeforeValidator:
-    """For a key whose other values are planned: they are refused, never ignored."""
-
-    def refuse(value: Any) -> Any:
-        if str(value) != str(default):
-            leave = "null" if default is None else repr(default)
-            raise ValueError(f"{value!r} is not implemented yet; leave it at {leave}")
-        return default
-
-    return BeforeValidator(refuse)
+def known_place(output: str) -> str:
+    """`output`, if it names a place that outputs can be in. Raises ValueError, which shows no more of a URI than its
+    scheme: there may be a secret in it."""
+    scheme, mark, rest = output.partition("://")
+    if mark and scheme != "s3":
+        raise ValueError(f"{scheme}:// is not implemented; give a local directory, or s3://bucket/path")
+    if mark and not re.fullmatch(r"[a-z0-9][a-z0-9.-]+(/(?!\.{1,2}(/|$))[^/?#@\s]+)+/?", rest):
+        raise ValueError("not of the form s3://bucket/path; credentials go into runtime.storage_options")
+    if not output:
+        raise ValueError("empty; name a directory")
+    return output
 
 
 class Prompts(Section):
@@ -225,6 +236,27 @@ class Timeouts(Section):
     stall: float = doc("a process without a sign of life, or busy without progress, is replaced", 120.0, gt=0)
 
 
+Secret = Annotated[SecretStr, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+
+
+class StorageOptions(Section):
+    """How an output at s3:// is reached; what is null is found as AWS's tools find it (environment, profile, machine).
+    run.json and config.yaml hold no secret of these."""
+
+    endpoint_override: str | None = doc("host:port of a store other than AWS", None, pattern=r"^[^\s/@]+$")
+    scheme: Literal["http", "https"] | None = doc("https where null", None)
+    region: str | None = doc("AWS region", None)
+    access_key: Secret | None = doc("access key id; with secret_key", None)
+    secret_key: Secret | None = doc("secret access key", None)
+    session_token: Secret | None = doc("token of temporary credentials", None)
+
+    @model_validator(mode="after")
+    def both_keys(self) -> StorageOptions:
+        if (self.access_key is None) != (self.secret_key is None) or (self.session_token and not self.access_key):
+            raise ValueError("access_key and secret_key come together, session_token with both; give all, or none")
+        return self
+
+
 class Runtime(Section):
     """Where and how the run executes. Never changes rows; free to change between resumes."""
 
@@ -233,14 +265,16 @@ class Runtime(Section):
     timeouts: Timeouts = doc("timeouts in seconds", Timeouts())
     retries: int = doc("how often a call is repeated on a fault of the infrastructure", 3, ge=0)
     max_failed: float = doc("share of failed rows, after 200 prompts, that ends the run", 0.02, ge=0, le=1)
-    shards: Annotated[int, _only(1)] = doc("not implemented yet", 1)
-    storage_options: Annotated[dict[str, Any], _only({})] = doc("not implemented yet", {})
+    shards: int = doc("coordinators; each fills every shards-th part", 1, ge=1)
+    storage_options: StorageOptions = doc("access to an output at s3://", StorageOptions())
 
 
 class Run(Section):
     """A whole run."""
 
-    output: str = doc("directory of the output; relative to the current directory, absolute inside a Ray job")
+    output: str = doc(
+        "directory of the output, or s3://bucket/path; relative to the current directory, absolute inside a Ray job"
+    )
     seed: int = doc("decides all noise", 0, ge=0)
     prompts: Prompts = doc("where prompts come from", Prompts())
     generator: Generator = doc("the base model")
@@ -255,12 +289,8 @@ class Run(Section):
 
     @field_validator("output")
     @classmethod
-    def local(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError(f"{value!r} is a URI; only local paths are implemented so far: give a directory")
-        if not value:
-            raise ValueError("empty; name a directory")
-        return value
+    def known(cls, value: str) -> str:
+        return known_place(value)
 
     @model_validator(mode="after")
     def whole(self) -> Run:

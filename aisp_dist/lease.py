@@ -1,14 +1,15 @@
-"""Who owns an output directory: one run at a time, and an orphan cannot keep it.
+"""Who owns an output: one run at a time, and an orphan cannot keep it. A run may own it in shards (i, n): then it is
+shared by the owners of other shards of the same n.
 
-.staging/lease.json names the owner's process and carries a counter that the owner raises; it is read and replaced under
-a lock on .staging/lease.lock. A new run takes the lease of a process that is provably dead (same machine, same boot) at
-once, and that of one it cannot see when the counter has stood still for the owner's time to live. An owner whose lease
-was taken finds another token there and stops before it writes (`held`). Clocks are not compared between machines.
+.staging/lease.json lists the owners, each with its process and a counter that it raises; it is replaced by
+Place.update, so that of two changes at one moment the second sees the first. A new run takes the lease of a process
+that is provably dead (same machine, same boot) at once, and that of one it cannot see when the counter has stood still
+for the owner's time to live. An owner whose lease was taken finds no entry with its token and stops before it writes
+(`held`). Clocks are not compared between machines.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -17,13 +18,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from aisp_dist import durable
 from aisp_dist.config import ConfigError
+from aisp_dist.place import Place
+
+_FILE = ".staging/lease.json"
 
 
 class LeaseLost(RuntimeError):
@@ -32,8 +35,9 @@ class LeaseLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Owner:
-    """lease.json. machine: boot id and process namespace, equal where process ids mean the same; started: the process's
-    start time in seconds since the epoch; ttl: seconds without a beat after which the lease may be taken."""
+    """An entry of lease.json. machine: boot id and process namespace, equal where process ids mean the same; started:
+    the process's start time in seconds since the epoch; ttl: seconds without a beat after which the lease may be taken;
+    shard: (i, n), what it owns, (0, 1) for everything."""
 
     token: str
     host: str
@@ -42,6 +46,11 @@ class Owner:
     started: float
     ttl: float
     beat: int = 0
+    shard: tuple[int, int] = (0, 1)
+
+    def excludes(self, other: Owner) -> bool:
+        """Whether the two cannot both own the output."""
+        return self.shard[1] != other.shard[1] or self.shard[0] == other.shard[0]
 
     def alive(self) -> bool | None:
         """Whether the owner's process lives; None where this machine cannot know, or it is stopped."""
@@ -64,54 +73,72 @@ class Owner:
 class Lease:
     """A taken lease; pickles, so that an actor can ask `held` for the run that started it."""
 
-    root: Path
+    place: Place
     token: str
     ttl: float
 
     @classmethod
-    def take(cls, root: Path, ttl: float = 20.0, say: Callable[[str], None] = lambda line: None) -> Lease:
-        """Own the output at `root`. Waits at most the present owner's ttl, saying why through `say`.
+    def take(
+        cls,
+        place: Place,
+        ttl: float = 20.0,
+        say: Callable[[str], None] = lambda line: None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Lease:
+        """Own a shard of the output. Waits at most the present owner's ttl, saying why through `say`; who then owns it
+        alone tidies up after writers that were killed.
 
-        Raises ConfigError where a live run owns it.
+        Raises ConfigError where a live run owns the shard, or another number of shards.
         """
-        durable.make_dir(root / ".staging")
         host, machine = _machine()
         started = psutil.Process().create_time()
-        mine = Owner(secrets.token_hex(8), host, machine, os.getpid(), started, ttl)
-        seen: Owner | None = None
+        mine = Owner(secrets.token_hex(8), host, machine, os.getpid(), started, ttl, shard=shard)
+        seen: dict[str, Owner] = {}
         deadline = 0.0
+        rivals: list[Owner] = []
+
+        def claim(owners: list[Owner]) -> list[Owner]:
+            others = [owner for owner in owners if owner.token != mine.token]
+            stale = [owner for owner in others if seen.get(owner.token) == owner and time.monotonic() >= deadline]
+            rivals[:] = [o for o in others if o.excludes(mine) and o.alive() is not False and o not in stale]
+            if rivals:
+                return owners
+            left = [owner for owner in others if not owner.excludes(mine)]
+            if not left:
+                place.collect()
+            return [*left, mine]
+
         while True:
-            with _locked(root):
-                owner = read_owner(root)
-                alive = None if owner is None else owner.alive()
-                stale = owner is not None and owner == seen and time.monotonic() >= deadline
-                if owner is None or alive is False or stale:
-                    _write(root, mine)
-                    return cls(root, mine.token, ttl)
-            if alive or (seen is not None and owner != seen):
-                raise ConfigError(f"output: {root} is owned by a live run ({owner}); wait for it, or stop it")
-            if seen is None:
-                seen, deadline = owner, time.monotonic() + owner.ttl
-                say(f"{root} was owned by {owner}; waiting {owner.ttl:g} s to see whether that run lives")
-            time.sleep(min(1.0, owner.ttl / 10))
+            _update(place, claim)
+            if not rivals:
+                return cls(place, mine.token, ttl)
+            for rival in rivals:
+                if rival.alive() or (seen and seen.get(rival.token) != rival):
+                    raise ConfigError(f"output: {place} is owned by a live run ({rival}); wait for it, or stop it")
+            if not seen:
+                seen = {rival.token: rival for rival in rivals}
+                wait = max(rival.ttl for rival in rivals)
+                deadline = time.monotonic() + wait
+                say(f"{place} was owned by {rivals[0]}; waiting {wait:g} s to see whether that run lives")
+            time.sleep(min(1.0, min(rival.ttl for rival in rivals) / 10))
 
     def renew(self) -> None:
         """Show that the owner lives. Raises LeaseLost where another run has taken the lease."""
-        with _locked(self.root):
-            owner = read_owner(self.root)
-            if owner is None or owner.token != self.token:
-                raise LeaseLost(f"{self.root}: {owner or 'nobody'} owns this output now; this run stops")
-            _write(self.root, Owner(**(asdict(owner) | {"beat": owner.beat + 1})))
+
+        def beat(owners: list[Owner]) -> list[Owner]:
+            if all(owner.token != self.token for owner in owners):
+                now = ", ".join(map(str, owners)) or "nobody"
+                raise LeaseLost(f"{self.place}: {now} owns this output now; this run stops")
+            return [replace(o, beat=o.beat + 1) if o.token == self.token else o for o in owners]
+
+        _update(self.place, beat)
 
     def held(self) -> bool:
-        owner = read_owner(self.root)
-        return owner is not None and owner.token == self.token
+        return any(owner.token == self.token for owner in read_owners(self.place))
 
     def release(self) -> None:
         """Give the output back; nothing where it is another's already."""
-        with _locked(self.root):
-            if self.held():
-                _path(self.root).unlink()
+        _update(self.place, lambda owners: [owner for owner in owners if owner.token != self.token])
 
     @contextmanager
     def beating(self) -> Iterator[Lease]:
@@ -137,31 +164,20 @@ class Lease:
             self.release()
 
 
-def read_owner(root: Path) -> Owner | None:
-    """The owner as lease.json has it; None where there is none, or where the file is not one of ours."""
+def read_owners(place: Place) -> list[Owner]:
+    """The owners as lease.json has them; none where there are none, or where the file is not one of ours."""
+    return _parse(place.read(_FILE))
+
+
+def _parse(data: bytes | None) -> list[Owner]:
     try:
-        return Owner(**json.loads(_path(root).read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+        return [Owner(**entry | {"shard": tuple(entry["shard"])}) for entry in json.loads(data or b"[]")]
+    except (ValueError, TypeError, KeyError):
+        return []
 
 
-def _write(root: Path, owner: Owner) -> None:
-    durable.write(_path(root), json.dumps(asdict(owner)).encode())
-
-
-def _path(root: Path) -> Path:
-    return root / ".staging" / "lease.json"
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Held for one read and one write; the lock file stays, since a lock on a removed file protects nothing."""
-    handle = os.open(root / ".staging" / "lease.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def _update(place: Place, change: Callable[[list[Owner]], list[Owner]]) -> None:
+    place.update(_FILE, lambda data: json.dumps([asdict(owner) for owner in change(_parse(data))]).encode())
 
 
 def _machine() -> tuple[str, str]:

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from aisp_dist import durable
 from aisp_dist.config import ConfigError
+from aisp_dist.place import Place
 
 TABLES = {"default": "data", "failed": "failed", "candidates": "candidates"}  # load_dataset name: directory
 _ABOUT = """
@@ -26,24 +25,39 @@ Written by aisp-dist; how is in `run.json` and `config.yaml`.
 """
 
 
-def write_run(root: Path, run: dict[str, Any]) -> None:
-    """Write run.json, and its `config` entry as config.yaml. run.json comes last: with it the output exists."""
-    durable.make_dir(root)
-    durable.write(root / "config.yaml", yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True).encode())
-    durable.write(root / "run.json", (json.dumps(run, indent=2) + "\n").encode())
+def write_run(place: Place, run: dict[str, Any]) -> None:
+    """Write run.json, and its `config` entry as config.yaml. run.json comes last: with it the output exists.
+
+    Raises ConfigError where another run's is there, as `check_resume`.
+    """
+
+    def change(old: bytes | None) -> bytes:
+        if old is not None:
+            check_resume(_parse(place, old), run)
+        place.write("config.yaml", yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True).encode())
+        return (json.dumps(run, indent=2) + "\n").encode()
+
+    place.update("run.json", change)
 
 
-def read_run(root: Path) -> dict[str, Any] | None:
-    """run.json, or None where there is no output yet. Raises ConfigError where it is not readable."""
-    path = root / "run.json"
+def read_run(place: Place) -> dict[str, Any] | None:
+    """run.json, or None where there is no output yet. Raises ConfigError where it cannot be read."""
     try:
-        run = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        data = place.read("run.json")
+    except OSError as error:
+        raise ConfigError(f"output: cannot read {place}/run.json: {' '.join(str(error).split())}") from None
+    return None if data is None else _parse(place, data)
+
+
+def _parse(place: Place, data: bytes) -> dict[str, Any]:
+    try:
+        run = json.loads(data)
     except ValueError as error:
-        raise ConfigError(f"output: {path} is not JSON ({error}); restore it, or give another output") from None
+        raise ConfigError(
+            f"output: {place}/run.json is not JSON ({error}); restore it, or give another output"
+        ) from None
     if not isinstance(run, dict):
-        raise ConfigError(f"output: {path} holds no run; restore it, or give another output")
+        raise ConfigError(f"output: {place}/run.json holds no run; restore it, or give another output")
     return run
 
 
@@ -76,14 +90,17 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return keys
 
 
-def write_card(root: Path) -> None:
-    """Write the dataset card for the tables that are there; `datasets` refuses a config without files."""
+def write_card(place: Place) -> None:
+    """Write the dataset card for the tables that are there. Safe beside another writer: who writes last has looked
+    last."""
+    if place.read("README.md") != _card(place):
+        place.update("README.md", lambda _: _card(place))
+
+
+def _card(place: Place) -> bytes:
     configs = "".join(
         f"- config_name: {name}\n  data_files: {folder}/*.parquet\n"
         for name, folder in TABLES.items()
-        if any((root / folder).glob("*.parquet"))
+        if any(file.endswith(".parquet") for file in place.names(folder))  # `datasets` refuses a config without files
     )
-    card = f"---\nconfigs:\n{configs}---\n{_ABOUT}".encode()
-    path = root / "README.md"
-    if not path.exists() or path.read_bytes() != card:
-        durable.write(path, card)
+    return f"---\nconfigs:\n{configs}---\n{_ABOUT}".encode()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aisp_dist.config import ConfigError
+from aisp_dist.place import Place
 from aisp_dist.records import Input
 from aisp_dist.schema import VERSION, Tables
 
@@ -41,8 +41,8 @@ class Standing(NamedTuple):
     schema: pa.Schema
 
 
-def path(root: Path, table: str, part: int) -> Path:
-    return root / table / f"part-{part:06d}.parquet"
+def name(table: str, part: int) -> str:
+    return f"{table}/part-{part:06d}.parquet"
 
 
 def range_digest(inputs: Iterable[Input]) -> str:
@@ -70,35 +70,38 @@ def header(metadata: pq.FileMetaData) -> Header:
     return Header(int(start), int(end), digest, fingerprint, run_id, int(version))
 
 
-def read_standing(root: Path, part: int) -> Standing | None:
+def read_standing(place: Place, part: int) -> Standing | None:
     """The committed part without its rows; None where there is none. Raises ConfigError where it cannot be read."""
-    file = path(root, "data", part)
-    if not file.exists():
+    file = place.open(name("data", part))
+    if file is None:
         return None
     try:
-        metadata = pq.read_metadata(file)
+        with file:
+            metadata = pq.read_metadata(file)
         return Standing(header(metadata), metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if place.remote and isinstance(error, OSError):
+            raise  # the network; an object there is whole
         raise ConfigError(
-            f"output: {file} is damaged ({error}); delete this file, and the same command computes its rows again"
+            f"output: {place}/{name('data', part)} is damaged ({error}); delete this file, and the same command "
+            "computes its rows again"
         ) from None
 
 
-def read_rows(root: Path, part: int, end: int, schemas: Tables, columns: Sequence[str] | None = None) -> Tables:
+def read_rows(place: Place, part: int, end: int, schemas: Tables, columns: Sequence[str] | None = None) -> Tables:
     """Rows of a committed part whose range ends at `end`, whole or only some columns. Failed rows beyond `end` were
     put there by a commit that did not come to its end; they are staged still."""
 
     def read(table: str, schema: pa.Schema) -> pa.Table:
-        file = path(root, table, part)
-        if not file.exists():
+        data = place.read(name(table, part))
+        if data is None:
             return schema.empty_table() if columns is None else schema.empty_table().select(columns)
         try:
-            with pq.ParquetFile(file) as opened:
-                return opened.read(columns=columns).replace_schema_metadata(None)
+            return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns).replace_schema_metadata(None)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(
-                f"output: {file} is damaged ({error}); delete this part's file in data/, and the same command computes "
-                "its rows again"
+                f"output: {place}/{name(table, part)} is damaged ({error}); delete this part's file in data/, and the "
+                "same command computes its rows again"
             ) from None
 
     failed = read("failed", schemas.failed)

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from aisp_dist.config import ConfigError, Prompts
 from aisp_dist.records import BadInput, Input, Message, Prompt
+from aisp_dist.seen import Ids
 from aisp_dist.sources import Broken, Row, Source, open_source
 
 Content = str | tuple[Message, ...]
@@ -34,10 +35,17 @@ def read(settings: Prompts) -> Iterator[Input]:
 
     The order is the source's or, with shuffle_seed, a permutation of the whole source; `limit` comes last, so a larger
     one extends and changes no id. Ids are unique: a repeat gets `#2`, `#3`, ... A user's id that comes again with other
-    content is a BadInput. Raises ConfigError (at once, or with the first row) where settings and source do not fit.
+    content is a BadInput. Memory: about 25 bytes an input (seen.py), and what sources.open_source holds.
+    Raises ConfigError (at once, or with the first row) where settings and source do not fit.
     """
     _check(settings)
     return _inputs(settings, open_source(settings))
+
+
+def count(settings: Prompts) -> int:
+    """How many inputs `read` yields, at the cost of the lines alone. Raises ConfigError as `read` does."""
+    lines = open_source(settings.model_copy(update={"shuffle_seed": None})).lines
+    return sum(1 for _ in islice(lines, settings.limit))
 
 
 def _check(settings: Prompts) -> None:
@@ -54,7 +62,7 @@ def _check(settings: Prompts) -> None:
 
 
 def _inputs(settings: Prompts, source: Source) -> Iterator[Input]:
-    ids = _Ids()
+    ids = Ids()
     for ordinal, line in enumerate(islice(source.lines, settings.limit)):
         where = f"{source.names[line.file]}:{line.number}"
         own = where
@@ -70,48 +78,17 @@ def _inputs(settings: Prompts, source: Source) -> Iterator[Input]:
             if settings.id_column is None:
                 own = digest
             elif (first := ids.conflict(own, digest)) is not None:
-                there = f"{source.names[first[0]]}:{first[1]}"
                 raise Unusable(
-                    f"the id {own!r} of {where} is that of {there}, with other content: ids are unique", content
+                    f"the id {own!r} of {where} is that of source_index {first}, with other content: ids are unique",
+                    content,
                 )
         except Unusable as error:
-            id = ids.claim(own, (line.file, line.number), "")
+            id = ids.claim(own, ordinal, "")
             digest = _hash(id, str(error), columns, line.row)
             yield BadInput(id, ordinal, str(error), error.content, columns, digest)
         else:
-            id = ids.claim(own, (line.file, line.number), digest)
+            id = ids.claim(own, ordinal, digest)
             yield Prompt(id, ordinal, content, columns, _hash(id, content, columns))
-
-
-class _Ids:
-    """The ids given out so far, at two integers each: who has one, and with which content."""
-
-    def __init__(self) -> None:
-        self._taken: dict[int, int] = {}  # hash of the id -> file, line and 64 bits of the content's digest
-        self._last: dict[int, int] = {}  # hash of a repeated id -> its last occurrence number
-
-    def conflict(self, id: str, digest: str) -> tuple[int, int] | None:
-        """(file, line) of the first bearer of this id, if its content is another."""
-        entry = self._taken.get(_key(id))
-        if entry is None or entry & (1 << 64) - 1 == int(digest[:16], 16):
-            return None
-        return entry >> 104, entry >> 64 & (1 << 40) - 1
-
-    def claim(self, id: str, position: tuple[int, int], digest: str) -> str:
-        """`id`, or `id#2`, `id#3`, ... where it is taken; the answer is taken from now on."""
-        key, unique = _key(id), id
-        number = self._last.get(key, 1)
-        while _key(unique) in self._taken:
-            number += 1
-            unique = f"{id}#{number}"
-        if number > 1:
-            self._last[key] = number
-        self._taken[_key(unique)] = (position[0] << 40 | position[1]) << 64 | int(digest[:16] or "0", 16)
-        return unique
-
-
-def _key(id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(id.encode("utf-8"), digest_size=16).digest())
 
 
 def _hash(*parts: Any) -> str:

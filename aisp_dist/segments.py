@@ -11,11 +11,10 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
-from aisp_dist import durable
+from aisp_dist.place import Place
 from aisp_dist.schema import Row, Tables
 
 _INPUTS = pa.schema([("source_index", pa.int64()), ("digest", pa.string())])
@@ -39,22 +38,22 @@ class Finished:
 class Segment:
     """digests: of the inputs by ordinal. tables: rows of data, failed, candidates."""
 
-    path: Path
+    name: str
     fingerprint: str
     digests: dict[int, str]
     tables: Tables
 
 
-def folder(root: Path, part: int) -> Path:
-    return root / ".staging" / f"part-{part:06d}"
+def folder(part: int) -> str:
+    return f".staging/part-{part:06d}"
 
 
-def paths(root: Path, part: int) -> list[Path]:
+def names(place: Place, part: int) -> list[str]:
     """The part's segment files in the order they were written."""
-    return sorted(folder(root, part).glob("seg-*"))
+    return [name for name in place.names(folder(part)) if name.startswith("seg-")]
 
 
-def write(root: Path, part: int, owner: str, fingerprint: str, schemas: Tables, rows: Sequence[Finished]) -> None:
+def write(place: Place, part: int, owner: str, fingerprint: str, schemas: Tables, rows: Sequence[Finished]) -> None:
     """Add a segment to a part. `owner` is in the name, so that an orphan cannot write over another run's segment."""
     inputs = pa.Table.from_pylist(
         [{"source_index": row.source_index, "digest": row.digest} for row in rows],
@@ -73,39 +72,37 @@ def write(root: Path, part: int, owner: str, fingerprint: str, schemas: Tables, 
         with pa.ipc.new_stream(sink, table.schema, options=_ZSTD) as stream:
             stream.write_table(table)
     payload = sink.getvalue().to_pybytes()
-    durable.make_dir(folder(root, part))
-    number = max((int(path.name.split("-")[1]) for path in paths(root, part)), default=-1) + 1
-    durable.write(folder(root, part) / f"seg-{number:06d}-{owner}", _MAGIC + _hash(payload) + b"\n" + payload)
+    number = max((int(name.split("-")[1]) for name in names(place, part)), default=-1) + 1
+    place.write(f"{folder(part)}/seg-{number:06d}-{owner}", _MAGIC + _hash(payload) + b"\n" + payload)
 
 
-def read(root: Path, part: int, schemas: Tables | None = None) -> list[Segment]:
+def read(place: Place, part: int, schemas: Tables | None = None) -> list[Segment]:
     """The sound segments of a part, of these schemas if given, oldest first."""
-    found = (_read(path, schemas) for path in paths(root, part))
+    found = (_read(place, part, name, schemas) for name in names(place, part))
     return [segment for segment in found if segment is not None]
 
 
-def discard(root: Path, part: int, keep: Sequence[Segment] = ()) -> None:
+def discard(place: Place, part: int, keep: Sequence[Segment] = ()) -> None:
     """Remove a part's staging, all but the segments to keep."""
-    kept = {segment.path for segment in keep}
-    for path in sorted(folder(root, part).iterdir()):
-        if path not in kept:
-            path.unlink()
-    if not kept:
-        folder(root, part).rmdir()
+    place.clear(folder(part), {segment.name for segment in keep})
 
 
-def _read(path: Path, schemas: Tables | None) -> Segment | None:
-    header, _, payload = path.read_bytes().partition(b"\n")
+def _read(place: Place, part: int, name: str, schemas: Tables | None) -> Segment | None:
+    path = f"{folder(part)}/{name}"
+    data = place.read(path)
+    if data is None:
+        return None  # a commit has just removed it
+    header, _, payload = data.partition(b"\n")
     if header != _MAGIC + _hash(payload):
-        _log.warning("%s is damaged (its checksum does not match); its rows are computed again", path)
+        _log.warning("%s/%s is damaged (its checksum does not match); its rows are computed again", place, path)
         return None
     source = pa.BufferReader(payload)
     inputs, *tables = [pa.ipc.open_stream(source).read_all() for _ in range(4)]
     if schemas is not None and tuple(table.schema for table in tables) != schemas:
-        _log.warning("%s was written with another schema; its rows are computed again", path)
+        _log.warning("%s/%s was written with another schema; its rows are computed again", place, path)
         return None
     digests = dict(zip(inputs["source_index"].to_pylist(), inputs["digest"].to_pylist(), strict=True))
-    return Segment(path, inputs.schema.metadata[b"fingerprint"].decode(), digests, Tables(*tables))
+    return Segment(name, inputs.schema.metadata[b"fingerprint"].decode(), digests, Tables(*tables))
 
 
 def _hash(payload: bytes) -> bytes:

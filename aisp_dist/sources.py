@@ -8,6 +8,7 @@ import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
 import pickle
@@ -52,7 +53,10 @@ class Source:
 
 def open_source(settings: Prompts) -> Source:
     """The lines of `settings.source`, shuffled if asked. ConfigError: nothing there, unreadable, or the first readable
-    row of a file lacks a column; the latter only when that row is reached."""
+    row of a file lacks a column; the latter only when that row is reached.
+
+    A line (of Parquet 1024 rows, of a .json array the file) is in memory at a time. A shuffle reads all lines first,
+    into a temporary file (TMPDIR) as large as the wanted columns, and holds 17 bytes a line."""
     wanted = list(
         dict.fromkeys([settings.column, *([settings.id_column] if settings.id_column else []), *settings.keep])
     )
@@ -122,17 +126,20 @@ def _require(wanted: list[str], have: Sequence[str] | Row, where: str) -> None:
 
 
 def _shuffled(lines: Iterator[Line], seed: int) -> Iterator[Line]:
-    """A permutation of all lines. They wait in a file, so that memory stays at a few bytes a line."""
+    """A permutation of all lines: sorted by a random key each. They wait in a nameless file, gone with this process."""
     with tempfile.TemporaryFile() as spool:
-        offsets, keys = array("q"), array("d")
+        parts = [(array("d"), array("q")) for _ in range(256)]  # by key: only one at a time is sorted
         draw = random.Random(seed).random  # the one stream that Python promises never to change
         for line in lines:
+            key = draw()
+            keys, offsets = parts[int(key * len(parts))]
+            keys.append(key)
             offsets.append(spool.tell())
-            keys.append(draw())
-            pickle.dump(tuple(line), spool)
-        for i in sorted(range(len(keys)), key=keys.__getitem__):
-            spool.seek(offsets[i])
-            yield Line(*pickle.load(spool))
+            pickle.dump(tuple(line), spool)  # JSON has no dates, decimals and bytes; none but us can write the file
+        for keys, offsets in parts:
+            for i in sorted(range(len(keys)), key=keys.__getitem__):
+                spool.seek(offsets[i])
+                yield Line(*pickle.load(spool))
 
 
 def _text_file(path: Path) -> TextIO:
@@ -159,9 +166,13 @@ def _json_lines(path: Path, wanted: list[str]) -> Numbered:
 
 
 def _json(path: Path, wanted: list[str]) -> Numbered:
-    """One array of objects, read whole; or JSON lines, which many .json files hold."""
+    """JSON lines, which many .json files hold, if the first line is an object; else one array, which is held whole."""
     with _text_file(path) as stream:
-        text = stream.read()
+        first = stream.readline()
+        if isinstance(_json_row(first), dict):
+            yield from enumerate(map(_json_row, itertools.chain([first], stream)), 1)
+            return
+        text = first + stream.read()
     try:
         whole = json.loads(text)
     except ValueError:
@@ -203,7 +214,7 @@ def _csv(path: Path, wanted: list[str]) -> Numbered:
 def _parquet(path: Path, wanted: list[str]) -> Numbered:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # else it keeps all that it has read
         _require(wanted, file.schema_arrow.names, repr(str(path)))
         batches = file.iter_batches(batch_size=1024, columns=wanted)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)

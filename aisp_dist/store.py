@@ -22,13 +22,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-from aisp_dist import durable, manifest, parts, schema, segments
+from aisp_dist import manifest, parts, schema, segments
 from aisp_dist.config import ConfigError
 from aisp_dist.lease import LeaseLost
 from aisp_dist.parts import Header, Standing
+from aisp_dist.place import Place
 from aisp_dist.records import Done, Input, Result
 from aisp_dist.schema import ColumnType, Kind
 from aisp_dist.segments import Finished
@@ -67,11 +67,13 @@ class Store:
     one other; nothing is written before the first flush.
 
     candidates, trace: what `save` keeps of a finished prompt. still_owner: False once another run has taken the output.
+    shard: (i, n), the store of the parts k with k % n == i alone: the inputs of others are read and passed over. Stores
+    of different shards of one n may write at the same time; together they write what the store of (0, 1) does.
     """
 
     def __init__(
         self,
-        root: Path,
+        place: Place,
         rows_per_file: int,
         kind: Kind,
         columns: Mapping[str, ColumnType],
@@ -81,8 +83,9 @@ class Store:
         candidates: Literal["all", "none"] | int,
         trace: bool,
         still_owner: Callable[[], bool],
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self._root, self._rows_per_file = root, rows_per_file
+        self._place, self._rows_per_file, self._shard = place, rows_per_file, shard
         self._kind, self._columns, self._schemas = kind, columns, schema.schemas(kind, columns)
         self._fingerprint, self._run_id, self._model = fingerprint, run_id, model
         self._candidates, self._trace = candidates, trace
@@ -92,6 +95,7 @@ class Store:
         self._open: dict[int, _Open] = {}
         self._buffer: dict[int, list[Finished]] = {}
         self._closed = Counts(0, 0, 0, 0)
+        self._planned_to = 0  # ordinals below it have been read
         self._input_ended = False
         self._io = threading.Lock()  # one flush at a time
 
@@ -104,8 +108,10 @@ class Store:
         """
         lines = iter(inputs)
         part = 0
+        staged = set(self._place.names(".staging"))  # what is staged from now on is of parts opened before
         while (chunk := list(islice(lines, self._rows_per_file))) or part == 0:
-            yield from self._open_part(part, chunk, retry_failed)
+            if self._owns(part):
+                yield from self._open_part(part, chunk, retry_failed, f"part-{part:06d}" in staged)
             part += 1
         self._input_ended = True
 
@@ -115,7 +121,7 @@ class Store:
         row = self._finished(result)
         part = line.source_index // self._rows_per_file
         with self._lock:
-            if line.source_index >= self._closed.planned:
+            if line.source_index >= self._planned_to or not self._owns(part):
                 raise ValueError(f"source_index {line.source_index} was never planned")
             opened = self._open.get(part)
             if opened is None or line.source_index not in opened.missing:
@@ -135,7 +141,7 @@ class Store:
                 whole = sorted(part for part, opened in self._open.items() if not opened.missing)
                 staging = {part: list(rows) for part, rows in self._buffer.items()}
             for part, rows in sorted(staging.items()):
-                segments.write(self._root, part, self._writer, self._fingerprint, self._schemas, rows)
+                segments.write(self._place, part, self._writer, self._fingerprint, self._schemas, rows)
                 with self._lock:
                     del self._buffer[part][: len(rows)]
                     if not self._buffer[part]:
@@ -143,7 +149,7 @@ class Store:
             for part in whole:
                 self._commit(part)
             if whole:
-                manifest.write_card(self._root)
+                manifest.write_card(self._place)
 
     def finish(self) -> None:
         """The last flush. Raises Unfinished where an input has no row."""
@@ -152,7 +158,7 @@ class Store:
             missing = sorted(ordinal for opened in self._open.values() for ordinal in opened.missing)
         if missing or not self._input_ended:
             what = f"{len(missing)} inputs have no row, first line {missing[0]}" if missing else "inputs are left"
-            raise Unfinished(f"{self._root}: {what}; the same command again computes them")
+            raise Unfinished(f"{self._place}: {what}; the same command again computes them")
 
     def counts(self) -> Counts:
         with self._lock:
@@ -164,6 +170,10 @@ class Store:
                 committed += opened.committed
         return Counts(planned, done, failed, committed)
 
+    def _owns(self, part: int) -> bool:
+        index, count = self._shard
+        return part % count == index
+
     def _finished(self, result: Result) -> Finished:
         line = result.prompt
         if isinstance(result, Done):
@@ -173,24 +183,24 @@ class Store:
         failed = schema.failed_row(result, self._kind, self._columns, self._run_id)
         return Finished(line.source_index, line.digest, failed=failed)
 
-    def _open_part(self, part: int, chunk: Sequence[Input], retry_failed: bool) -> Iterator[Input]:
+    def _open_part(self, part: int, chunk: Sequence[Input], retry_failed: bool, staged: bool) -> Iterator[Input]:
         start = part * self._rows_per_file
         stop = start + len(chunk)
         for ordinal, line in enumerate(chunk, start):
             if line.source_index != ordinal:
                 raise ValueError(f"input {line.id} has source_index {line.source_index} in place {ordinal}")
-        standing = parts.read_standing(self._root, part)
+        standing = parts.read_standing(self._place, part)
         if standing is not None:
             self._check_standing(part, standing, chunk)
         old_end = start if standing is None else standing.header.end
         old_done = 0 if standing is None else standing.num_done
         old_failed = old_end - start - old_done
-        staged = segments.folder(self._root, part).exists()
         if standing is not None and old_end >= stop and not staged and not (retry_failed and old_failed):
             with self._lock:
-                self._close(old_done, old_failed, planned=stop)
+                self._planned_to = stop
+                self._close(old_done, old_failed, planned=len(chunk))
             return
-        done, failed = self._finished_ordinals(part, old_end, chunk)
+        done, failed = self._finished_ordinals(part, old_end, chunk) if staged or standing else (set(), set())
         if retry_failed:
             failed = {ordinal for ordinal in failed if ordinal >= stop}
         end = max(stop, old_end)
@@ -200,7 +210,8 @@ class Store:
         todo = sorted(ordinal for ordinal in missing if ordinal < stop)
         with self._lock:
             self._open[part] = _Open(start, end, digest, missing, failed & set(range(start, end)), old_end - start)
-            self._closed = self._closed._replace(planned=stop)
+            self._planned_to = stop
+            self._closed = self._closed._replace(planned=self._closed.planned + len(chunk))
         yield from (schema.writable(chunk[ordinal - start], self._columns) for ordinal in todo)
 
     def _check_standing(self, part: int, standing: Standing, chunk: Sequence[Input]) -> None:
@@ -215,7 +226,7 @@ class Store:
         if len(chunk) >= num_old:
             same = parts.range_digest(chunk[:num_old]) == header.digest
         else:  # the digest covers inputs that a smaller limit does not read: compare what there is, the ids
-            rows = parts.read_rows(self._root, part, header.end, self._schemas, ["source_index", "id"])
+            rows = parts.read_rows(self._place, part, header.end, self._schemas, ["source_index", "id"])
             ids = {row["source_index"]: row["id"] for row in (*rows.data.to_pylist(), *rows.failed.to_pylist())}
             same = all(ids.get(line.source_index) in (None, schema.as_utf8(line.id)) for line in chunk)
         if not same:
@@ -233,10 +244,10 @@ class Store:
 
     def _finished_ordinals(self, part: int, old_end: int, chunk: Sequence[Input]) -> tuple[set[int], set[int]]:
         """Ordinals of a part that are done and that are failed, in the committed part and in segments."""
-        rows = parts.read_rows(self._root, part, old_end, self._schemas, ["source_index"])
+        rows = parts.read_rows(self._place, part, old_end, self._schemas, ["source_index"])
         done, failed = parts.ordinals(rows.data), parts.ordinals(rows.failed)
         digests = {line.source_index: line.digest for line in chunk}
-        for segment in segments.read(self._root, part, self._schemas):
+        for segment in segments.read(self._place, part, self._schemas):
             self._check_fingerprint(f".staging/part-{part:06d}", segment.fingerprint)
             for ordinal, digest in segment.digests.items():
                 if digests.get(ordinal, digest) != digest:
@@ -250,9 +261,11 @@ class Store:
 
     def _commit(self, part: int) -> None:
         opened = self._open[part]
-        staged = segments.read(self._root, part, self._schemas)
-        old = parts.read_rows(self._root, part, opened.start + opened.committed, self._schemas)
-        tables = parts.merge([old, *(segment.tables for segment in staged)], opened.end)
+        staged = segments.read(self._place, part, self._schemas)
+        rows = [segment.tables for segment in staged]
+        if opened.committed or not staged:
+            rows.insert(0, parts.read_rows(self._place, part, opened.start + opened.committed, self._schemas))
+        tables = parts.merge(rows, opened.end)
         lost = set(range(opened.start, opened.end)) - parts.ordinals(tables.data) - parts.ordinals(tables.failed)
         if lost:
             _log.warning("part %d: %d finished rows cannot be read again; not committed", part, len(lost))
@@ -261,31 +274,28 @@ class Store:
                 opened.failed -= lost
             return
         header = Header(opened.start, opened.end, opened.digest, self._fingerprint, self._run_id)
-        folder = segments.folder(self._root, part)
-        durable.make_dir(folder)
         built = {
-            name: durable.write_temporary(folder / f"{name}.parquet", parts.encode(table, header))
+            name: parts.encode(table, header)
             for name, table in tables._asdict().items()
             if table.num_rows or name == "data"
         }
-        self._check_owner()
         for name in ("candidates", "failed", "data"):  # data is the commit
-            target = parts.path(self._root, name, part)
+            self._check_owner()
             if name in built:
-                durable.make_dir(target.parent)
-                durable.publish(built[name], target)
+                self._place.write(parts.name(name, part), built[name])
             else:
-                durable.remove(target)
+                self._place.remove(parts.name(name, part))
         with self._lock:
             del self._open[part]
-            self._close(tables.data.num_rows, tables.failed.num_rows, planned=self._closed.planned)
+            self._close(tables.data.num_rows, tables.failed.num_rows)
         self._check_owner()
-        segments.discard(self._root, part, keep=[s for s in staged if max(s.digests) >= opened.end])
+        segments.discard(self._place, part, keep=[s for s in staged if max(s.digests) >= opened.end])
 
-    def _close(self, num_done: int, num_failed: int, planned: int) -> None:
-        _, done, failed, committed = self._closed
-        self._closed = Counts(planned, done + num_done, failed + num_failed, committed + num_done + num_failed)
+    def _close(self, num_done: int, num_failed: int, planned: int = 0) -> None:
+        before, done, failed, committed = self._closed
+        total = committed + num_done + num_failed
+        self._closed = Counts(before + planned, done + num_done, failed + num_failed, total)
 
     def _check_owner(self) -> None:
         if not self._still_owner():
-            raise LeaseLost(f"{self._root}: another run has taken this output; this one stops without writing to it")
+            raise LeaseLost(f"{self._place}: another run has taken this output; this one stops without writing to it")

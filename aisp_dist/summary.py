@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,18 @@ import pyarrow.dataset as ds
 
 from aisp_dist import manifest
 from aisp_dist.metrics import interval
+from aisp_dist.place import Place
 
 _COLUMNS = ("reward", "base_reward", "rewards", "base_rewards", "nll", "base_nll", "quarantined")
 
 
-def text(output: Path, seconds: float, samples: int) -> str:
+def text(output: Place, seconds: float, samples: int) -> str:
     """The summary of an output. seconds, samples: of the command that has just ended, for its speed."""
     run = manifest.read_run(output)
     if run is None:
         raise FileNotFoundError(f"{output} holds no run.json")
-    failed = ds.dataset(output / "failed").count_rows() if (output / "failed").is_dir() else 0
-    data = ds.dataset(output / "data")
+    failed = output.dataset("failed").count_rows() if output.names("failed") else 0
+    data = output.dataset("data")
     rows = data.to_table(columns=list(_COLUMNS))
     out = ["", f"{rows.num_rows} rows done, {failed} failed, in {output}"]
     if not rows.num_rows + failed:
@@ -31,7 +31,7 @@ def text(output: Path, seconds: float, samples: int) -> str:
         out += _example(data, rows)
     if seconds and samples:
         out.append(f"{samples} samples in {seconds:.0f} s, {samples / seconds:.0f} samples/s")
-    out.append(f"rows: {output / 'data'}" + (f"   failed: {output / 'failed'}" if failed else ""))
+    out.append(f"rows: {output}/data" + (f"   failed: {output}/failed" if failed else ""))
     return "\n".join(out)
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,9 +17,11 @@ from aisp_dist import lease, parts, segments
 from aisp_dist.config import ConfigError
 from aisp_dist.manifest import TABLES, read_run
 from aisp_dist.parts import Header
+from aisp_dist.place import Place
 from aisp_dist.records import Input
 from aisp_dist.schema import Row, as_utf8
 
+_FOLDERS = (*TABLES.values(), ".staging")
 _NAME = re.compile(r"part-(\d{6,})(\.parquet)?")
 _DATA = ["source_index", "id", "completion", "reward", "base_reward", "reward_difference", "curve", "samples_spent"]
 _DATA += ["best_iteration", "best_sample", "run_id"]
@@ -41,15 +42,16 @@ class Verdict:
     parts: int
 
 
-def verify(root: Path, inputs: Iterable[Input] | None = None) -> Verdict:
+def verify(place: Place, inputs: Iterable[Input] | None = None) -> Verdict:
     """Check a whole output, against its inputs where they are given. One part is in memory at a time.
 
     Raises ConfigError where there is no output.
     """
-    run = _run(root)
+    run = _run(place)
     size = run["rows_per_file"]
-    violations = _strangers(root)
-    numbers = _numbers(root)
+    files = {folder: place.names(folder) for folder in _FOLDERS}
+    violations = _strangers(files)
+    numbers = _numbers(files)
     lines = None if inputs is None else iter(inputs)
     schemas: dict[str, pa.Schema] = {}
     done = failed = waiting = part = 0
@@ -57,8 +59,8 @@ def verify(root: Path, inputs: Iterable[Input] | None = None) -> Verdict:
         chunk = None if lines is None else list(islice(lines, size))
         if not chunk and part > max(numbers, default=0):
             break
-        staged = {ordinal for segment in segments.read(root, part) for ordinal in segment.digests}
-        check = _Part(root, part, run, schemas)
+        staged = _staged(place, part, files)
+        check = _Part(place, part, run, schemas)
         check.files(chunk, full=chunk is None and part < max(numbers, default=0))
         violations += check.violations
         done += len(check.done)
@@ -70,33 +72,37 @@ def verify(root: Path, inputs: Iterable[Input] | None = None) -> Verdict:
     return Verdict(tuple(violations), done, failed, waiting, len(numbers))
 
 
-def status(root: Path) -> dict[str, Any]:
-    """How far the run is: inputs `done`, `failed` and `staged`, `parts`; `owner` (process, host, whether it lives; None
-    for unknown), or None; `metrics`, the last line of metrics.jsonl, or None.
+def status(place: Place) -> dict[str, Any]:
+    """How far the run is: inputs `done`, `failed` and `staged` (those without a committed row), `parts`; `owners`, each
+    with process, host, shard (i, n) and whether it lives (None for unknown); `metrics`, the last line of metrics.jsonl,
+    or None.
 
     Raises ConfigError where there is no output.
     """
-    _run(root)
+    _run(place)
     counts = {"done": 0, "failed": 0, "staged": 0, "parts": 0}
-    for part in _numbers(root):
-        standing = parts.read_standing(root, part)
+    files = {folder: place.names(folder) for folder in _FOLDERS}
+    for part in _numbers(files):
+        standing = parts.read_standing(place, part)
         end = 0
         if standing is not None:
             end = standing.header.end
             counts["parts"] += 1
             counts["done"] += standing.num_done
             counts["failed"] += end - standing.header.start - standing.num_done
-        counts["staged"] += len({n for segment in segments.read(root, part) for n in segment.digests if n >= end})
-    owner = lease.read_owner(root)
-    process = owner and {"process": owner.pid, "host": owner.host, "alive": owner.alive()}
-    return counts | {"owner": process, "metrics": _last_line(root / "metrics.jsonl")}
+        counts["staged"] += sum(ordinal >= end for ordinal in _staged(place, part, files))
+    owners = [
+        {"process": owner.pid, "host": owner.host, "shard": list(owner.shard), "alive": owner.alive()}
+        for owner in lease.read_owners(place)
+    ]
+    return counts | {"owners": owners, "metrics": _last_line(place)}
 
 
 class _Part:
     """The checks of one part: fills `violations`, and the ordinals of its rows into `done` and `failed`."""
 
-    def __init__(self, root: Path, part: int, run: dict[str, Any], schemas: dict[str, pa.Schema]) -> None:
-        self.root, self.part, self.run, self.schemas = root, part, run, schemas
+    def __init__(self, place: Place, part: int, run: dict[str, Any], schemas: dict[str, pa.Schema]) -> None:
+        self.place, self.part, self.run, self.schemas = place, part, run, schemas
         self.violations: list[str] = []
         self.done: set[int] = set()
         self.failed: set[int] = set()
@@ -106,7 +112,7 @@ class _Part:
         start, size = self.part * self.run["rows_per_file"], self.run["rows_per_file"]
         data = self._read("data", _DATA)
         if data is None:
-            if not parts.path(self.root, "data", self.part).exists():
+            if not self.violations:  # it is not unreadable
                 count = "the" if chunk is None else len(chunk)
                 self._say("data", f"is missing: {count} inputs from line {start} on have no committed row")
             return
@@ -191,14 +197,14 @@ class _Part:
         self._law("candidates", both, "a trace of another number of samples than samples_spent", spent)
 
     def _read(self, table: str, columns: Sequence[str]) -> tuple[Header, list[Row]] | None:
-        path = parts.path(self.root, table, self.part)
-        if not path.exists():
+        data = self.place.read(parts.name(table, self.part))
+        if data is None:
             return None
         try:
-            with pq.ParquetFile(path) as file:
-                header = parts.header(file.metadata)
-                schema = file.schema_arrow.remove_metadata()
-                rows: list[Row] = file.read(columns=columns).to_pylist()
+            file = pq.ParquetFile(pa.BufferReader(data))
+            header = parts.header(file.metadata)
+            schema = file.schema_arrow.remove_metadata()
+            rows: list[Row] = file.read(columns=columns).to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             self._say(table, f"cannot be read: {error}")
             return None
@@ -225,29 +231,40 @@ class _Part:
         self.violations.append(f"{table}/part-{self.part:06d}: {what}")
 
 
-def _run(root: Path) -> dict[str, Any]:
-    run = read_run(root)
+def _run(place: Place) -> dict[str, Any]:
+    run = read_run(place)
     if run is None:
-        raise ConfigError(f"output: {root} holds no run (there is no run.json); give the output directory of a run")
+        raise ConfigError(f"output: {place} holds no run (there is no run.json); give the output directory of a run")
     return run
 
 
-def _numbers(root: Path) -> list[int]:
+def _numbers(files: dict[str, list[str]]) -> list[int]:
     """Parts of which there is any file."""
-    paths = (path for folder in (*TABLES.values(), ".staging") for path in root.glob(f"{folder}/*"))
-    return sorted({int(match[1]) for path in paths if (match := _NAME.fullmatch(path.name))})
+    return sorted({int(match[1]) for names in files.values() for name in names if (match := _NAME.fullmatch(name))})
 
 
-def _strangers(root: Path) -> list[str]:
-    paths = sorted(path for table in TABLES.values() for path in root.glob(f"{table}/[!.]*"))
-    return [f"{p.parent.name}/{p.name}: is no part of this output" for p in paths if not _NAME.fullmatch(p.name)]
+def _staged(place: Place, part: int, files: dict[str, list[str]]) -> set[int]:
+    """Ordinals that have a row in a segment."""
+    if f"part-{part:06d}" not in files[".staging"]:
+        return set()
+    return {ordinal for segment in segments.read(place, part) for ordinal in segment.digests}
 
 
-def _last_line(path: Path) -> dict[str, Any] | None:
+def _strangers(files: dict[str, list[str]]) -> list[str]:
+    return [
+        f"{table}/{name}: is no part of this output"
+        for table in sorted(TABLES.values())
+        for name in files[table]
+        if not name.startswith(".") and not _NAME.fullmatch(name)
+    ]
+
+
+def _last_line(place: Place) -> dict[str, Any] | None:
     """The last whole JSON line; a run that is writing may have left half of one behind it."""
-    if not path.exists():
+    file = place.open("metrics.jsonl")
+    if file is None:
         return None
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - (1 << 16)))
-        lines = stream.read().split(b"\n")[:-1]
+    with file:
+        file.seek(max(0, file.size() - (1 << 16)))
+        lines = file.read().split(b"\n")[:-1]
     return json.loads(lines[-1]) if lines else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from actors.coordinator import TooManyFailed
+from actors.coordinator import Table, TooManyFailed, window
 from aisp_dist import manifest, prompts, summary
 from aisp_dist.config import ConfigError
-from jobs import cli, prepare, session, settings
+from jobs import cli, cost, prepare, session, settings
 from jobs.progress import Progress, say
 
 
@@ -34,14 +34,22 @@ def main(args: Sequence[str]) -> int:
     with session.Session(prepared, say, shard) as cluster:
         say(cluster.first_prompt())
         if options.dry_run:
-            count = sum(1 for _ in prompts.read(prepared.located.prompts))
-            samples = count * run.method.num_samples * run.method.num_iterations
-            print(f"{count} inputs, {samples} samples; `aisp compare` measures what they cost. Nothing was written")
+            print(_trial(cluster, prepared, table))
             return 0
         with Progress(prepared.output, prepared.located, shard=table.shard) as progress:
             cluster.relabel(prepared, table, progress)
     print(summary.text(prepared.output, progress.seconds, progress.samples))
     return 0
+
+
+def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -> str:
+    """What the whole run will take, from a few prompts searched for real."""
+    run = prepared.located
+    inputs = prompts.count(run.prompts)
+    few = window(run) * run.runtime.generators.replicas
+    say(f"trial: the first {min(few, inputs)} prompts, searched for real and thrown away")
+    figures, seconds, size = cluster.trial(table, few)
+    return f"{cost.text(run, inputs, figures, seconds, size, figures.done)}\nnothing was written"
 
 
 def _shard(text: str, coordinators: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from aisp_dist.config import ConfigError
 VERBS = {
     "align": "relabel: prompts in, Parquet out; the same command resumes",
     "compare": "base, best-of-n, AISP and a shuffled control on the same prompts at equal samples",
+    "submit": "align as a job on a Ray cluster: sends this directory, follows the log, ends with the job's exit code",
     "validate": "check a configuration without loading anything heavy",
     "schema": "the JSON schema of a configuration",
     "status": "progress of an output, from its files",
@@ -21,7 +22,7 @@ VERBS = {
     "doctor": "exactness, schedule and reward checks on your own hardware and models",
     "bench": "decode, score or pipeline: speed beside peers in the same run, as JSON",
 }
-PLANNED = ("submit", "report", "export", "rescore", "evaluate", "tune", "train-value", "lm-eval")
+PLANNED = ("report", "export", "rescore", "evaluate", "tune", "train-value", "lm-eval")
 
 
 class Exit(Exception):

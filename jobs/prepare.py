@@ -12,9 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from actors.coordinator import Table
 from aisp_dist import checkpoints, fingerprint, lease, manifest, prompts, schema, weights
 from aisp_dist.config import ConfigError, ModelReward, Run
+from aisp_dist.place import Place
 
 _SAMPLE = 1000  # input lines that decide the types of kept columns
 
@@ -26,7 +29,7 @@ class Prepared:
     run: Run
     located: Run
     base_dir: Path
-    output: Path
+    output: Place
     components: dict[str, Any]
     columns: dict[str, schema.ColumnType]
 
@@ -49,12 +52,18 @@ class Prepared:
             "columns": self.columns,
             "base_dir": str(self.base_dir),
             "directory": str(Path.cwd()),
-            "command": sys.argv,
+            "command": [self._without_secrets(word) for word in sys.argv],
             "same_rows": self._same_rows(),
             "versions": {"python": platform.python_version()}
             | {name: _version(name) for name in (*_PACKAGES, *_QUANTIZERS)},
             "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "platform": platform.platform()},
         }
+
+    def _without_secrets(self, word: str) -> str:
+        for _, value in self.run.runtime.storage_options:
+            if isinstance(value, SecretStr):
+                word = word.replace(value.get_secret_value(), str(value))
+        return word
 
     def _same_rows(self) -> str:
         generator = self.located.generator
@@ -81,6 +90,10 @@ def _version(package: str) -> str | None:
 def check(run: Run, base_dir: Path) -> Run:
     """The checks that need neither torch nor a cluster; answers the located run. Raises ConfigError."""
     check_output(run)
+    return _check_rest(run, base_dir)
+
+
+def _check_rest(run: Run, base_dir: Path) -> Run:
     located = fingerprint.locate(run, base_dir)
     weights.check(run.generator, located.generator.model)
     schema.schemas("chat", dict.fromkeys(run.prompts.keep, "string"))
@@ -88,19 +101,16 @@ def check(run: Run, base_dir: Path) -> Run:
     return located
 
 
-def check_output(run: Run) -> None:
+def check_output(run: Run) -> Place:
     """Raise ConfigError for an output that cannot be written, or that a Ray job would lose."""
-    output = Path(run.output)
-    if not output.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    place = Place.at(run.output, run.runtime.storage_options)
+    if not place.remote and not Path(run.output).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise ConfigError(
             f"output: {run.output!r} is relative, and a Ray job runs in a temporary copy that is deleted; "
             "give an absolute path, as in --output /data/run1"
         )
-    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not parent.is_dir():
-        raise ConfigError(f"output: {str(parent)!r} is a file; give a directory")
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"output: {str(parent)!r} is not writable; give a directory that is")
+    place.check()
+    return place
 
 
 def prepare(run: Run, base_dir: Path) -> Prepared:
@@ -108,11 +118,10 @@ def prepare(run: Run, base_dir: Path) -> Prepared:
 
     Raises ConfigError, for an output of another fingerprint or a live owner too.
     """
-    check_output(run)
-    output = Path(run.output).absolute()
+    output = check_output(run)
     before = manifest.read_run(output)
     run = _pin(run, before["config"] if before else {})
-    located = check(run, base_dir)
+    located = _check_rest(run, base_dir)
     if before:
         columns = before["columns"]
     else:
@@ -120,9 +129,9 @@ def prepare(run: Run, base_dir: Path) -> Prepared:
     prepared = Prepared(run, located, base_dir, output, fingerprint.components(run, located, base_dir), columns)
     if before:
         manifest.check_resume(before, prepared.record())
-    owner = lease.read_owner(output)
-    if owner is not None and owner.alive():
-        raise ConfigError(f"output: {output} is owned by a live run ({owner}); wait for it, or stop it")
+    for owner in lease.read_owners(output):
+        if owner.alive():
+            raise ConfigError(f"output: {output} is owned by a live run ({owner}); wait for it, or stop it")
     return prepared
 
 

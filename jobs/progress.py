@@ -8,18 +8,19 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from actors.figures import Figures, share
+from actors.figures import Figures, seconds_left, share
 from aisp_dist import prompts
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.place import Place
 
 _PLAIN, _TERMINAL = 5.0, 0.5  # seconds between updates
+_REMOTE = 60.0  # seconds between lines of metrics.jsonl where each is a copy of the whole
 
 
 class Total:
@@ -31,15 +32,16 @@ class Total:
 
     def _count(self, run: Run) -> None:
         with suppress(ConfigError):  # the run itself says what is wrong with the input
-            self.value = sum(1 for _ in prompts.read(run.prompts))
+            self.value = prompts.count(run.prompts)
 
 
 class Progress:
     """Takes the coordinator's counts as they come. `with Progress(...) as progress: session.relabel(..., progress)`."""
 
-    def __init__(self, output: Path, run: Run, title: str = "", shard: tuple[int, int] = (0, 1)) -> None:
-        self.metrics, self.counted, self.title = output / "metrics.jsonl", Total(run), title
+    def __init__(self, output: Place, run: Run, title: str = "", shard: tuple[int, int] = (0, 1)) -> None:
+        self.output, self.counted, self.title = output, Total(run), title
         self.rows_per_file, self.shard = run.save.rows_per_file, shard
+        self.samples_each = run.method.num_samples * run.method.num_iterations + 1  # the base answer is one
         self.began = self.shown = self.logged = time.monotonic()
         self.now: Figures | None = None
         self.bar: Bar | None = None
@@ -67,7 +69,7 @@ class Progress:
                 say(self.line(now))
             else:
                 self.bar.update(self.task, completed=now.finished, total=self.total, description=self.line(now))
-        if time_now - self.logged >= _PLAIN:
+        if time_now - self.logged >= (_REMOTE if self.output.remote else _PLAIN):
             self.logged = time_now
             self._log(now)
 
@@ -75,8 +77,10 @@ class Progress:
         left = self.seconds_left(now)
         entry = {"time": time.time(), "seconds": self.seconds, "total": self.total, "seconds_left": left}
         entry |= now.json()
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            self.output.append("metrics.jsonl", f"{json.dumps(entry)}\n".encode())
+        except OSError as error:  # the rows do not wait for it
+            say(f"cannot write metrics.jsonl: {error}")
 
     @property
     def total(self) -> int | None:
@@ -88,9 +92,7 @@ class Progress:
         return time.monotonic() - self.began
 
     def seconds_left(self, now: Figures) -> float | None:
-        """None while nothing is finished, or the input is not counted yet."""
-        total = self.total
-        return None if total is None or not now.fresh else (total - now.finished) * self.seconds / now.fresh
+        return seconds_left(now, now.samples / self.seconds, self.total, self.samples_each)
 
     @property
     def samples(self) -> int:
@@ -99,6 +101,8 @@ class Progress:
     def line(self, now: Figures) -> str:
         total, seconds = self.total, self.seconds
         parts = [f"{self.title}{now.finished}/{'?' if total is None else total} prompts"]
+        if not now.fresh:
+            parts.append(f"{now.in_flight} in flight")
         if left := self.seconds_left(now):
             parts.append(f"{timedelta(seconds=round(left))} left")
         parts += [f"{now.samples / seconds:.0f} samples/s", f"{now.tokens / seconds:.0f} tokens/s"]
@@ -106,7 +110,8 @@ class Progress:
             parts.append(f"reward {now.reward_gain:+.3g} over base")
         if idle := now.idle():
             parts.append("idle: " + " ".join(f"{role} {share:.0%}" for role, share in idle.items()))
-        counts = {"failed": now.failed, "quarantined": now.quarantined, "restarts": now.restarts}
+        restarts = "restart" if now.restarts == 1 else "restarts"
+        counts = {"failed": now.failed, "quarantined": now.quarantined, restarts: now.restarts}
         parts += [f"{count} {name}" for name, count in counts.items() if count]
         return ", ".join(parts)
 

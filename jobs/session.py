@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from actors.coordinator import Table
 from actors.figures import Figures, share
 from aisp_dist import lease, manifest
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.place import Place
 from jobs.cli import Exit
 from jobs.prepare import Prepared
 from jobs.progress import Progress
@@ -62,8 +64,10 @@ class Session:
         try:
             self.groups = placement.plan(self.prepared.run, ray.cluster_resources(), len(self.shards))
             for g in self.groups:
-                many = f"{g.replicas} actor{'s' * (g.replicas > 1)}"
-                self.say(f"{g.role}: {many} with {g.num_cpus:g} CPU, {g.num_gpus:g} GPU each")
+                role = g.role if g.role == "generator" else f"scorer-{g.role}"
+                each = f"{g.num_cpus:g} CPU, {g.num_gpus:g} GPU each"
+                self.say(f"{role}: {g.replicas} actor{'s' * (g.replicas > 1)} with {each}")
+            self.say(f"loading models, for at most {self.prepared.run.runtime.timeouts.startup:g} s")
             for i, loading in enumerate([self._start(i) for i in range(len(self.shards))]):
                 self._up(i, loading)
         except BaseException:
@@ -85,7 +89,7 @@ class Session:
         """Fill one output: take it, describe it, run, and leave it resumable. Raises Exit, ConfigError."""
         from actors.cluster import differing_nodes
 
-        with lease.Lease.take(prepared.output, say=self.say).beating() as mine:
+        with lease.Lease.take(prepared.output, say=self.say, shard=self.owned).beating() as mine:
             if nodes := differing_nodes(mine):
                 raise ConfigError(
                     f"output: {prepared.output} is not the same place on {', '.join(nodes)} as here; give a directory "
@@ -93,6 +97,18 @@ class Session:
                 )
             manifest.write_run(prepared.output, prepared.record())
             self._fill([replace(table, lease=mine, shard=shard) for shard in self.shards], progress)
+
+    def trial(self, table: Table, prompts: int) -> tuple[Figures, float, int]:
+        """Search the first prompts for real, into a directory that is gone afterwards: figures, seconds, bytes."""
+        with tempfile.TemporaryDirectory(prefix="aisp-trial-") as folder:
+            output = Place.at(folder)
+            few = table.run.prompts.model_copy(update={"limit": min(prompts, table.run.prompts.limit or prompts)})
+            run = table.run.model_copy(update={"output": folder, "prompts": few})
+            with lease.Lease.take(output).beating() as mine, Progress(output, run, "trial: ") as progress:
+                manifest.write_run(output, self.prepared.record())
+                self._fill([replace(table, run=run, output=output, lease=mine)], progress)
+            assert progress.now is not None
+            return progress.now, progress.seconds, sum(file.stat().st_size for file in Path(folder).glob("*/*.parquet"))
 
     def _fill(self, tables: Sequence[Table], progress: Progress) -> None:
         """Every shard to its end. A coordinator that dies or freezes is started again from what is written."""
@@ -142,7 +158,10 @@ class Session:
 
         if shard not in asked:
             total = share(progress.counted.value, self.prepared.run.save.rows_per_file, self.shards[shard])
-            asked[shard] = self.coordinators[shard].progress.remote(total), time.monotonic()
+            asked[shard] = (
+                self.coordinators[shard].progress.options(enable_task_events=False).remote(total),
+                time.monotonic(),
+            )
         call, since = asked[shard]
         if self._await([call], limit):
             del asked[shard]
@@ -161,6 +180,7 @@ class Session:
 
         from actors.cluster import start_pools
         from actors.coordinator import Coordinator, window
+        from actors.exporter import Exporter
 
         run = self.prepared.located
         again = f"-again-{self.starts}" if self.starts >= len(self.shards) else ""  # a dead one's name is free later
@@ -172,7 +192,7 @@ class Session:
             ray.get_runtime_context().get_node_id(), soft=True
         )  # rarely a spot machine
         options = {"name": name, "num_cpus": 0, "max_concurrency": 100, "scheduling_strategy": here}
-        self.coordinators[shard] = ray.remote(Coordinator).options(**options).remote(run, pools, None, name)
+        self.coordinators[shard] = ray.remote(Coordinator).options(**options).remote(run, pools, Exporter, name)
         return self.coordinators[shard].load.remote()
 
     def _up(self, shard: int, loading: Any) -> None:
@@ -258,21 +278,32 @@ def connect(run: Run, say: Callable[[str], None]) -> None:
         )
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    quiet = {"log_to_driver": True, "logging_level": "error", "namespace": f"aisp-{os.getpid()}"}
+    about = ray.job_config.JobConfig(metadata={"job_name": f"aisp {Path(run.output).name}", "output": run.output})
+    quiet = {"log_to_driver": True, "logging_level": "error", "namespace": f"aisp-{os.getpid()}", "job_config": about}
     if "RAY_ADDRESS" in os.environ:
         _reach(os.environ["RAY_ADDRESS"])
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # then the working directory has our modules
         here = Path(__file__).parent.parent
         modules = [] if in_job else [str(here / name) for name in ("aisp_dist", "actors", "jobs")]
-        ray.init(runtime_env={"py_modules": modules} if modules else None, **quiet)
+        _init(runtime_env={"py_modules": modules} if modules else None, **quiet)
         say(f"joined the Ray cluster at {os.environ['RAY_ADDRESS']}")
         return
     wanted = run.runtime.generators.replicas * run.runtime.generators.num_cpus
     wanted += sum(run.replicas(name).replicas * run.replicas(name).num_cpus for name in run.rewards)
     cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))  # Ray's CPUs are tokens; on one machine they may be shared
-    context = ray.init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
+    context = _init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
     board = f", dashboard at http://{context.dashboard_url}" if context.dashboard_url else ""
     say(f"started a local Ray with {cpus} CPU{board}")
+
+
+def _init(**options: Any) -> Any:
+    """ray.init, of which what goes wrong in starting or joining is one readable line. Raises Exit."""
+    import ray
+
+    try:
+        return ray.init(**options)
+    except Exception as error:
+        raise Exit(1, f"Ray did not start, or cannot be joined: {' '.join(str(error).split())[:500]}") from error
 
 
 def _reach(address: str) -> None:

@@ -5,30 +5,30 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from aisp_dist import verify
+from aisp_dist.place import Place
 from jobs import cli, settings
+
+OUTPUT = "output of a run: a directory, or s3://bucket/path with access from AWS's environment variables"
 
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("status", cli.VERBS["status"], config=False)
-    parse.add_argument("output", type=Path, help="output directory of a run")
+    parse.add_argument("output", help=OUTPUT)
     parse.add_argument("--json", action="store_true", help="as JSON")
     options = parse.parse_args(args)
-    now = verify.status(options.output)
+    now = verify.status(Place.at(options.output))
     if options.json:
         print(json.dumps(now, indent=2))
         return 0
     print(f"{now['done']} done, {now['failed']} failed in {now['parts']} parts; {now['staged']} more staged")
-    owner = now["owner"]
-    if owner is None:
+    for owner in now["owners"]:
+        lives = {True: "lives", False: "is dead: the same command resumes", None: "is on another machine"}
+        shard = "" if owner["shard"] == [0, 1] else "shard {} of {} ".format(*owner["shard"])
+        print(f"{shard}owned by process {owner['process']} on {owner['host']}, which {lives[owner['alive']]}")
+    if not now["owners"]:
         print("no run owns it")
-    else:
-        lives = {True: "lives", False: "is dead: the same command resumes", None: "is on another machine"}[
-            owner["alive"]
-        ]
-        print(f"owned by process {owner['process']} on {owner['host']}, which {lives}")
     if last := now["metrics"]:
         ago = time.time() - last["time"]
         total = "?" if last["total"] is None else last["total"]

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from aisp_dist import fingerprint, manifest, prompts, verify
 from aisp_dist.config import ConfigError
+from aisp_dist.place import Place
 from aisp_dist.records import Input
 from jobs import cli, settings
+from jobs.status import OUTPUT
 
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("verify", cli.VERBS["verify"], config=False)
-    parse.add_argument("output", type=Path, help="output directory of a run")
+    parse.add_argument("output", help=OUTPUT)
     parse.add_argument("--without-inputs", action="store_true", help="check the tables only, not against the prompts")
     options = parse.parse_args(args)
-    output = options.output.absolute()
+    output = Place.at(options.output)
     verdict = verify.verify(output, None if options.without_inputs else inputs(manifest.read_run(output)))
     for violation in verdict.violations:
         print(f"violation: {violation}")

@@ -9,6 +9,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if not Path("/dev/nvidiactl").exists():  # no GPU: Triton's kernels by its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,3 +22,13 @@ def real_data() -> Path:
     if not root or not (Path(root) / "data").is_dir():
         pytest.skip("AISP_TEST_DATA does not name a directory with data/ and models/")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A server of the S3 protocol."""
+    from s3 import Server
+
+    running = Server()
+    yield running
+    running.close()

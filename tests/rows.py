@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from aisp_dist.place import Place
 from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Iteration, Prompt, Result
 from aisp_dist.store import Store
 
@@ -74,7 +75,11 @@ def result(line: Input, fails: bool | None = None) -> Result:
     )
 
 
-def store(root: Path, rows_per_file: int = 4, **changes: Any) -> Store:
+def at(root: Path | Place) -> Place:
+    return root if isinstance(root, Place) else Place.at(root)
+
+
+def store(root: Path | Place, rows_per_file: int = 4, **changes: Any) -> Store:
     settings = dict(
         kind="chat",
         columns=COLUMNS,
@@ -85,10 +90,10 @@ def store(root: Path, rows_per_file: int = 4, **changes: Any) -> Store:
         trace=True,
         still_owner=lambda: True,
     )
-    return Store(root, rows_per_file, **(settings | changes))
+    return Store(at(root), rows_per_file, **(settings | changes))
 
 
-def write(root: Path, inputs: list[Input], rows_per_file: int = 4, **changes: Any) -> Path:
+def write(root: Path | Place, inputs: list[Input], rows_per_file: int = 4, **changes: Any) -> Path | Place:
     """A whole run, undisturbed."""
     rows = store(root, rows_per_file, **changes)
     for line in rows.plan(inputs):
@@ -97,10 +102,8 @@ def write(root: Path, inputs: list[Input], rows_per_file: int = 4, **changes: An
     return root
 
 
-def tables(root: Path) -> dict[str, bytes]:
+def tables(root: Path | Place) -> dict[str, bytes]:
     """All that a run has committed, by relative path."""
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for folder in ("data", "failed", "candidates")
-        for path in sorted((root / folder).glob("*"))
-    }
+    place = at(root)
+    names = [f"{table}/{name}" for table in ("data", "failed", "candidates") for name in place.names(table)]
+    return {name: place.read(name) for name in names}

@@ -9,6 +9,7 @@ import pytest
 from aisp_dist import comparison
 from aisp_dist.comparison import AISP, GAUSSIAN, SHUFFLED, TOP_P
 from aisp_dist.config import Aisp, BestOfN, Gaussian, Nucleus, Run
+from aisp_dist.place import Place
 
 
 def write(folder, rewards: dict[str, float], base=0.0, judge=1.0):
@@ -23,7 +24,7 @@ def write(folder, rewards: dict[str, float], base=0.0, judge=1.0):
     ]  # fmt: skip
     (folder / "data").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "data" / "part-000000.parquet")
-    return folder
+    return Place.at(folder)
 
 
 def test_paired_differences_are_over_the_prompts_that_every_arm_finished(tmp_path):

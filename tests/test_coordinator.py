@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import zlib
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from actors.pool import Pool
 from aisp_dist import manifest, prompts
 from aisp_dist.config import Run
 from aisp_dist.lease import Lease
+from aisp_dist.place import Place
 from aisp_dist.records import Rollout, Score, Trajectory
 from aisp_dist.verify import verify
 
@@ -106,9 +108,7 @@ def record(run):
 
 
 def run_path(run):
-    from pathlib import Path
-
-    return Path(run.output)
+    return Place.at(run.output)
 
 
 async def fill(run, shard, retry_failed=False, stop_after=None):
@@ -128,8 +128,8 @@ async def fill(run, shard, retry_failed=False, stop_after=None):
 
 
 def rows(run):
-    files = sorted(run_path(run).glob("*/part-*.parquet"))
-    return {str(f.relative_to(run_path(run))): pq.read_table(f).to_pylist() for f in files}
+    files = sorted(Path(run.output).glob("*/part-*.parquet"))
+    return {str(f.relative_to(run.output)): pq.read_table(f).to_pylist() for f in files}
 
 
 def undisturbed(tmp_path, **changes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from aisp_dist.config import ConfigError, Generator
+from aisp_dist import demo, rewards
+from aisp_dist.config import ConfigError, Generator, ModelReward
 from aisp_dist.engine import blocks, model
 from aisp_dist.engine.decode import Engine
 from aisp_dist.records import BASE_ITERATION, Round, Sampling
@@ -123,3 +125,16 @@ def test_rotary_angles_that_depend_on_other_rows() -> None:
         tiny.causal("phi3", head_dim=8, original_max_position_embeddings=64, rope_parameters=long), tiny.tokenizer()
     )
     assert lm.context_length == 64
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    shutil.copytree(demo.path("base"), tmp_path / "model")
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="generator.model"):
+        model.load(Generator(model=str(tmp_path / "model")))
+    shutil.copytree(demo.path("reward"), tmp_path / "reward")
+    file = next((tmp_path / "reward").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="rewards.main.*sequence classifier"):
+        rewards.load("main", ModelReward(model=str(tmp_path / "reward")), tmp_path)

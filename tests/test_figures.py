@@ -22,10 +22,10 @@ def test_shards_add_up_and_an_interval_is_a_difference():
 
 
 def test_gauges_know_what_is_not_known_yet():
-    empty = gauges(Figures(), Figures(), 5.0, None)
+    empty = gauges(Figures(), Figures(), 5.0, None, 16)
     assert empty["eta_seconds"] is None and empty["reward_gain"] is None and empty["generator_idle"] is None
-    now = gauges(A + B, B, 4.0, 16)
-    assert now["eta_seconds"] == pytest.approx((16 - 6) / (2 / 4)) and now["slot_utilisation"] == 0.75
+    now = gauges(A + B, B, 4.0, 16, 20)
+    assert now["eta_seconds"] == pytest.approx(((16 - 6 + 6) * 20 - 96) / (32 / 4)) and now["slot_utilisation"] == 0.75
 
 
 @pytest.mark.parametrize("total", [0, 1, 6, 7, 20, 21, 22])

@@ -10,6 +10,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_a_query_names_only_what_is_exported(title, query):
 def test_its_variables_are_declared_and_what_is_exported_is_shown():
     text = " ".join(query for _, query in QUERIES)
     declared = [variable["name"] for variable in BOARD["templating"]["list"]]
-    assert {"datasource", *re.findall(r"\$(\w+)", text)} == set(declared)
+    assert {"datasource", *re.findall(r"\$(\w+)", text)} == {"__rate_interval", *declared}
     for variable in BOARD["templating"]["list"]:
         if variable["type"] == "query":
             assert re.search(r"label_values\((\w+)", variable["query"])[1] in LABELS
@@ -104,8 +105,6 @@ NOW = {"in_flight": 8, "queued_rounds": 4, "queued_scores": 1, "generators_alive
 
 def results():
     """Three that are done, with gains 0, 1.25 and 2.5, and one that failed."""
-    from dataclasses import replace
-
     done = [r for r in map(rows.result, rows.prompts(20)) if isinstance(r, Done) and r.quarantined][:3]
     for gain, r in zip((-1.0, 1.25, 2.5), done, strict=True):
         trace = (*r.trace[:-1], replace(r.trace[-1], kl=700.0))
@@ -140,6 +139,13 @@ def watched(tmp_path, monkeypatch):
             stderr=subprocess.DEVNULL,
         )
 
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://{at}/-/ready", timeout=10).close()
+                break
+            except OSError:  # not up yet
+                time.sleep(0.1)
+
         def ask(query: str) -> list[float]:
             url = f"http://{at}/api/v1/query?" + urllib.parse.urlencode({"query": query})
             with urllib.request.urlopen(url, timeout=10) as page:  # HTTP 400 for what does not parse
@@ -164,7 +170,7 @@ def test_prometheus_answers_every_panel(watched, tmp_path):
     exporter.event.remote("restart", "generator-0")
     exporter.event.remote("retry", "generator-0")
     exporter.event.remote("retry", "generator-0")
-    values = {"$run": "abc123", "$shard": ".*", "$window": "1m"}
+    values = {"$run": "abc123", "$shard": ".*", "$window": "1m", "$__rate_interval": "1m"}
     wrong = ["nothing was asked"]
     for _ in range(120):
         for result in results():
@@ -177,10 +183,7 @@ def test_prometheus_answers_every_panel(watched, tmp_path):
         wrong = []
         for panel in PANELS:
             for target, (low, high) in zip(panel["targets"], PLAUSIBLE[panel["title"]], strict=True):
-                try:
-                    answer = ask(re.sub(r"\$\w+", lambda name: values[name[0]], target["expr"]))
-                except ConnectionError:  # not up yet
-                    answer = []
+                answer = ask(re.sub(r"\$\w+", lambda name: values[name[0]], target["expr"]))
                 print(panel["title"], target.get("legendFormat"), answer)
                 if not answer or not all(low * (1 - 1e-6) <= value <= high * (1 + 1e-6) for value in answer):
                     wrong.append((panel["title"], target["expr"], answer))

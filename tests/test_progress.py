@@ -11,6 +11,7 @@ import pytest
 
 from actors.figures import Figures
 from aisp_dist.config import Run
+from aisp_dist.place import Place
 from jobs import progress
 
 
@@ -25,15 +26,16 @@ def run(tmp_path):
 
 def test_plain_lines_and_metrics(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "_PLAIN", 0.0)
-    with progress.Progress(tmp_path, run) as shown:
+    with progress.Progress(Place.at(tmp_path), run) as shown:
         while shown.total is None:
             time.sleep(0.001)
         shown(Figures(done=1))  # resumed: one was done before this command
         now = Figures(done=2, failed=1, fresh=2, samples=64, tokens=900, gain=1.0, gains=2, restarts=1)
         shown(now)
-        assert shown.seconds_left(now) == pytest.approx(shown.seconds / 2, rel=0.5), "one is left, two took this long"
+        left = shown.seconds_left(now) * 64 / shown.seconds
+        assert left == pytest.approx(3 * shown.samples_each - 64, rel=0.5), "samples of three prompts, 64 of them drawn"
     last = capsys.readouterr().err.splitlines()[-1]
-    for part in ("3/4 prompts", "left", "samples/s", "tokens/s", "reward +0.5 over base", "1 failed", "1 restarts"):
+    for part in ("3/4 prompts", "left", "samples/s", "tokens/s", "reward +0.5 over base", "1 failed", "1 restart"):
         assert part in last
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert entries[-1]["done"] == 2 and entries[-1]["total"] == 4
@@ -47,7 +49,7 @@ def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "_TERMINAL", 0.0)
-    with progress.Progress(tmp_path, run, title="aisp: ") as shown:
+    with progress.Progress(Place.at(tmp_path), run, title="aisp: ") as shown:
         shown(Figures())
         shown(Figures(done=3, samples=7))
     assert "aisp: 3/" in terminal.getvalue()

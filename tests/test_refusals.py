@@ -10,6 +10,7 @@ import yaml
 
 from aisp_dist import manifest
 from aisp_dist.lease import Lease
+from aisp_dist.place import Place
 from jobs import cli, prepare, settings
 
 CONFIG = {
@@ -61,7 +62,15 @@ def refused(capsys, *args: str) -> str:
         (["--rewards", '{"m": {"kind": "model", "model": "./nowhere"}}'], "rewards.m.model"),
         (["--output", "run.yaml"], "is a file"),
         (["--output", "run.yaml/sub"], "is a file"),
-        (["--output", "s3://bucket/out"], "only local paths"),
+        (["--output", "gs://bucket/out"], "output: gs:// is not implemented; give a local directory, or s3://"),
+        (["--output", "s3://bucket"], "not of the form s3://bucket/path"),
+        (
+            ["--output", "s3://bucket/x", "--runtime.storage_options.endpoint_override", "127.0.0.1:1"],
+            "cannot write to",
+        ),
+        (["--runtime.storage_options.colour", "red"], "--runtime.storage_options.colour"),
+        (["--runtime.storage_options.access_key", "id"], "access_key and secret_key come together"),
+        (["--runtime.shards", "0"], "runtime.shards"),
         (["--config", "missing.yaml"], "missing.yaml"),
     ],
 )
@@ -100,7 +109,7 @@ def refused_with_output(capsys, *args):
 
 
 def test_an_output_of_another_fingerprint_names_the_keys(project, capsys):
-    manifest.write_run(project / "out", prepared(project).record())
+    manifest.write_run(Place.at(project / "out"), prepared(project).record())
     said = refused_with_output(capsys, "--method.sigma2", "0.9", "--seed", "4")
     assert "method.sigma2" in said and "seed" in said
     (project / "rewards.py").write_text("def words(completions, **_):\n    return [2.0 for _ in completions]\n")
@@ -108,13 +117,13 @@ def test_an_output_of_another_fingerprint_names_the_keys(project, capsys):
 
 
 def test_other_part_sizes_are_refused(project, capsys):
-    manifest.write_run(project / "out", prepared(project).record())
+    manifest.write_run(Place.at(project / "out"), prepared(project).record())
     assert "save.rows_per_file: 7" in refused_with_output(capsys, "--save.rows_per_file", "7")
 
 
 def test_an_output_that_a_live_run_owns(project, capsys):
-    manifest.write_run(project / "out", prepared(project).record())
-    lease = Lease.take(project / "out")
+    manifest.write_run(Place.at(project / "out"), prepared(project).record())
+    lease = Lease.take(Place.at(project / "out"))
     assert "is owned by a live run" in refused_with_output(capsys)
     lease.release()
 

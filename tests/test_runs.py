@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray_head
 import tiny
 import yaml
 
@@ -54,36 +53,9 @@ QUESTIONS = ["How do I train a puppy?", "Is coffee good?", "What is a bicycle fo
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A head node of our own, as `ray start --head` makes it; commands join it through RAY_ADDRESS."""
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray = str(Path(sys.executable).with_name("ray"))
-    temp = tmp_path_factory.mktemp("ray", numbered=False)
-    start = [
-        ray,
-        "start",
-        "--head",
-        "--port=0",
-        "--num-cpus=8",
-        "--dashboard-port=0",
-        "--include-dashboard=true",
-        "--object-store-memory=200000000",
-        f"--temp-dir={temp}",
-    ]
-    before = {p.pid for p in psutil.process_iter()}
-    done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    address = (temp / "ray_current_cluster").read_text().strip()
-    yield env | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
-    for process in psutil.process_iter():
-        if process.pid not in before and any("ray" in word for word in _command(process)):  # not all name `temp`
-            process.kill()
-
-
-def _command(process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+    """A head node of our own; commands join it through RAY_ADDRESS."""
+    with ray_head.started(tmp_path_factory.mktemp("ray", numbered=False)) as env:
+        yield env | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture

@@ -6,23 +6,28 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
+import killing
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from killing import killed_after
-from rows import prompt, prompts, result, store, tables, write
+from rows import at, prompt, prompts, result, store, tables, write
 
 from aisp_dist import schema, segments
 from aisp_dist.config import ConfigError
 from aisp_dist.lease import LeaseLost
+from aisp_dist.place import Place
 from aisp_dist.records import BadInput, Prompt
 from aisp_dist.store import Unfinished
 
@@ -61,38 +66,62 @@ def quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def test_a_kill_before_any_change_of_any_file_loses_and_doubles_nothing(tmp_path):
-    want = tables(write(tmp_path / "want", prompts(7)))
+@dataclass(frozen=True)
+class Home:
+    """Where outputs are put, and how a process dies there: `killed_after(n)`, before its change number n."""
+
+    base: Place
+    killed_after: Callable[[float], AbstractContextManager[list[bool]]]
+    count: int  # of prompts, as many as there is time for
+    step: int  # between the changes to die at
+
+    def __truediv__(self, name) -> Place:
+        return self.base / str(name)
+
+
+@pytest.fixture(params=["local", "s3"])
+def home(request, tmp_path):
+    if request.param == "local":
+        return Home(at(tmp_path), killing.killed_after, 7, 1)
+    server = request.getfixturevalue("server")
+    return Home(server.place(), server.killed_after, 4, 3)
+
+
+def test_a_kill_before_any_change_of_any_file_loses_and_doubles_nothing(home):
+    want = tables(write(home / "want", prompts(home.count)))
     for changes in itertools.count():
-        root, kept = tmp_path / str(changes), set()
-        with killed_after(changes) as died:
-            run(root, prompts(7), durable=kept)
+        root, kept = home / changes, set()
+        with home.killed_after(changes) as died:
+            run(root, prompts(home.count), durable=kept)
         assert_parts_are_whole(root)
-        again = run(root, prompts(7))
+        again = run(root, prompts(home.count))
         assert tables(root) == want, changes
         assert not kept & set(again), f"{changes}: finished rows were computed again"
-        assert not list((root / ".staging").iterdir())
+        root.collect()
+        assert root.names(".staging") in ([], ["lock"])
         if not died:
             break
-    assert changes > 35 and again == []
+    assert changes > 6 and again == []
 
 
 def assert_parts_are_whole(root):
     """A reader who finds data/part-k finds beside it all that belongs to it."""
-    for path in root.glob("data/part-*"):
-        start, end = (int(pq.read_metadata(path).metadata[b"aisp." + name]) for name in (b"start", b"end"))
-        beside = [root / table / path.name for table in ("data", "failed", "candidates")]
-        done, failed, kept = ([] if not p.exists() else pq.read_table(p)["source_index"].to_pylist() for p in beside)
+    found = {name: pq.ParquetFile(pa.BufferReader(data)) for name, data in tables(root).items()}
+    for part in root.names("data"):
+        names = [f"{table}/{part}" for table in ("data", "failed", "candidates")]
+        start, end = (int(found[names[0]].metadata.metadata[b"aisp." + name]) for name in (b"start", b"end"))
+        done, failed, kept = (found[n].read()["source_index"].to_pylist() if n in found else [] for n in names)
         assert sorted(done + failed) == list(range(start, end)) and kept == done
 
 
-def test_a_kill_while_a_part_is_extended_and_its_failed_rows_are_retried(tmp_path):
-    want = tables(answer_all(tmp_path / "want", 7))
-    before = write(tmp_path / "before", prompts(6))
-    for changes in itertools.count():
-        root, kept = tmp_path / str(changes), set()
-        shutil.copytree(before, root)
-        with killed_after(changes) as died:
+def test_a_kill_while_a_part_is_extended_and_its_failed_rows_are_retried(home):
+    want = tables(answer_all(home / "want", 7))
+    before = tables(write(home / "before", prompts(6)))
+    for changes in itertools.count(step=home.step):
+        root, kept = home / changes, set()
+        for name, data in before.items():
+            root.write(name, data)
+        with home.killed_after(changes) as died:
             run(root, prompts(7), answered, retry=True, durable=kept)
         good = {n for n in range(6) if n not in (3, 5)}
         assert not good & set(run(root, prompts(7), answered)), f"{changes}: a done row was computed again"
@@ -101,7 +130,7 @@ def test_a_kill_while_a_part_is_extended_and_its_failed_rows_are_retried(tmp_pat
         assert not kept & set(last) - {5}, f"{changes}: a retried row that succeeded was computed again"
         if not died:
             break
-    assert changes > 25
+    assert changes > 10
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -115,7 +144,7 @@ def test_random_orders_kills_limits_and_retries_end_in_the_same_bytes(tmp_path, 
         return rng.sample(chunk, len(chunk))
 
     for _ in range(15):
-        with killed_after(rng.randrange(60)) as died:
+        with killed_after(rng.randrange(40)) as died:
             run(
                 root,
                 prompts(limit),
@@ -191,6 +220,41 @@ def test_rows_are_the_same_whatever_thread_and_order_answers_come_in(tmp_path):
     assert tables(tmp_path / "out") == want
 
 
+def test_the_stores_of_all_shards_together_write_what_one_store_does(home):
+    """Two at a time, each of every second part; then three, of an extended input with another division."""
+    want = tables(write(home / "want", prompts(home.count + 2), rows_per_file=2))
+    root = home / "out"
+    for count, shards in ((home.count, 2), (home.count + 2, 3)):
+        threads = [
+            threading.Thread(target=run, args=(root, prompts(count)), kwargs={"rows_per_file": 2, "shard": (i, shards)})
+            for i in range(shards)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert tables(root) == want
+    assert root.read("README.md") == (home / "want").read("README.md")
+
+
+def test_a_shard_opens_counts_and_checks_its_own_parts_alone(tmp_path):
+    write(tmp_path, prompts(9), rows_per_file=2)
+    (tmp_path / "data/part-000001.parquet").write_bytes(b"damaged")
+    rows = store(tmp_path, 2, shard=(0, 2))
+    assert list(rows.plan(changed(2, 10))) == [prompt(9)]  # line 2 is of part 1
+    assert rows.counts() == (6, 4, 1, 5)
+    with pytest.raises(ValueError, match="never planned"):
+        rows.add(result(prompt(2)))
+    rows.add(result(prompt(9)))
+    rows.finish()
+    with pytest.raises(ConfigError, match="damaged"):
+        list(store(tmp_path, 2, shard=(1, 2)).plan(prompts(10)))
+    idle = store(tmp_path / "none", 2, shard=(3, 4))
+    assert list(idle.plan(prompts(5))) == list(idle.plan([])) == []
+    idle.finish()
+    assert idle.counts() == (0, 0, 0, 0) and tables(tmp_path / "none") == {}
+
+
 def test_a_second_answer_to_the_same_prompt_changes_nothing(tmp_path):
     want = tables(write(tmp_path / "want", prompts(6)))
     rows = store(tmp_path / "out")
@@ -251,7 +315,8 @@ def test_a_damaged_segment_is_computed_again(tmp_path, damage, caplog):
         rows.add(result(line))
         if line.source_index == 3:
             rows.flush()  # the last there is: the process dies here
-    (segment,) = segments.paths(root, 0)
+    (name,) = segments.names(at(root), 0)
+    segment = root / segments.folder(0) / name
     segment.write_bytes(damage(segment.read_bytes()))
     assert run(root, prompts(6), rows_per_file=50) == list(range(6))
     assert "checksum" in caplog.text
@@ -265,7 +330,7 @@ def test_a_segment_that_decays_during_the_run_leaves_its_rows_to_the_next_run(tm
         rows.add(result(line))
         if line.source_index == 1:
             rows.flush()
-            segments.paths(root, 0)[0].write_bytes(b"")
+            (root / segments.folder(0) / segments.names(at(root), 0)[0]).write_bytes(b"")
     with pytest.raises(Unfinished, match="2 inputs have no row, first line 0"):
         rows.finish()
     assert rows.counts()[1:] == (1, 1, 0)  # line 3 is the failed one
@@ -352,30 +417,32 @@ def test_staging_of_another_run_is_refused(tmp_path):
         list(store(tmp_path, fingerprint="0000").plan(prompts(2)))
 
 
-@pytest.mark.parametrize("answers", range(3))
-def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lost(tmp_path, answers):
-    """The lease goes to another run after the orphan's first, second, third question; the other then ends the work."""
-    root, asked = tmp_path / "out", itertools.count()
+@pytest.mark.parametrize("answers", range(5))
+def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lost(home, answers):
+    """The lease goes to another run after the orphan's first, second, ... question; the other then ends the work. The
+    orphan asks before it stages, before each of the three tables, and before it tidies up."""
+    root, asked = home / "out", itertools.count()
     orphan = store(root, still_owner=lambda: next(asked) < answers)
     for line in orphan.plan(prompts(4)):
         orphan.add(result(line))
     with pytest.raises(LeaseLost, match="another run has taken"):
         orphan.flush()
-    assert len(segments.paths(root, 0)) == (answers > 0)
-    assert (root / "data").exists() == (answers > 1)
+    assert len(segments.names(at(root), 0)) == (answers > 0)
+    written = [table for table in ("candidates", "failed", "data") if root.names(table)]
+    assert written == ["candidates", "failed", "data"][: max(0, answers - 1)]
     assert run(root, prompts(4)) == ([] if answers else [0, 1, 2, 3])
     with pytest.raises(LeaseLost):
         orphan.flush()
-    assert tables(root) == tables(write(tmp_path / "want", prompts(4)))
+    assert tables(root) == tables(write(home / "want", prompts(4)))
 
 
 def test_two_owners_that_stage_at_one_moment_do_not_overwrite_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(segments, "paths", lambda root, part: [])  # both look before either has written
+    monkeypatch.setattr(segments, "names", lambda place, part: [])  # both look before either has written
     rows = [segments.Finished(n, "", failed={"id": str(n), "source_index": n}) for n in (0, 1)]
     for owner, row in zip("ab", rows, strict=True):
-        segments.write(tmp_path, 0, owner, "f", schema.schemas("chat", {}), [row])
+        segments.write(at(tmp_path), 0, owner, "f", schema.schemas("chat", {}), [row])
     monkeypatch.undo()
-    assert [list(segment.digests) for segment in segments.read(tmp_path, 0)] == [[0], [1]]
+    assert [list(segment.digests) for segment in segments.read(at(tmp_path), 0)] == [[0], [1]]
 
 
 def test_save_settings_may_change_between_resumes(tmp_path):

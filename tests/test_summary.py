@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aisp_dist import manifest, summary
+from aisp_dist.place import Place
 
 
-def output(folder: Path, rows: list[dict]) -> Path:
+def output(folder: Path, rows: list[dict]) -> Place:
     rewards = {"a": {"use": "select"}, "b": {"use": "select"}, "judge": {"use": "report"}}
-    manifest.write_run(folder, {"config": {"rewards": rewards}})
+    manifest.write_run(Place.at(folder), {"config": {"rewards": rewards}})
     (folder / "data").mkdir()
     scores = pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()}))
     fields = {"reward": pa.float64(), "base_reward": pa.float64(), "rewards": scores, "base_rewards": scores,
@@ -21,7 +22,7 @@ def output(folder: Path, rows: list[dict]) -> Path:
     for part in range(2):
         table = pa.Table.from_pylist(rows[part::2], pa.schema(list(fields.items())))
         pq.write_table(table, folder / "data" / f"part-{part:06d}.parquet")
-    return folder
+    return Place.at(folder)
 
 
 def row(reward, base, judge, base_judge, name="x"):

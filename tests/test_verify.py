@@ -7,9 +7,9 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import prompts, result, store, write
+from rows import at, prompts, result, store, write
 
-from aisp_dist import manifest, parts
+from aisp_dist import manifest, parts, segments
 from aisp_dist.config import ConfigError
 from aisp_dist.lease import Lease
 from aisp_dist.verify import status, verify
@@ -19,7 +19,7 @@ RUN = {"fingerprint": "f" * 8, "run_id": "f" * 4, "rows_per_file": 4, "component
 
 @pytest.fixture(params=["chat", "raw"])
 def output(tmp_path, request):
-    manifest.write_run(tmp_path, RUN)
+    manifest.write_run(at(tmp_path), RUN)
     return write(tmp_path, prompts(10, request.param), kind=request.param)
 
 
@@ -37,8 +37,8 @@ def kind_of(output):
 
 
 def test_a_sound_output_has_no_violation(output):
-    verdict = verify(output, prompts(10, kind_of(output)))
-    assert verdict.violations == () and verify(output).violations == ()
+    verdict = verify(at(output), prompts(10, kind_of(output)))
+    assert verdict.violations == () and verify(at(output)).violations == ()
     assert (verdict.done, verdict.failed, verdict.staged, verdict.parts) == (8, 2, 0, 3)
 
 
@@ -69,7 +69,7 @@ DAMAGE = {
 def test_each_law_is_seen_broken(output, law):
     name, change = DAMAGE[law]
     edit(output / f"{name}.parquet", change)
-    violations = verify(output, prompts(10, kind_of(output))).violations
+    violations = verify(at(output), prompts(10, kind_of(output))).violations
     assert any(law in violation and name[-6:] in violation for violation in violations), violations
 
 
@@ -78,7 +78,7 @@ def test_files_that_are_missing_foreign_torn_or_of_another_commit_are_named(outp
     whole = (data / "part-000001.parquet").read_bytes()
 
     def found(*needles):
-        return all(any(needle in violation for violation in verify(output).violations) for needle in needles)
+        return all(any(needle in violation for violation in verify(at(output)).violations) for needle in needles)
 
     (data / "part-000001.parquet").unlink()
     assert found("data/part-000001: is missing")
@@ -99,55 +99,72 @@ def test_files_that_are_missing_foreign_torn_or_of_another_commit_are_named(outp
 
 def test_other_more_and_fewer_inputs_are_seen(output):
     kind = kind_of(output)
-    assert any("digest" in v for v in verify(output, [*prompts(9, kind), prompts(12, kind)[11]]).violations)
-    assert verify(output, prompts(11, kind)).violations == (
+    assert any("digest" in v for v in verify(at(output), [*prompts(9, kind), prompts(12, kind)[11]]).violations)
+    assert verify(at(output), prompts(11, kind)).violations == (
         "data/part-000002: unfinished: 1 inputs from line 10 on have no row",
     )
-    assert any("part-000003: is missing: 1 inputs" in v for v in verify(output, prompts(13, kind)).violations)
-    assert any("has rows of 2 inputs" in v for v in verify(output, prompts(9, kind)).violations)
-    assert any("part-000002: has rows of 2 inputs" in v for v in verify(output, prompts(8, kind)).violations)
+    assert any("part-000003: is missing: 1 inputs" in v for v in verify(at(output), prompts(13, kind)).violations)
+    assert any("has rows of 2 inputs" in v for v in verify(at(output), prompts(9, kind)).violations)
+    assert any("part-000002: has rows of 2 inputs" in v for v in verify(at(output), prompts(8, kind)).violations)
 
 
 def test_an_unfinished_run_is_counted_and_said(tmp_path):
-    manifest.write_run(tmp_path, RUN)
+    manifest.write_run(at(tmp_path), RUN)
     write(tmp_path, prompts(6))
     rows = store(tmp_path)
     for line in rows.plan(prompts(10)):
         if line.source_index != 8:
             rows.add(result(line))
     rows.flush()
-    verdict = verify(tmp_path, prompts(10))
+    verdict = verify(at(tmp_path), prompts(10))
     assert (verdict.done, verdict.failed, verdict.staged) == (6, 2, 1)
     assert "unfinished: 1 prompts of part 2 are staged; run the same command again" in verdict.violations
-    assert status(tmp_path) == {"done": 6, "failed": 2, "staged": 1, "parts": 2, "owner": None, "metrics": None}
+    assert status(at(tmp_path)) == {"done": 6, "failed": 2, "staged": 1, "parts": 2, "owners": [], "metrics": None}
+
+
+def test_rows_that_are_retried_are_not_counted_twice(tmp_path):
+    manifest.write_run(at(tmp_path), RUN)
+    write(tmp_path, prompts(4))
+    for again in (False, True):  # staged twice over: the first attempt was killed
+        rows = store(tmp_path)
+        (line,) = store(tmp_path).plan(prompts(4), retry_failed=True)
+        segment = segments.Finished(3, line.digest, failed=rows._finished(result(line)).failed)
+        segments.write(at(tmp_path), 0, f"{again}", "f" * 8, rows._schemas, [segment])
+    seen = status(at(tmp_path))
+    assert (seen["done"], seen["failed"], seen["staged"]) == (3, 1, 0)
 
 
 def test_status_names_the_owner_and_the_last_whole_metrics_line(output):
-    lease = Lease.take(output)
+    lease = Lease.take(at(output))
     (output / "metrics.jsonl").write_text('{"done": 1}\n{"done": 2}\n{"do')
-    seen = status(output)
-    assert seen["owner"]["alive"] is True and seen["metrics"] == {"done": 2}
+    seen = status(at(output))
+    assert [(owner["alive"], owner["shard"]) for owner in seen["owners"]] == [(True, [0, 1])] and seen["metrics"] == {
+        "done": 2
+    }
     lease.release()
-    assert status(output)["owner"] is None
+    assert status(at(output))["owners"] == []
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
     for look in (verify, status):
         with pytest.raises(ConfigError, match=r"no run\.json"):
-            look(tmp_path)
+            look(at(tmp_path))
 
 
 def test_run_json_comes_back_and_is_replaced_whole(tmp_path):
-    assert manifest.read_run(tmp_path) is None
-    manifest.write_run(tmp_path, RUN)
-    assert manifest.read_run(tmp_path) == RUN
-    manifest.write_run(tmp_path, RUN | {"run_id": "é"})
-    assert manifest.read_run(tmp_path)["run_id"] == "é"
+    assert manifest.read_run(at(tmp_path)) is None
+    manifest.write_run(at(tmp_path), RUN)
+    assert manifest.read_run(at(tmp_path)) == RUN
+    manifest.write_run(at(tmp_path), RUN | {"run_id": "é"})
+    assert manifest.read_run(at(tmp_path))["run_id"] == "é"
     assert (tmp_path / "config.yaml").read_text() == "output: o\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.json"]
+    assert at(tmp_path).names("") == [".staging", "config.yaml", "run.json"]
+    with pytest.raises(ConfigError, match="differs in seed"):
+        manifest.write_run(at(tmp_path), RUN | {"fingerprint": "0", "components": {"seed": 1}})
+    assert manifest.read_run(at(tmp_path))["fingerprint"] == RUN["fingerprint"]
     (tmp_path / "run.json").write_text(json.dumps(RUN)[:20])
     with pytest.raises(ConfigError, match="is not JSON"):
-        manifest.read_run(tmp_path)
+        manifest.read_run(at(tmp_path))
 
 
 def test_a_resume_with_other_settings_is_refused_and_names_the_keys():

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 _PREFILL = 1 << 17  # tokens of one call of generate, whose prompts are all repeated: what a large GPU has room for
 
@@ -45,21 +45,18 @@ def generate(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -> Token
 
 
 @torch.inference_mode()
-def repeated(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor, static: bool) -> Tokens:
-    """The fair one: every prompt prefilled once, its KV repeated for its samples, one greedy loop over all rows. A
-    static cache is written in place; a dynamic one is copied at every step."""
+def repeated_static(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -> Tokens:
+    """The fair one: every prompt prefilled once, its KV repeated for its samples, one greedy loop over all rows on a
+    cache that is written in place."""
     (rows, steps, _), length = v_BTD.shape, prompts_PL.shape[1]
     samples = rows // len(prompts_PL)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    cache = StaticCache(model.config, max_cache_len=length + steps) if static else DynamicCache(config=model.config)
+    cache = StaticCache(model.config, max_cache_len=length + steps)
     z_BD = decoder(input_ids=prompts_PL, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
     z_BD = z_BD.repeat_interleave(samples, dim=0)
-    if static:
-        for layer in cache.layers:
-            layer.keys, layer.values = (x.repeat_interleave(samples, dim=0) for x in (layer.keys, layer.values))
-            layer.batch_size = rows
-    else:
-        cache.batch_repeat_interleave(samples)
+    for layer in cache.layers:
+        layer.keys, layer.values = (x.repeat_interleave(samples, dim=0) for x in (layer.keys, layer.values))
+        layer.batch_size = rows
     chosen: list[torch.Tensor] = []
     for t in range(steps):
         if t:
@@ -71,23 +68,20 @@ def repeated(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor, static: 
     return tokens
 
 
-def sampling(model: Any, dtype: str, rows: int, positions: int) -> Peer | str:
-    """vLLM with its prefix cache on, sampling without our noise; written to its documentation and never run here.
-    model: a checkpoint, or a config to fill with random weights. Where it is not installed, says so."""
+def sampling(twin: Any, dtype: str, rows: int, positions: int) -> Peer | str:
+    """vLLM with its prefix cache on and random weights in the twin's shapes, sampling without our noise; written to its
+    documentation and never run here. Where it is not installed, says so."""
     if importlib.util.find_spec("vllm") is None:
         return "not measured: vllm is not installed"
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     vllm = importlib.import_module("vllm")
-
+    twin.config.architectures = [type(twin).__name__]  # a made config says none
     with tempfile.TemporaryDirectory() as folder:
-        weights = "auto"
-        if not isinstance(model, str):
-            model.save_pretrained(folder)
-            model, weights = folder, "dummy"
+        twin.config.save_pretrained(folder)
         llm = vllm.LLM(
-            model=model,
+            model=folder,
             dtype=dtype,
-            load_format=weights,
+            load_format="dummy",
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
             max_num_seqs=rows,

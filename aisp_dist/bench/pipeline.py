@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from aisp_dist import rewards
 from aisp_dist.align import align
-from aisp_dist.bench import command, paired, shapes
+from aisp_dist.bench import paired, shapes
 from aisp_dist.bench.workload import SAMPLING, warm
-from aisp_dist.config import Aisp, ConfigError, Generator, ModelReward, Run
+from aisp_dist.config import Aisp, Generator, ModelReward, Run
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.model import load
@@ -60,10 +59,9 @@ class Requests:
 
 def measure(options: Namespace) -> dict[str, Any]:
     device, machine = paired.place(options.device, options.threads)
-    if bool(options.model) != bool(options.reward) or (options.model and options.shape):
-        raise ConfigError("--model and --reward go together and exclude --shape; give both of them, or --shape")
-    shape, dtype = options.shape or "llama:256/4/4k", options.dtype or "float32"
     rows = options.batch_rows or -(-options.prompts // 2) * options.samples  # the other prompts are being scored
+    shape, dtype = shapes.parse(options.shape), options.dtype
+    size = shape, options.prompt_tokens + options.new_tokens + 64, getattr(torch, dtype)
     found: list[dict[str, float]] = []
     one_process: dict[str, Any] = {"max_workers": 1, "mp_context": get_context("spawn")}
     with (
@@ -71,17 +69,14 @@ def measure(options: Namespace) -> dict[str, Any]:
         ProcessPoolExecutor(**one_process) as decoder,
         ProcessPoolExecutor(**one_process) as scorer,
     ):
-        generator, reward = options.model, options.reward
-        if not options.model:
-            size = shapes.parse(shape), options.prompt_tokens + options.new_tokens + 64, getattr(torch, dtype)
-            generator, reward = (shapes.save(Path(folder) / k, *size, k == "reward") for k in ("generator", "reward"))
+        generator, reward = (shapes.save(Path(folder) / k, *size, k == "reward") for k in ("generator", "reward"))
         run = Run(
             output="none",
             generator=Generator(model=generator, dtype=dtype, batch_rows=rows, max_new_tokens=options.new_tokens),
             rewards={"main": ModelReward(model=reward, dtype=dtype, batch_rows=options.samples)},
             method=Aisp(num_samples=options.samples, num_iterations=options.iterations),
         )
-        text, tokenizer = run.model_dump_json(by_alias=True), AutoTokenizer.from_pretrained(generator)
+        text, tokenizer = run.model_dump_json(by_alias=True), shapes.tokenizer(shape.vocab)
         for repetition in range(options.repeat):
             draw = torch.Generator().manual_seed(repetition)
             ids = torch.randint(len(tokenizer), (options.prompts, options.prompt_tokens), generator=draw).tolist()
@@ -89,8 +84,8 @@ def measure(options: Namespace) -> dict[str, Any]:
             task = Task(f"{repetition}", text, str(device), options.threads)
             found.append(_repetition(task, prompts, decoder, scorer))
             paired.say(f"  {found[-1]}")
-    work = {n: getattr(options, n) for n in ("prompt_tokens", "new_tokens", "samples", "prompts", "iterations")}
-    work |= {"model": options.model or shape, "dtype": dtype, "batch_rows": rows}
+    known = ("dtype", "prompt_tokens", "new_tokens", "samples", "prompts", "iterations")
+    work = {"model": options.shape, "batch_rows": rows, **{n: getattr(options, n) for n in known}}
     result = {name: paired.spread([one[name] for one in found]) for name in found[0]}
     return {**machine, **work, "agrees": result["agreement"]["min"] == 1, **result}
 
@@ -206,7 +201,3 @@ def _score_alone(task: Task, scores: Sequence[tuple[Prompt, Sequence[str]]]) -> 
     for prompt, responses in scores:
         _score(task, prompt, responses)
     return time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    command.main("pipeline")

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from aisp_dist.bench import command, paired, shapes
-from aisp_dist.config import ConfigError, ModelReward
+from aisp_dist.bench import paired, shapes
+from aisp_dist.config import ModelReward
+from aisp_dist.doctor import own_model
+from aisp_dist.doctor.scoring import forward
 from aisp_dist.records import Prompt
 from aisp_dist.rewards import model
 
@@ -23,16 +25,15 @@ AGREE = 1e-3  # |dr| in fp32
 
 def measure(options: Namespace) -> dict[str, Any]:
     device, machine = paired.place(options.device, options.threads)
-    name, dtype = options.dtype or "float32", getattr(torch, options.dtype or "float32")
-    if options.model and options.shape:
-        raise ConfigError("--model excludes --shape; leave one out")
+    shape, dtype = shapes.parse(options.shape), getattr(torch, options.dtype)
+    most = options.prompt_tokens + options.new_tokens + 64
     with tempfile.TemporaryDirectory() as folder:
-        shape, most = options.shape or "llama:512/8/16k", options.prompt_tokens + options.new_tokens + 64
-        where = options.model or shapes.save(Path(folder), shapes.parse(shape), most, dtype, classifier=True)
+        where = shapes.save(Path(folder), shape, most, dtype, classifier=True)
         rows = options.batch_rows or options.samples
-        ours = model.load("bench", ModelReward(model=where, dtype=name, max_tokens=most, batch_rows=rows), str(device))
-        twin = AutoModelForSequenceClassification.from_pretrained(where, num_labels=1, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        settings = ModelReward(model=where, dtype=options.dtype, max_tokens=most, batch_rows=rows)
+        ours = model.load("bench", settings, str(device))
+        twin = own_model(AutoModelForSequenceClassification, where, settings, device)
+    tokenizer = shapes.tokenizer(shape.vocab)
 
     def texts(seed: int, count: int, length: int) -> list[str]:
         ids = torch.randint(len(tokenizer), (count, length), generator=torch.Generator().manual_seed(seed))
@@ -70,24 +71,12 @@ def measure(options: Namespace) -> dict[str, Any]:
             ),
         }
     result["reward_range"] = max(map(max, expected["first"])) - min(map(min, expected["first"]))
-    agrees = name != "float32" or all(result[part]["max_difference"] <= AGREE for part in expected)
-    sizes = {n: getattr(options, n) for n in ("prompt_tokens", "new_tokens", "samples")}
-    return {**machine, "model": options.model or shape, "dtype": name, **sizes, "agrees": agrees, **result}
+    agrees = options.dtype != "float32" or all(result[part]["max_difference"] <= AGREE for part in expected)
+    sizes = {n: getattr(options, n) for n in ("dtype", "prompt_tokens", "new_tokens", "samples")}
+    return {**machine, "model": options.shape, **sizes, "agrees": agrees, **result}
 
 
-@torch.inference_mode()
-def _full(model: Any, tokenizer: Any, prompt: Prompt, responses: Sequence[str]) -> list[float]:
-    """Scores of all responses in one batch, padded on the right with a token that none of them holds: transformers
-    reads a score at the last token that is not the padding."""
+def _full(twin: Any, tokenizer: Any, prompt: Prompt, responses: Sequence[str]) -> list[float]:
+    """Scores of all responses in one batch, padded on the right."""
     chats = [[{"role": "user", "content": prompt.content}, {"role": "assistant", "content": r}] for r in responses]
-    ids = tokenizer.apply_chat_template(chats, return_dict=False)
-    pad = min(set(range(model.config.vocab_size)) - {token for row in ids for token in row})
-    model.config.pad_token_id = pad
-    width = max(map(len, ids))
-    padded = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=model.device)
-    scores: list[float] = model(padded, attention_mask=(padded != pad).long()).logits[:, 0].float().tolist()
-    return scores
-
-
-if __name__ == "__main__":
-    command.main("score")
+    return forward(twin, tokenizer.apply_chat_template(chats, return_dict=False))

@@ -42,68 +42,15 @@ class Pair:
     gap: float  # difference in quality, > 0
 
 
-QUESTIONS = {
-    "how": ("How do I {act}?", "What is the right way to {act}?", "Can you explain how to {act}?",
-            "How does one {act}?", "Please tell me the steps of {name}.", "I want to {act}. How should I go about it?"),
-    "why": ("Why should I {act}?", "What is good about {name}?", "Why do so many people enjoy {name}?",
-            "Give me a reason to {act}.", "What are the benefits of {name}?", "Why is {name} so popular?"),
-    "need": ("What do I need to {act}?", "Which things are necessary for {name}?", "What should I buy before {name}?",
-             "Please list the equipment for {name}.", "I plan to {act}. What should I get?",
-             "Which tools do I need for {name}?"),
-    "mistake": ("What is a common mistake in {name}?", "What should I avoid when I {act}?",
-                "What do beginners get wrong about {name}?", "Which error do people make when they {act}?",
-                "What must I not do if I want to {act}?", "Is there a typical mistake in {name}?"),
-    "problem": ("I try to {act}, but {my_problem}. What can I do?", "What helps in {name} when {my_problem}?",
-                "I have trouble with {name}: {my_problem}. Any advice?", "Why is it that {my_problem} when I {act}?",
-                "When I {act}, {my_problem}. How do I fix that?", "{my_problem} while I {act}. Please help."),
-    "time": ("How long does it take to {act}?", "How much time does {name} take?", "Is {name} quick or slow?",
-             "I want to {act}. How much time should I plan?", "How soon will I see results from {name}?",
-             "How many days or hours does {name} need?"),
-    "when": ("When should I {act}?", "What is the best time for {name}?", "When is {name} easiest?",
-             "Is there a good moment to {act}?", "Which time of the day or year suits {name}?",
-             "I want to {act}. When is the right time?"),
-    "compare": ("For {name}, should I choose {option_a} or {option_b}?", "I want to {act}. {option_a} or {option_b}?",
-                "What is the difference between {option_a} and {option_b} in {name}?",
-                "Which is better for {name}, {option_a} or {option_b}?",
-                "Compare {option_a} with {option_b} for {name}.", "Do you prefer {option_a} or {option_b} for {name}?"),
-    "start": ("How does a beginner start with {name}?", "I am new to {name}. Where do I begin?",
-              "What is the first step in {name}?", "I have never tried to {act}. How do I start?",
-              "What should I do first if I want to {act}?", "Give a beginner some advice about {name}."),
-    "worth": ("Is {name} worth the effort?", "Does it make sense to {act}?", "Should I really try to {act}?",
-              "Is it a good idea to {act}?", "Would you recommend {name}?",
-              "I am not sure about {name}. Is it worth it?"),
-}  # fmt: skip
+_PHRASES = tomllib.loads((Path(__file__).parent / "phrases.toml").read_text(encoding="utf-8"))
+QUESTIONS: dict[str, list[str]] = _PHRASES["questions"]  # by the kind of question
+MOVES: dict[str, list[str]] = _PHRASES["moves"]  # the fact asked for
+CURT: dict[str, str] = _PHRASES["curt"]
+CONTRADICTIONS: dict[str, str] = _PHRASES["contradictions"]
+EXAMPLES, OPENERS, CLOSERS, RUDE, EVASIVE = (
+    _PHRASES[name] for name in ("examples", "openers", "closers", "rude", "evasive")
+)
 KINDS = tuple(QUESTIONS)
-MOVES = {
-    "how": ("First, {s1}, then {s2}, and finally {s3}.", "There are three steps: {s1}, {s2}, and {s3}.",
-            "Start like this: {s1}. After that, {s2}. In the end, {s3}.",
-            "Step one: {s1}. Step two: {s2}. Step three: {s3}.", "To {act}, {s1}. Next, {s2}. Last, {s3}."),
-    "why": ("The best reason is that {why}.", "People love {name} because {why}.", "Above all, {why}.",
-            "It is a good thing to {act}, since {why}.", "The main benefit is simple: {why}."),
-    "need": ("You need {tools}.", "For {name} you should have {tools}.", "Get {tools}.",
-             "Have {tools} ready before you begin.", "The equipment is simple: {tools}."),
-    "mistake": ("The most common mistake is {mistake}; {remedy}.", "Many beginners fail by {mistake}, so {remedy}.",
-                "Avoid {mistake}. It is better to {remedy}.", "People often go wrong by {mistake}: {remedy}.",
-                "Watch out for {mistake}, and {remedy}."),
-    "problem": ("Usually {cause}, so {fix}.", "If {problem}, then {cause}. The answer: {fix}.",
-                "The cause is that {cause}. To solve it, {fix}.", "Most likely {cause}. In that case, {fix}.",
-                "This happens because {cause}, so {fix}."),
-    "time": ("It takes {time}.", "Plan {time} for {name}.", "Most people need {time}.", "You should expect {time}.",
-             "If you want to {act}, count on {time}."),
-    "when": ("The best time is {when}.", "It works best {when}.", "Try it {when}.", "I recommend doing it {when}.",
-             "You should {act} {when}."),
-    "compare": ("It depends on what you want: {difference}.", "Both are fine, but {difference}.",
-                "In short, {difference}.", "The difference is that {difference}.", "Keep in mind that {difference}."),
-    "start": ("Begin with {tools}, and {s1}.", "At first you only need {tools}; then {s1}.",
-              "Get {tools}, and {s1} before anything else.", "As a beginner, {s1}. You need {tools}.",
-              "The first step is easy: {s1}. Have {tools} at hand."),
-    "worth": ("Yes, it is worth it: {why}, and it takes only {time}.", "I think so, because {why}. Expect {time}.",
-              "Yes, I would recommend {name}, since {why}. It takes {time}.",
-              "It is: {why}, and {time} is not too long.",
-              "Yes, you should {act}. After {time} you will see that {why}."),
-}  # fmt: skip
-EXAMPLES = ("For example, {example}.", "To give you an example, {example}.", "Just think of this: {example}.",
-            "It really works: {example}.", "I know that {example}.")  # fmt: skip
 # Which other facts support an answer of each kind; every fact supports several kinds, so that a held-out question asks
 # for something that was seen with its topic elsewhere.
 SUPPORTS = {
@@ -111,25 +58,6 @@ SUPPORTS = {
     "mistake": ("problem", "why", "compare"), "problem": ("mistake", "need", "when"),
     "time": ("when", "how", "problem"), "when": ("time", "need", "why"), "compare": ("time", "mistake", "why"),
     "start": ("mistake", "compare", "when"), "worth": ("need", "when", "problem"),
-}  # fmt: skip
-OPENERS = ("Good question!", "Happy to help.", "Thanks for asking.", "I am glad that you ask about {name}.",
-           "What a nice plan to {act}!", "Sure, here is my advice.", "Great, let us talk about {name}.",
-           "Of course!")  # fmt: skip
-CLOSERS = ("I hope this helps.", "Good luck!", "Enjoy {name}!", "Feel free to ask me more.", "Have fun with it.",
-           "You can do it!", "Let me know how it goes.", "I wish you success with {name}.")  # fmt: skip
-RUDE = ("That is a silly question.", "Honestly, you should know this by now.", "I have better things to do.",
-        "Why do you even ask?", "Fine, whatever.")  # fmt: skip
-EVASIVE = ("I am not sure about that.", "It depends on many things.", "That is hard to say.", "Ask somebody else.",
-           "There are many ways to look at it, and each of them has its own value.",
-           "In the end everything is possible in some way, and nobody can really know.")  # fmt: skip
-CURT = {"how": "{s1}.", "why": "{why}.", "need": "{tools}.", "mistake": "{mistake}.", "problem": "{fix}.",
-        "time": "{time}.", "when": "{when}.", "compare": "{option_a}.", "start": "{s1}.", "worth": "Yes."}  # fmt: skip
-CONTRADICTIONS = {
-    "how": "Still, never {s1}.", "why": "Still, nobody should {act}.", "need": "In truth, you need nothing at all.",
-    "mistake": "Still, {mistake} is always a good idea.", "problem": "Still, never {fix}.",
-    "time": "In truth, it is done in one second.", "when": "Still, never do it {when}.",
-    "compare": "In truth, there is no difference at all.", "start": "Still, never {s1}.",
-    "worth": "In truth, it is not worth it at all.",
 }  # fmt: skip
 FLAWS = ("off_topic", "other_question", "stray_part", "evasive", "curt", "rude", "repeated", "contradiction", "partial")
 

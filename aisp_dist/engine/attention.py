@@ -11,7 +11,7 @@ Shapes: H query heads, K key-value heads, G = H / K, L keys, T queries, C head s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,6 +25,10 @@ NAME = "aisp_shared_prefix"
 # prefix, tokens of a dense pass, rows and blocks of a suffix all come in multiples of this.
 TILE = 32
 CHUNK = 512  # queries of a dense pass at a time, to bound its masks and scores
+
+# Relative distance of hidden states between transformers' attention and ours: rounding stays far below, a wrong model
+# far above.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -53,6 +57,19 @@ def running(attend: Pass) -> Iterator[None]:
         yield
     finally:
         _running.reset(token)
+
+
+def misfit(layers: Sequence[Layer], config: Any) -> str:
+    """What is wrong with the layers that attended in one forward of a probe, whose tokens are too few to reach most
+    windows: every layer must once, in order, by its configured window. Empty: nothing."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    if [layer.index for layer in layers] != list(range(len(kinds))):
+        return f"{len(layers)} of its {len(kinds)} layers attend through the interface"
+    for layer, kind in zip(layers, kinds, strict=True):
+        if layer.window != windows.get(kind, kind):
+            return f"layer {layer.index} ({kind}, {windows.get(kind)}) attends with window {layer.window}"
+    return ""
 
 
 def _interface(

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from aisp_dist import weights
@@ -23,8 +24,6 @@ from aisp_dist.engine import attention, memory, quantized
 from aisp_dist.engine.lm import LM, Heads
 
 _PROBE_TOKENS = 24
-# Relative distance of hidden states between the two ways: rounding stays far below, a wrong model far above.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 class Unsupported(ValueError):
@@ -108,7 +107,7 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
         )
     except (ConfigError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _refusal(settings, error) from error
     if wrong := sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}):
         raise ConfigError(
@@ -184,8 +183,7 @@ def _with(model: Any, old: nn.Module, new: nn.Module) -> nn.Module:
 @torch.inference_mode()
 def _probe(model: Any, lm: LM, config: Any) -> LM:
     """The model with the shapes of its attention. Decodes a few tokens both ways, transformers' and ours, and raises
-    Unsupported unless the hidden states and logits agree, every layer called our function once, and every layer's
-    window is the configured one (the probe's tokens are too few to reach most windows)."""
+    Unsupported unless the hidden states and logits agree and every layer attends as attention.misfit asks for."""
     length = min(_PROBE_TOKENS, lm.context_length or _PROBE_TOKENS)
     tokens = tuple((7919 * i + 13) % lm.vocab_size for i in range(length))
     advice = "the engine would decode it wrongly; use a family that attends through transformers' AttentionInterface"
@@ -194,44 +192,37 @@ def _probe(model: Any, lm: LM, config: Any) -> LM:
         expected_TD = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
         expected_TV = model(input_ids=ids, use_cache=False).logits[0].float()
         model.set_attn_implementation(attention.NAME)
-        lm = replace(lm, attention=_heads(lm, tokens, advice))
-        calls: list[attention.Layer] = []
-        z_TD = _both_ways(lm, tokens, calls)
+        lm = replace(lm, attention=_heads(lm, tokens, config, advice))
+        z_TD = _in_parts(lm, tokens)
         logits_TV = lm.logits(expected_TD)
     except Unsupported:
         raise
     except Exception as error:
         raise Unsupported(f"it fails the engine's probe ({type(error).__name__}: {error}); {advice}") from error
-    for call in calls:
-        kinds = getattr(config, "layer_types", None)
-        kind = kinds[call.index] if kinds else "sliding_attention"
-        window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
-        if kind not in ("full_attention", "sliding_attention") or call.window != window:
-            raise Unsupported(f"layer {call.index} ({kind}, {window}) attends with window {call.window}; {advice}")
     for name, ours, theirs in (("hidden states", z_TD, expected_TD), ("logits", logits_TV, expected_TV)):
         distance = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
-        if not distance <= _TOLERANCE.get(lm.dtype, 0.0):
+        if not distance <= attention.TOLERANCE.get(lm.dtype, 0.0):
             raise Unsupported(f"its {name} differ by {distance:.2g} (relative) from transformers' own; {advice}")
     return lm
 
 
-def _heads(lm: LM, tokens: tuple[int, ...], advice: str) -> tuple[Heads, ...]:
+def _heads(lm: LM, tokens: tuple[int, ...], config: Any, advice: str) -> tuple[Heads, ...]:
     """What the layers ask of attention, in the order in which they do."""
-    found: list[tuple[int, Heads]] = []
+    found: list[tuple[attention.Layer, Heads]] = []
     dense = attention.Dense(len(tokens))
 
     def attend(layer: attention.Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        found.append((layer.index, Heads(k.shape[1], q.shape[1] // k.shape[1], k.shape[3], v.shape[3])))
+        found.append((layer, Heads(k.shape[1], q.shape[1] // k.shape[1], k.shape[3], v.shape[3])))
         return dense(layer, q, k, v)
 
     ids = torch.tensor([tokens], device=lm.device)
     lm.states(attend, ids, torch.arange(len(tokens), device=lm.device)[None])
-    if [index for index, _ in found] != list(range(lm.num_layers)):
-        raise Unsupported(f"{len(found)} of its {lm.num_layers} layers attend through the interface; {advice}")
+    if wrong := attention.misfit([layer for layer, _ in found], config):
+        raise Unsupported(f"{wrong}; {advice}")
     return tuple(heads for _, heads in found)
 
 
-def _both_ways(lm: LM, tokens: tuple[int, ...], calls: list[attention.Layer]) -> torch.Tensor:
+def _in_parts(lm: LM, tokens: tuple[int, ...]) -> torch.Tensor:
     """z [T, D], the first half of the tokens prefilled, the others one by one as a suffix of it."""
     first = len(tokens) // 2
     z_TD, dense = lm.dense(tokens[:first], keep=True)
@@ -241,14 +232,6 @@ def _both_ways(lm: LM, tokens: tuple[int, ...], calls: list[attention.Layer]) ->
     for at, token in enumerate(tokens[first:]):
         kv.reserve([at + 1, *[0] * (attention.TILE - 1)])
         at_B = torch.full((attention.TILE,), at, device=lm.device)
-        step = kv.attend(at_B)
-
-        def attend(
-            layer: attention.Layer, *qkv: torch.Tensor, step: attention.Pass = step, at: int = at
-        ) -> torch.Tensor:
-            if at == 0:
-                calls.append(layer)
-            return step(layer, *qkv)
-
-        states.append(lm.states(attend, torch.full_like(at_B, token)[:, None], at_B[:, None] + first)[0])
+        ids_B1 = torch.full_like(at_B, token)[:, None]
+        states.append(lm.states(kv.attend(at_B), ids_B1, at_B[:, None] + first)[0])
     return torch.cat(states)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aisp_dist import checkpoints
@@ -87,7 +88,7 @@ def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]
             output_loading_info=True,
             **common,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigError(
             f"{key}: {settings.model!r} cannot be loaded as a sequence classifier ({str(error).splitlines()[0]}); give "
             "a directory or reachable hub id with safetensors weights"

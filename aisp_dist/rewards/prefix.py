@@ -28,8 +28,6 @@ Ids = tuple[int, ...]
 _ALIGNED = 8  # own tokens come in multiples of this, which kernels prefer
 _CHUNK = 4096  # queries of a key-value head at a time, to bound masks and scores
 _KEPT_TOKENS = 1 << 13  # of prefixes, for the next iterations of their prompts
-# Relative distance between the two ways: rounding stays far below, a wrong model far above.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +77,10 @@ class Extend:
 
 @dataclass(frozen=True, eq=False)
 class _Recorded(Extend):
-    calls: list[tuple[int, Any]] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
 
     def __call__(self, layer: Layer, *qkv: torch.Tensor) -> torch.Tensor:
-        self.calls.append((layer.index, layer.window))
+        self.layers.append(layer)
         return super().__call__(layer, *qkv)
 
 
@@ -167,9 +165,8 @@ class Classifier:
 
     @torch.inference_mode()
     def _probe(self) -> str | None:
-        """What is wrong if the model cannot share a prefix: by its parts; by how its layers attend, of which every one
-        must once and by its configured window (most often longer than the probe); by hidden states and scores of two
-        ragged rows, computed both ways."""
+        """What is wrong if the model cannot share a prefix: by its parts, by how its layers attend, or by hidden states
+        and scores of two ragged rows, computed both ways."""
         if not type(self.model).__module__.startswith("transformers."):
             return "its code is not transformers' own"  # and may read scores where no probe finds out
         for module in self.model.modules():
@@ -185,17 +182,14 @@ class Classifier:
         self.model.set_attn_implementation(attention.NAME)
         recorded = _Recorded(length, self._prefill(tokens[:length]).kv)
         ours = self._forward(rows, pad, recorded, output_hidden_states=True)
-        config = self.model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-        windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
-        if recorded.calls != [(index, windows.get(kind, kind)) for index, kind in enumerate(kinds)]:
-            return f"its {len(kinds)} layers ({', '.join(sorted(set(kinds)))}) attend as {recorded.calls}"
+        if wrong := attention.misfit(recorded.layers, self.model.config.get_text_config()):
+            return wrong
         both = ((ours.hidden_states[-1].float(), 0), (theirs.hidden_states[-1].float(), length))
         own = [(i, len(row) - length) for i, row in enumerate(rows)]
         z_ND, expected_ND = (torch.cat([z_BTD[i, at : at + size] for i, size in own]) for z_BTD, at in both)
         states = float((z_ND - expected_ND).norm() / expected_ND.norm())
         scores = float((ours.logits - theirs.logits).abs().max() / (1 + theirs.logits.abs().max()))
-        tolerance = _TOLERANCE.get(self.model.dtype, 0.0)
+        tolerance = attention.TOLERANCE.get(self.model.dtype, 0.0)
         if not (states <= tolerance and scores <= tolerance):  # NaN neither
             return f"with its prefix computed apart, hidden states differ by {states:.2g} and scores by {scores:.2g}"
         return None

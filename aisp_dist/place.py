@@ -1,0 +1,298 @@
+"""One output directory, local or behind the S3 protocol, and what may be done to it. Each change happens whole or not
+at all, whatever moment the process is killed at. Knows nothing of what the files hold.
+
+Locally (shared POSIX file systems too) a write is a file in .staging/, forced to disk and then renamed. On S3 an object
+appears when its upload is complete: a write is one PUT. Reads go through pyarrow's file systems; its S3 has no
+conditional PUT, so what changes an object goes through boto3, the optional extra `s3`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.fs as fs
+
+from aisp_dist.config import ConfigError, StorageOptions, known_place
+
+_CONNECT, _REQUEST = 5.0, 30.0  # seconds; three attempts each
+_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")  # answers of a conditional PUT
+_IGNORED = (
+    "ignores conditional writes (If-None-Match, If-Match), so that two runs could own one output; give an output in a "
+    "store that honours them"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """uri: an absolute path, or s3://bucket/path; `str` of the place. Names of files and folders in it are relative and
+    have forward slashes. Pickles, secrets and all; its repr shows none."""
+
+    uri: str
+    options: StorageOptions = field(default=StorageOptions(), repr=False)
+
+    @classmethod
+    def at(cls, output: str | Path, options: StorageOptions | None = None) -> Place:
+        """The place that a user names. Local paths may be relative to the current directory. Raises ConfigError."""
+        try:
+            text = known_place(str(output))
+        except ValueError as error:
+            raise ConfigError(f"output: {error}") from None
+        uri = text.rstrip("/") if text.startswith("s3://") else str(Path(output).absolute())
+        return cls(uri, options or StorageOptions())
+
+    @property
+    def remote(self) -> bool:
+        return self.uri.startswith("s3://")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, folder: str) -> Place:
+        return Place(f"{self.uri}/{folder}", self.options)
+
+    def open(self, name: str) -> pa.NativeFile | None:
+        """A file for random access, or None where there is none."""
+        files, base = self._files()
+        try:
+            return files.open_input_file(f"{base}/{name}")
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes | None:
+        file = self.open(name)
+        if file is None:
+            return None
+        with file:
+            return bytes(file.read())
+
+    def names(self, folder: str) -> list[str]:
+        """Files and folders directly in a folder, sorted; none where there is no folder."""
+        return sorted(self.sizes(folder))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes by name of what is directly in a folder; 0 for folders."""
+        files, base = self._files()
+        found = files.get_file_info(fs.FileSelector(f"{base}/{folder}", allow_not_found=True))
+        return {info.base_name: info.size or 0 for info in found if info.type != fs.FileType.NotFound}
+
+    def dataset(self, folder: str) -> ds.Dataset:
+        files, base = self._files()
+        return ds.dataset(f"{base}/{folder}", filesystem=files, format="parquet")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Make `data` what the file holds. Raises OSError; then the old file stands, or rarely the new one."""
+        if self.remote:
+            self._s3("put_object", name, Body=data)
+            return
+        path, temporary = Path(self.uri, name), Path(self.uri, ".staging", f"{secrets.token_hex(8)}.tmp")
+        for folder in (path.parent, temporary.parent):
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        _sync_dir(path.parent)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing where there is none."""
+        if self.remote:
+            self._s3("delete_object", name)
+        elif (path := Path(self.uri, name)).exists():
+            path.unlink()
+            _sync_dir(path.parent)
+
+    def clear(self, folder: str, keep: Collection[str] = ()) -> None:
+        """Remove the files of a folder but those whose names are to be kept, and the folder where none is."""
+        for name in self.names(folder):
+            if name not in keep:
+                self.remove(f"{folder}/{name}")
+        if not keep and not self.remote:
+            with suppress(FileNotFoundError):
+                Path(self.uri, folder).rmdir()
+
+    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Replace what a file holds (None: there is none) by change(what it holds), with nobody's change in between.
+        `change` may be called again where another was faster, and what it raises ends the update; no two processes
+        may make the same of the same."""
+        if not self.remote:
+            with self._locked():
+                old = self.read(name)
+                if (new := change(old)) != old:
+                    self.write(name, new)
+            return
+        for _ in range(50):
+            old, condition = self._read_version(name)
+            if (new := change(old)) == old or self._put_if(name, new, condition):
+                return
+            time.sleep(random.uniform(0, 0.2))
+        raise OSError(errno.EAGAIN, f"{self}/{name}: others changed it 50 times while this process tried to")
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add to the end of a file. On S3 this writes all of it again."""
+        if self.remote:
+            self.update(name, lambda old: (old or b"") + data)
+        else:
+            with Path(self.uri, name).open("ab") as stream:
+                stream.write(data)
+
+    def collect(self) -> None:
+        """Remove what killed writers left unfinished; for one who knows that nobody else writes here."""
+        if not self.remote:  # on S3 what is not complete is not there
+            for temporary in Path(self.uri, ".staging").glob("*.tmp"):
+                temporary.unlink()
+
+    def check(self) -> None:
+        """Raise ConfigError where nothing can be written, or where two runs could own the place. Leaves nothing."""
+        if self.remote:
+            self._check_bucket()
+            return
+        path = Path(self.uri)
+        parent = next(p for p in (path, *path.parents) if p.exists())
+        if not parent.is_dir():
+            raise ConfigError(f"output: {str(parent)!r} is a file; give a directory")
+        if not os.access(parent, os.W_OK):
+            raise ConfigError(f"output: {str(parent)!r} is not writable; give a directory that is")
+
+    def _check_bucket(self) -> None:
+        probe = f".staging/probe-{secrets.token_hex(8)}"
+        try:
+            if not self._put_if(probe, b"1", {"IfNoneMatch": "*"}):
+                raise OSError(f"{self}/{probe}: a new object is said to be there already")
+            try:
+                if self.read(probe) != b"1":  # by pyarrow
+                    raise OSError(f"{self}/{probe}: what was written cannot be read")
+                for number, wrong in enumerate(({"IfNoneMatch": "*"}, {"IfMatch": f'"{"0" * 32}"'}), 2):
+                    if self._put_if(probe, str(number).encode(), wrong):
+                        raise ConfigError(f"output: the store of {self} {_IGNORED}")
+            finally:
+                self.remove(probe)
+        except OSError as error:
+            raise ConfigError(
+                f"output: cannot write to {self}: {error}; give a bucket that is there and that your credentials may "
+                "write to (runtime.storage_options, or AWS's environment variables)"
+            ) from None
+
+    def _files(self) -> tuple[fs.FileSystem, str]:
+        if self.remote:
+            return _filesystem(self.options), self.uri.removeprefix("s3://")
+        return fs.LocalFileSystem(), self.uri
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Held for one read and one write; the lock file stays, since a lock on a removed file protects nothing."""
+        path = Path(self.uri, ".staging", "lock")
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _read_version(self, name: str) -> tuple[bytes | None, dict[str, str]]:
+        """What an object holds, and the condition under which a PUT replaces just that."""
+        try:
+            found = self._s3("get_object", name)
+        except FileNotFoundError:
+            return None, {"IfNoneMatch": "*"}
+        return found["Body"].read(), {"IfMatch": found["ETag"]}
+
+    def _put_if(self, name: str, data: bytes, condition: dict[str, str]) -> bool:
+        """PUT under a condition. An answer may be lost and the request repeated; then the condition fails by our own
+        doing, which shows in what is there."""
+        try:
+            self._s3("put_object", name, Body=data, **condition)
+        except (FileExistsError, FileNotFoundError):
+            return self.read(name) == data
+        return True
+
+    def _s3(self, operation: str, name: str, **parameters: Any) -> Any:
+        """One request. Raises FileExistsError where a condition fails, FileNotFoundError where there is no such object,
+        else OSError with the reason in one line."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = self.uri.removeprefix("s3://").partition("/")
+        try:
+            return getattr(_client(self.options), operation)(Bucket=bucket, Key=f"{key}/{name}", **parameters)
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            kind = {"NoSuchKey": FileNotFoundError}.get(code, FileExistsError if code in _CONFLICTS else OSError)
+            raise kind(f"{self}/{name}: {' '.join(str(error).split())}") from None
+        except BotoCoreError as error:
+            raise OSError(f"{self}/{name}: {' '.join(str(error).split())}") from None
+
+
+def _sync_dir(path: Path) -> None:
+    """A rename is on disk only when its directory is."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such call for directories
+            raise
+    finally:
+        os.close(handle)
+
+
+def _settings(options: StorageOptions) -> dict[str, str]:
+    """The options that are given, in clear; the endpoint from AWS's environment variables where it is not, since
+    pyarrow does not look there."""
+    found = {
+        name: value if isinstance(value, str) else value.get_secret_value()
+        for name, value in options
+        if value is not None
+    }
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if "endpoint_override" not in found and endpoint:
+        found["scheme"], _, found["endpoint_override"] = endpoint.rstrip("/").rpartition("://")
+    return found
+
+
+@cache
+def _filesystem(options: StorageOptions) -> fs.FileSystem:
+    return fs.S3FileSystem(**_settings(options), connect_timeout=_CONNECT, request_timeout=_REQUEST)
+
+
+@cache
+def _client(options: StorageOptions) -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError:
+        raise ConfigError(
+            "output: writing to S3 needs boto3, which is not installed; pip install 'aisp-dist[s3]'"
+        ) from None
+    given = _settings(options)
+    endpoint = given.get("endpoint_override")
+    plain = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    config = Config(
+        connect_timeout=_CONNECT,
+        read_timeout=_REQUEST,
+        retries={"mode": "standard", "total_max_attempts": 3},
+        **({"s3": {"addressing_style": "path"}, **plain} if endpoint else {}),  # what every store of the protocol knows
+    )
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=f"{given.get('scheme', 'https')}://{endpoint}" if endpoint else None,
+        region_name=given.get("region"),
+        aws_access_key_id=given.get("access_key"),
+        aws_secret_access_key=given.get("secret_key"),
+        aws_session_token=given.get("session_token"),
+        config=config,
+    )

@@ -1,0 +1,23 @@
+"""What a whole run will take, from a part of it that was measured."""
+
+from __future__ import annotations
+
+from actors import sizing
+from actors.figures import Figures
+from aisp_dist.config import Run
+
+
+def text(run: Run, inputs: int, figures: Figures, seconds: float, size: int, rows: int) -> str:
+    """Time, replicas, GPU-hours and bytes of `inputs` prompts. figures, seconds: of what was drawn here; size: bytes of
+    `rows` rows."""
+    wanted = inputs * run.method.num_samples * run.method.num_iterations
+    whole = f"full run: {inputs} prompts, {wanted} samples"
+    if not figures.samples or not rows:
+        return f"{whole}; nothing was drawn here to tell what they cost"
+    pace, actors = figures.samples / seconds, run.runtime.generators.replicas
+    busy = {role: spent / figures.samples for role, spent in figures.busy.items()}
+    fit = sizing.suggest(busy.pop("generator"), busy, wanted, size / rows, inputs)
+    return (
+        f"{whole}, {wanted / pace / 3600:.2g} hours at the {pace:.0f} samples/s measured here with {actors} "
+        f"generator{'s' * (actors > 1)}\nsuggested: {fit.line()}"
+    )

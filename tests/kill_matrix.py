@@ -553,8 +553,8 @@ def quiet_tables(cluster: Cluster) -> tuple[dict[str, bytes], list[str], list[st
     job.start()
     job.end()
     job.check(job.tables())
-    steps = [{step for _, step in cluster.steps(who=who)} for who in ("actor", "driver")]
-    return job.tables(), sorted(step for step in steps[0] if "part-N" in step), sorted(steps[1])
+    steps = [Counter(step for _, step in cluster.steps(who=who)) for who in ("actor", "driver")]
+    return job.tables(), sorted(s for s, count in steps[0].items() if count >= PROMPTS // ROWS), sorted(steps[1])
 
 
 @contextmanager

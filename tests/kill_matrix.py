@@ -43,7 +43,7 @@ ACTORS = ("generator", "scorer", "coordinator")
 HOOK = '''
 import json, os, re, sys, time
 
-HOME = os.environ.get("AISP_KILLS")
+HOME, ROLE = os.environ.get("AISP_KILLS"), os.environ.get("AISP_ROLE", "actor")
 CHANGES = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "open": 0}  # event: which argument is the path
 seen, armed, busy = 0, None, False
 
@@ -70,7 +70,7 @@ def hook(event, args):
         found = step(event, args)
         if found is None:
             return
-        with open(f"{HOME}/steps/{os.environ.get('AISP_ROLE', 'actor')}-{os.getpid()}", "a") as file:
+        with open(f"{HOME}/steps/{ROLE}-{os.getpid()}", "a") as file:
             file.write(f"{time.time()} {found}\\n")
         try:
             text = open(f"{HOME}/plan").read()
@@ -79,6 +79,8 @@ def hook(event, args):
         if text != armed:
             armed, seen = text, 0
         plan = json.loads(text)
+        if (plan["process"] == "driver") != (ROLE == "driver"):
+            return
         if not re.fullmatch(plan["step"], found) or plan["output"] not in os.path.abspath(args[CHANGES[event]]):
             return
         seen += 1
@@ -519,7 +521,7 @@ def draw(rng: random.Random, steps: list[str], starting: list[str]) -> list[Spec
         if kind == "step":
             torn = rng.random() < 0.5
             how = rng.choices((KILL, STOP), (5, 1))[0]
-            return Spec("", how, re.escape(rng.choice(steps)), rng.randint(1, 3), torn)
+            return Spec("coordinator", how, re.escape(rng.choice(steps)), rng.randint(1, 3), torn)
         if kind == "driver" and how == TERM:
             how = rng.choice((TERM, signal.SIGINT))
         if kind in ACTORS and rng.random() < 0.2:

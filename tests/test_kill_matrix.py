@@ -36,7 +36,7 @@ def test_steps_of_a_commit(matrix):
     hows = dict.fromkeys(steps, KILL) | {"rename data/part-N.parquet": STOP, "rename candidates/part-N.parquet": TERM}
     assert len(hows) == len(steps) > 6
     steps.sort(key=lambda step: (KILL, STOP, TERM).index(hows[step]))  # terminated, a coordinator may finish first
-    specs = [Spec("", hows[step], re.escape(step), torn=step.startswith("open")) for step in steps]
+    specs = [Spec("coordinator", hows[step], re.escape(step), torn=step.startswith("open")) for step in steps]
     undisturbed(matrix, "commit", specs)
 
 

@@ -1,16 +1,13 @@
-"""Whole runs as a user starts them: the command line on a real Ray cluster with real models, killed in every way."""
+"""Whole runs as a user starts them: the command line on a real Ray cluster with real models."""
 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray_head
@@ -144,52 +141,6 @@ def test_the_same_rows_from_other_replicas_and_a_job_of_another_order(cluster, u
     aisp("align", "run.yaml", "--runtime.generators.replicas", "3", "--runtime.rewards.words.replicas", "2",
          cwd=project, env=cluster)  # fmt: skip
     assert tables(project / "out") == undisturbed[0]
-
-
-def actor(name: str) -> psutil.Process:
-    """The process of an actor, by the name that `ps` shows."""
-    for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [""])[0].startswith(f"ray::{name}"):
-            return process
-    raise LookupError(name)
-
-
-def start_and_wait(project: Path, env: dict[str, str]) -> subprocess.Popen:
-    """A run that has finished some more rows and is in the middle of others."""
-
-    def flushed() -> set[Path]:
-        return {*(project / "out").glob(".staging/part-*/seg-*"), *(project / "out").glob("data/*")}
-
-    before, log = flushed(), (project / "log").open("w")
-    run = subprocess.Popen(
-        [sys.executable, "-m", "jobs.align", "run.yaml"], cwd=project, env=env, stdout=log, stderr=log
-    )
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and run.poll() is None:
-        if flushed() - before:
-            return run
-        time.sleep(0.02)
-    raise AssertionError((project / "log").read_text())
-
-
-def test_killed_actors_are_replaced_within_the_run(cluster, undisturbed, project):
-    run = start_and_wait(project, cluster)
-    for victim in ("Generator", "Scorer", "Coordinator"):
-        actor(victim).send_signal(signal.SIGKILL)
-    assert run.wait(200) == 0, (project / "log").read_text()
-    assert tables(project / "out") == undisturbed[0]
-
-
-def test_a_stopped_command_resumes(cluster, undisturbed, project):
-    for how, code in [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]:
-        run = start_and_wait(project, cluster)
-        run.send_signal(how)
-        assert run.wait(100) == code, (project / "log").read_text()
-        if how != signal.SIGKILL:
-            assert "same command goes on" in (project / "log").read_text()
-    aisp("align", "run.yaml", cwd=project, env=cluster)
-    assert tables(project / "out") == undisturbed[0]
-    assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
 
 
 def test_failed_rows_are_tried_again_and_a_larger_limit_extends(cluster, project):

@@ -1,0 +1,50 @@
+"""The short form of the kill matrix: every process and signal once, every step of a commit once (kill_matrix.py)."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+
+import pytest
+from kill_matrix import KILL, STOP, TERM, Spec, a_cluster, quiet_tables, run_case
+
+pytestmark = pytest.mark.timeout(1200)  # of a machine that does other things too; alone each takes about a minute
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    with a_cluster() as cluster:
+        yield cluster, *quiet_tables(cluster)
+
+
+def undisturbed(matrix, name: str, specs: list[Spec]) -> None:
+    """The tables are those of the quiet job, and every fault hit."""
+    cluster, quiet = matrix[:2]
+    case = run_case(cluster, name, specs, quiet, random.Random(0))
+    if case.outcome != "equal" or len(case.faults) != len(specs):
+        pytest.fail(f"{len(case.faults)} of {len(specs)} faults, {case.faults}\n{case.outcome}")
+
+
+def test_actors(matrix):
+    undisturbed(matrix, "actors", [Spec(role, how) for how in (KILL, TERM, STOP) for role in ("scorer", "generator")])
+
+
+def test_steps_of_a_commit(matrix):
+    """Killed before each change of a file; of a file that is to be written, with half of it there."""
+    steps = [step for step in matrix[2] if not step.startswith("mkdir")]
+    hows = dict.fromkeys(steps, KILL) | {"rename data/part-N.parquet": STOP, "rename candidates/part-N.parquet": TERM}
+    assert len(hows) == len(steps) > 6
+    steps.sort(key=lambda step: (KILL, STOP, TERM).index(hows[step]))  # terminated, a coordinator may finish first
+    specs = [Spec("coordinator", hows[step], re.escape(step), torn=step.startswith("open")) for step in steps]
+    undisturbed(matrix, "commit", specs)
+
+
+def test_drivers(matrix):
+    """Two at once, then each way in which a command ends."""
+    specs = [Spec("driver", how) for how in (signal.SIGINT, TERM, KILL, STOP)]
+    undisturbed(matrix, "drivers", [Spec("second driver", KILL), *specs])
+
+
+def test_nodes(matrix):
+    undisturbed(matrix, "nodes", [Spec("raylet", how) for how in (KILL, TERM, STOP)])

@@ -52,7 +52,7 @@ def parser(what: str) -> argparse.ArgumentParser:
         add("--ratio", _several(_ratio), [0.5], "generators : scorers, as 1:1")
         add("--shards", _several(_positive), [1], "coordinators")
         add("--prompts", _positive, 400, "with the most GPUs; with fewer in proportion")
-        add("--coordinator", _share, 0.0075, "CPU seconds of the coordinator in a round, as `bench coordinator` says")
+        add("--coordinator", _share, 0.005, "CPU seconds of the coordinator in a round, as `bench coordinator` says")
         add("--batch-rows", _positive, 256, "rows of a generator")
         add("--spread", _share, 0.5, "responses are uniform between (1 - spread) x new tokens and new tokens")
         add("--deaths", _share, 0.0, "of a replica in an hour")

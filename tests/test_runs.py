@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import ray_head
+import s3
 import tiny
 import yaml
 
@@ -137,10 +138,23 @@ def test_a_damaged_table_fails_verify(cluster, undisturbed, tmp_path):
     assert "violation" in done.stdout
 
 
-def test_the_same_rows_from_other_replicas_and_a_job_of_another_order(cluster, undisturbed, project):
-    aisp("align", "run.yaml", "--runtime.generators.replicas", "3", "--runtime.rewards.words.replicas", "2",
-         cwd=project, env=cluster)  # fmt: skip
-    assert tables(project / "out") == undisturbed[0]
+def test_the_same_rows_from_other_replicas_and_two_coordinators_on_s3(cluster, undisturbed, project, server):
+    options = {"endpoint_override": server.address, "scheme": "http", "region": "us-east-1"} | s3.KEYS
+    replicas = {"generators": {"replicas": 3}, "rewards": {"words": {"replicas": 2}, "minus": {"replicas": 2}}}
+    write(project, output=f"s3://{s3.BUCKET}/run", runtime={"shards": 2, "storage_options": options} | replicas)
+    done = aisp("align", "run.yaml", cwd=project, env=cluster)
+    assert "12 rows done, 0 failed" in done.stdout
+    written = {
+        entry["Key"].removeprefix("run/"): server.client.get_object(Bucket=s3.BUCKET, Key=entry["Key"])["Body"].read()
+        for entry in server.client.list_objects_v2(Bucket=s3.BUCKET, Prefix="run/")["Contents"]
+    }
+    quiet = undisturbed[1] / "out"
+    parts = {str(f.relative_to(quiet)): f.read_bytes() for f in quiet.glob("*/part-*.parquet")}
+    assert {name: data for name, data in written.items() if name.endswith(".parquet")} == parts
+    secret = s3.KEYS["secret_key"]
+    assert not [name for name, data in written.items() if secret.encode() in data] and secret not in done.stderr
+    done = aisp("verify", f"s3://{s3.BUCKET}/run", cwd=project, env=cluster | server.env)
+    assert "every input is there exactly once" in done.stdout
 
 
 def test_failed_rows_are_tried_again_and_a_larger_limit_extends(cluster, project):
@@ -212,7 +226,7 @@ def test_what_only_models_or_the_cluster_can_refuse(cluster, project, change, sa
 def test_a_dry_run_shows_the_first_prompt_and_writes_nothing(cluster, project):
     done = aisp("align", "run.yaml", "--dry-run", cwd=project, env=cluster)
     assert "first prompt" in done.stderr and "How do I train a puppy?" in done.stderr
-    assert "12 inputs, 288 samples" in done.stdout
+    assert "full run: 12 prompts, 288 samples" in done.stdout and "suggested: replicas" in done.stdout
     assert not (project / "out").exists()
 
 

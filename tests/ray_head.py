@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-_MARK = "AISP_TEST_HEAD"
+MARK = "AISP_TEST_HEAD"
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def started(temp: Path, **env: str) -> Iterator[dict[str, str]]:
     """The environment of commands that join it: RAY_ADDRESS is the GCS, RAY_API_SERVER_ADDRESS the dashboard."""
     with socket.create_server(("", 0)) as unused:
         free = unused.getsockname()[1]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", _MARK: str(temp)} | env
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", MARK: str(temp)} | env
     start = [
         str(Path(sys.executable).with_name("ray")),
         "start",
@@ -42,9 +42,14 @@ def started(temp: Path, **env: str) -> Iterator[dict[str, str]]:
             "RAY_API_SERVER_ADDRESS": said.split("RAY_API_SERVER_ADDRESS='")[1].split("'")[0],
         }
     finally:
-        for process in psutil.process_iter():
-            if _environment(process).get(_MARK) == str(temp):  # every process of this head inherits it, and no other
-                process.kill()
+        end(str(temp))
+
+
+def end(mark: str) -> None:
+    """Kill every process that inherited this mark, and no other."""
+    for process in psutil.process_iter():
+        if _environment(process).get(MARK) == mark:
+            process.kill()
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

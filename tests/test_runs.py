@@ -287,3 +287,23 @@ def test_ray_job_submit(cluster, undisturbed, project):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert tables(project / "out") == undisturbed[0]
+
+
+def test_a_directory_that_is_another_one_elsewhere_is_refused(cluster, project):
+    """A second machine: a raylet whose file system has an empty directory where ours has the output. The last test of
+    this cluster, which holds a dead machine from then on."""
+    elsewhere = project / "shared"
+    elsewhere.mkdir()
+    ray = f"{Path(sys.executable).with_name('ray')} start --address={cluster['RAY_ADDRESS']} --num-cpus=1"
+    hide = ["unshare", "--mount", "bash", "-c", f"mount -t tmpfs none {elsewhere} && exec {ray}"]
+    mark = {ray_head.MARK: str(elsewhere)}
+    started = subprocess.run(hide, env=cluster | mark, capture_output=True, text=True, timeout=120)
+    if started.returncode and "permi" in started.stderr:
+        pytest.skip("a file system of one's own needs root")
+    assert not started.returncode, started.stderr
+    try:
+        write(project, output=str(elsewhere / "out"))
+        done = aisp("align", "run.yaml", cwd=project, env=cluster, code=2)
+        assert "is not the same place on" in done.stderr and not (elsewhere / "out" / "run.json").exists()
+    finally:
+        ray_head.end(str(elsewhere))

@@ -220,7 +220,7 @@ class Coordinator:
             async with asyncio.TaskGroup() as group:
                 beside = [
                     group.create_task(self._flush_every(run.save.flush_seconds)),
-                    group.create_task(self._report()),
+                    group.create_task(self._report(run)),
                 ]
                 while batch := await asyncio.to_thread(_take, intake, 64):
                     for line in batch:
@@ -311,12 +311,12 @@ class Coordinator:
             finally:
                 self.flushing = None
 
-    async def _report(self) -> None:
+    async def _report(self, run: Run) -> None:
         """Tell the exporter every few seconds, and the log when nothing moves: which prompt sits where."""
-        loop, stall = asyncio.get_running_loop(), self.run.runtime.timeouts.stall
+        loop, stall = asyncio.get_running_loop(), run.runtime.timeouts.stall
         last, at = self._figures(), loop.time()
         answers, moved = -1, loop.time()
-        samples = self.run.method.num_samples * self.run.method.num_iterations + 1
+        samples = run.method.num_samples * run.method.num_iterations + 1
         while True:
             await asyncio.sleep(_REPORT)
             now, time_now = self._figures(), loop.time()

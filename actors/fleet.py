@@ -168,6 +168,8 @@ class Fleet:
                     break
                 except Fault as error:
                     if tries > self.retries or asyncio.get_running_loop().time() - began >= self.patience:
+                        if slot.trouble is None:
+                            self.event("gave_up", slot.replica.name)
                         slot.trouble = error
                         if not any(other.up for other in self.slots):
                             return self._break(error)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from actors import cluster, coordinator, placement
-from actors.simulation import FINGERPRINT, Plan, pooled
+from actors.roofline import Plan
+from actors.simulation import FINGERPRINT
+from actors.virtual import pooled
 from aisp_dist.config import Run
 from aisp_dist.lease import Lease
 from aisp_dist.place import Place

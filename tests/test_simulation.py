@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from actors import simulation
-from actors.simulation import Plan, VirtualLoop, simulate
+from actors.roofline import Plan
+from actors.simulation import simulate
+from actors.virtual import VirtualLoop
 from aisp_dist.records import Round, Sampling
 from jobs import cli
 
@@ -179,5 +180,5 @@ def test_the_bench_stands_by_the_plans_defaults():
 
     given = vars(parser("simulate").parse_args([]))
     assert {f.name: given[f.name] for f in fields(Plan) if f.name in given and f.name != "coordinator"} == {
-        f.name: f.default for f in fields(simulation.Plan) if f.name in given and f.name != "coordinator"
+        f.name: f.default for f in fields(Plan) if f.name in given and f.name != "coordinator"
     }

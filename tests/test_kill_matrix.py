@@ -1,4 +1,4 @@
-"""The short form of the kill matrix: every process and signal once, every step of a commit once (kill_matrix.py)."""
+"""The short form of the kill matrix: every process, and the steps of a commit; the rest is the long form's."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def undisturbed(matrix, name: str, specs: list[Spec]) -> None:
 
 
 def test_actors(matrix):
-    undisturbed(matrix, "actors", [Spec(role, how) for how in (KILL, TERM, STOP) for role in ("scorer", "generator")])
+    undisturbed(matrix, "actors", [Spec(role, how) for how in (KILL, STOP) for role in ("scorer", "generator")])
 
 
 def test_steps_of_a_commit(matrix):
-    """Killed before each change of a file; of a file that is to be written, with half of it there."""
-    steps = [step for step in matrix[2] if not step.startswith("mkdir")]
-    hows = dict.fromkeys(steps, KILL) | {"rename data/part-N.parquet": STOP, "rename candidates/part-N.parquet": TERM}
-    assert len(hows) == len(steps) > 6
-    steps.sort(key=lambda step: (KILL, STOP, TERM).index(hows[step]))  # terminated, a coordinator may finish first
-    specs = [Spec("coordinator", hows[step], re.escape(step), torn=step.startswith("open")) for step in steps]
+    """Killed before the changes of files that a commit is made of; of a file that is written, with half of it there."""
+    commit = {"rename candidates/part-N.parquet": TERM, "rename failed/part-N.parquet": KILL}
+    commit |= {"rename data/part-N.parquet": STOP, "remove .staging/part-N/seg-N-*": KILL, "open .staging/*.tmp": KILL}
+    assert commit.keys() <= set(matrix[2]), matrix[2]
+    steps = sorted(commit, key=lambda step: commit[step] == TERM)  # terminated, a coordinator may finish first
+    specs = [Spec("coordinator", commit[step], re.escape(step), torn=step.startswith("open")) for step in steps]
     undisturbed(matrix, "commit", specs)
 
 
@@ -47,4 +47,4 @@ def test_drivers(matrix):
 
 
 def test_nodes(matrix):
-    undisturbed(matrix, "nodes", [Spec("raylet", how) for how in (KILL, TERM, STOP)])
+    undisturbed(matrix, "nodes", [Spec("raylet", KILL)])

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.fleet import Fault
+from actors.fleet import Fault, say
 from actors.generator import Generator
 from actors.placement import Group
 from actors.pool import Pool
@@ -80,15 +80,15 @@ class RayReplica:
         self.handle = ray.remote(self.cls).options(name=name, **self.options).remote(*self.args)
         try:
             self.loaded = await asyncio.wait_for(self.call("load"), self.startup)
+        except RayTaskError as error:  # first: one whose cause is a TimeoutError is a TimeoutError too
+            if isinstance(error.cause, ConfigError):
+                raise ConfigError(str(error.cause)) from None
+            raise Fault(f"{self.name} cannot load: {say(error)}") from error
         except TimeoutError:
             raise Fault(
                 f"{self.name} did not start within runtime.timeouts.startup = {self.startup:g} s; "
                 "see its log in the Ray dashboard, or raise the value"
             ) from None
-        except RayTaskError as error:
-            if isinstance(error.cause, ConfigError):
-                raise ConfigError(str(error.cause)) from None
-            raise
         except RayError as error:
             raise Fault(f"{self.name} died while it started: {str(error).splitlines()[0]}") from None
         if reason:
@@ -130,7 +130,7 @@ async def start_pools(
         decodes = group.role == "generator"
         pools[group.role] = Pool(
             replicas,
-            limit=2 * window if decodes else 2,  # a scorer finds its next request beside it
+            limit=2 * window if decodes else 1,  # a scorer's timeout must be of its own request alone
             timeout=timeouts.round if decodes else timeouts.reward,
             retries=run.runtime.retries,
             is_fault=is_fault,

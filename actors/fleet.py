@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 log = logging.getLogger("aisp")
 
-_BACKOFF = (1.0, 300.0)  # seconds before another try to start a process: the first, and at most
+_BACKOFF = (1.0, 60.0)  # seconds before another try to start a process: the first, and at most
 _SIGNS = ("progress", "busy")
 
 
@@ -51,7 +51,8 @@ class Call(NamedTuple):
 class Slot:
     replica: Replica
     calls: dict[int, Call] = field(default_factory=dict)
-    reserved: int = 0  # calls that were given this slot and have not begun
+    held: int = 0  # places in it that are given away
+    used: bool = False  # something was asked of this process
     homes: int = 0  # prompts that are warm here
     epoch: int = 0  # restarts so far; a fault seen by several calls restarts the process once
     sacrificed: bool = False  # restarted for one call's own error: the others in flight are not to blame
@@ -61,10 +62,6 @@ class Slot:
     trouble: Exception | None = None  # why it stays away
     figures: dict[str, float] = field(default_factory=dict)  # of the process's health
     before: dict[str, float] = field(default_factory=dict)  # figures of the processes that it replaced, summed
-
-    @property
-    def in_flight(self) -> int:
-        return len(self.calls) + self.reserved
 
     @property
     def up(self) -> bool:
@@ -161,24 +158,26 @@ class Fleet:
             began = asyncio.get_running_loop().time()
             for tries in itertools.count(1):
                 try:
-                    if slot.barren > 2 * self.retries + 2:
-                        slot.barren, tries = 0, max(tries, self.retries + 1)
+                    if stormy := slot.barren > 2 * self.retries + 2:
+                        slot.barren = 0
                         raise Fault(f"{slot.replica.name} died again and again without an answer: {reason}")
                     await slot.replica.restart(reason)
                     break
                 except Fault as error:
-                    if tries > self.retries or asyncio.get_running_loop().time() - began >= self.patience:
+                    late = asyncio.get_running_loop().time() - began >= self.patience
+                    if stormy or late or tries > self.retries:
                         if slot.trouble is None:
                             self.event("gave_up", slot.replica.name)
                         slot.trouble = error
-                        if not any(other.up for other in self.slots):
+                        if all(other.trouble for other in self.slots):
                             return self._break(error)
-                    wait = min(_BACKOFF[0] * 2 ** (tries - 1), _BACKOFF[1])
+                    wait = _BACKOFF[1] if slot.trouble else min(_BACKOFF[0] * 2 ** (tries - 1), _BACKOFF[1])
                     log.warning("%s; trying again in %g s", error, wait)
                     await asyncio.sleep(wait)
                 except Exception as error:  # a model that cannot be used, or a mistake of ours: no try will mend it
                     return self._break(error)
             slot.recovery = slot.trouble = None
+            slot.used = False
             self.on_up(slot)
 
         slot.recovery = asyncio.ensure_future(recover())

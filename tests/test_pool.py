@@ -321,3 +321,97 @@ def test_figures_add_up_over_the_processes_of_a_replica():
         assert p.fleet.figures() == {"busy_seconds": 3.0}, "a's first process is counted still"
 
     asyncio.run(main())
+
+
+class Tainted(Fake):
+    """A process in which everything errs once one prompt has been in it."""
+
+    tainted = False
+
+    async def call(self, method, *args):
+        self.tainted |= args == ("bad",)
+        await asyncio.sleep(0)
+        if self.tainted:
+            raise ValueError(f"{args} in a tainted process")
+        return "ok"
+
+    async def restart(self, reason):
+        await super().restart(reason)
+        self.tainted = False
+
+
+@pytest.mark.parametrize("limit", [1, 4])
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_is_judged_alone_in_a_process_that_nobody_else_has_been_in(count, limit):
+    async def main():
+        p = pool(*(Tainted(str(i)) for i in range(count)), limit=limit)
+        names = ["bad" if i in (3, 4, 17) else f"good {i}" for i in range(24)]
+        found = await asyncio.gather(*(p.call(str(i), "m", n) for i, n in enumerate(names)), return_exceptions=True)
+        for name, answer in zip(names, found, strict=True):
+            assert isinstance(answer, RowError) if name == "bad" else answer == "ok", (name, answer)
+        assert all(slot.held == 0 and not slot.calls and not slot.alone for slot in p.fleet.slots)
+
+    asyncio.run(main())
+
+
+def test_an_error_a_fault_and_an_error_elsewhere_are_not_twice_the_same():
+    """The second error comes from a process that is as old as the first."""
+
+    async def main():
+        a, b = Fake("a", [ValueError("odd"), Dead("gone")]), Fake("b", [ValueError("odd"), "fine"])
+        p = pool(a, b)
+        p.home["x"] = p.fleet.slots[0]
+        assert await p.call("x", "m") == "fine"
+
+    asyncio.run(main())
+
+
+def test_nothing_is_sent_to_a_process_that_is_still_loading():
+    async def main():
+        loading = []
+
+        async def load():
+            loading.append(1)
+            await asyncio.sleep(0.01)
+            loading.clear()
+
+        async def work():
+            assert not loading, "sent while it loads"
+            return "ok"
+
+        p = pool(Fake("a", [Dead("gone"), *[work] * 9], load), limit=1)
+        assert await asyncio.gather(*(p.call(str(i), "m") for i in range(5))) == ["ok"] * 5
+
+    asyncio.run(main())
+
+
+def test_a_start_that_fails_does_not_end_what_another_is_still_starting(monkeypatch):
+    monkeypatch.setattr("actors.fleet._BACKOFF", (0.0, 0.001))
+
+    async def broken():
+        raise Fault("no room")
+
+    async def main():
+        p = pool(Fake("a", restart=broken), Fake("b", restart=lambda: asyncio.sleep(0.1)))
+        await asyncio.wait_for(p.fleet.ready(1), 5)
+        assert await p.call("x", "m") == "ok"
+
+    asyncio.run(main())
+
+
+def test_calls_that_are_given_up_leave_nothing_behind():
+    async def main():
+        gate = asyncio.Event()
+        p = pool(Fake("a", [gate.wait] * 40), limit=2)
+        for _ in range(3):
+            calls = [asyncio.ensure_future(p.call(str(i), "m")) for i in range(6)]
+            await asyncio.sleep(0)
+            for call in calls[::2]:
+                call.cancel()
+            await asyncio.sleep(0)
+            gate.set()
+            await asyncio.gather(*calls, return_exceptions=True)
+            gate.clear()
+        assert p.fleet.slots[0].held == 0 and not p.waiting and not p.fleet.slots[0].calls
+
+    asyncio.run(main())

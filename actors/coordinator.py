@@ -26,7 +26,7 @@ from actors.pool import Pool
 from aisp_dist import prompts, render
 from aisp_dist.align import align
 from aisp_dist.config import ConfigError, Run
-from aisp_dist.lease import Lease
+from aisp_dist.lease import Lease, LeaseLost, read_owners
 from aisp_dist.place import Place
 from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Score
 from aisp_dist.schema import ColumnType
@@ -118,8 +118,9 @@ class Coordinator:
     def __repr__(self) -> str:
         return self.name
 
-    async def load(self) -> None:
-        """Start generators and scorers. Raises ConfigError for a model or function that cannot be used."""
+    async def load(self) -> str:
+        """Start generators and scorers; answers the first prompt as the model will read it, special tokens and all: a
+        wrong template shows there. Raises ConfigError for a model or function that cannot be used."""
         from aisp_dist.engine import model  # brings torch, which the driver need not load
 
         self.tokenizer, (self.pools, self.context_length) = await asyncio.gather(
@@ -128,9 +129,9 @@ class Coordinator:
         self.watches = [asyncio.ensure_future(pool.fleet.watch()) for pool in self.pools.values()]
         for pool in self.pools.values():
             pool.fleet.event = self._event
+        return await asyncio.to_thread(self._first_prompt)
 
-    async def first_prompt(self) -> str:
-        """The first prompt as the model will read it, special tokens and all: a wrong template shows here."""
+    def _first_prompt(self) -> str:
         line = next((p for p in prompts.read(self.run.prompts) if isinstance(p, Prompt)), None)
         if line is None:
             return "there is no prompt in the input"
@@ -141,7 +142,7 @@ class Coordinator:
         return f"first prompt, {len(tokens)} tokens: {self.tokenizer.decode(tokens)!r}"
 
     async def relabel(self, table: Table) -> None:
-        """Fill one output to the end. Raises Stopped, TooManyFailed, pool.Fault, LeaseLost, ConfigError."""
+        """Fill one output to the end. Raises Stopped, TooManyFailed, fleet.Fault, LeaseLost, ConfigError."""
         self.task = asyncio.ensure_future(self._relabel(table))
         try:
             await self.task
@@ -151,10 +152,12 @@ class Coordinator:
             raise _first(group) from None
 
     async def stop(self) -> None:
-        """End relabel early; returns when what was finished is written."""
+        """End relabel early; returns when what was finished is written. Raises what kept it from being written."""
         if self.task is not None:
             self.task.cancel()
             await asyncio.wait([self.task])
+            if not self.task.cancelled() and isinstance(error := self.task.exception(), OSError):
+                raise error
 
     async def progress(self, total: int | None = None) -> Figures:
         """The figures so far. total: how many inputs there are, if the caller knows."""
@@ -191,6 +194,8 @@ class Coordinator:
 
     async def _relabel(self, table: Table) -> None:
         if table.lease and not await asyncio.to_thread(table.lease.held):
+            if owners := await asyncio.to_thread(read_owners, table.output):
+                raise LeaseLost(f"{table.output} is owned by {owners[0]} now; this run stops without writing to it")
             raise ConfigError(
                 f"output: {table.output} is not the same place for the coordinator, on {socket.gethostname()}, as for "
                 "the command that started it; give a directory that all machines share, or a URI"
@@ -231,7 +236,7 @@ class Coordinator:
                 for task in beside:
                     task.cancel()
         finally:
-            await asyncio.shield(asyncio.to_thread(store.flush))
+            await asyncio.shield(self._flush_last())
         await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
         await asyncio.to_thread(store.finish)
         if self.exporter:
@@ -310,6 +315,18 @@ class Coordinator:
                 log.warning("cannot write to the output (%s); trying again in %g s", error, seconds)
             finally:
                 self.flushing = None
+
+    async def _flush_last(self) -> None:
+        """Raises OSError where the output cannot be written to again and again."""
+        assert self.store is not None
+        for wait in (1.0, 3.0, None):
+            try:
+                return await asyncio.to_thread(self.store.flush)
+            except OSError as error:
+                if wait is None:
+                    raise
+                log.warning("cannot write to the output (%s); trying again in %g s", error, wait)
+                await asyncio.sleep(wait)
 
     async def _report(self, run: Run) -> None:
         """Tell the exporter every few seconds, and the log when nothing moves: which prompt sits where."""

@@ -4,7 +4,7 @@ difference. Pure."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -56,6 +56,10 @@ class Figures:
     def idle(self) -> dict[str, float]:
         """Share of time, 0 to 1, that the replicas of a role had nothing to do, by role."""
         return {r: max(0.0, 1 - self.busy.get(r, 0.0) / up) for r, up in self.up.items() if up > 0}
+
+    def grown(self) -> Figures:
+        """The sums alone, without what is so at a moment."""
+        return replace(self, done=0, failed=0, committed=0, in_flight=0, queued={}, alive={})
 
     def json(self) -> dict[str, Any]:
         own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -29,6 +29,7 @@ class Generator:
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.waiting: dict[Round, list[asyncio.Future[Rollout]]] = {}
         self.turns = 0  # of the engine's thread
+        self.working = False
         self.busy_seconds = 0.0
         self.began = time.monotonic()
 
@@ -66,9 +67,11 @@ class Generator:
 
         def leave() -> None:
             waiting = self.waiting.get(round, [])
-            if waiting == [answer]:  # nobody else wants it: its rows go to others
-                self.engine.cancel(round)
-                del self.waiting[round]
+            if answer in waiting:
+                waiting.remove(answer)
+                if not waiting:  # nobody else wants it: its rows go to others
+                    self.engine.cancel(round)
+                    del self.waiting[round]
 
         self.inbox.put(submit)
         try:
@@ -91,10 +94,10 @@ class Generator:
         return await answer
 
     async def health(self) -> dict[str, float]:
-        """See pool.Replica. row_steps / row_slots: the share of rows that held a trajectory while decoding."""
+        """See fleet.Replica. row_steps / row_slots: the share of rows that held a trajectory while decoding."""
         return {
             "progress": self.turns,
-            "busy": float(bool(self.waiting) or not self.inbox.empty()),
+            "busy": float(self.working),
             "busy_seconds": self.busy_seconds,
             "up_seconds": time.monotonic() - self.began,
             "row_steps": self.engine.row_steps,
@@ -107,7 +110,7 @@ class Generator:
         try:
             while True:
                 work = None if self.engine.busy else self.inbox.get()
-                began = time.monotonic()
+                began, self.working = time.monotonic(), True
                 if work is not None:
                     work()
                 while not self.inbox.empty():
@@ -121,6 +124,7 @@ class Generator:
                         _settle(answer, None, ValueError(str(error)))
                 self.turns += 1
                 self.busy_seconds += time.monotonic() - began
+                self.working = self.engine.busy
         except BaseException:
             traceback.print_exc()
             os._exit(1)

@@ -3,7 +3,7 @@ out, so that nothing ever waits for a machine that will not come."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aisp_dist.config import ConfigError, ModelReward, Replicas, Run
@@ -28,8 +28,14 @@ class Group:
         return 2 if self.role == "generator" and self.num_cpus >= 2 else 1
 
 
-def plan(run: Run, resources: Mapping[str, float], coordinators: int = 1) -> tuple[Group, ...]:
-    """The actors of a run, generators first. `resources`: ray.cluster_resources().
+def plan(
+    run: Run,
+    resources: Mapping[str, float],
+    coordinators: int = 1,
+    machines: Sequence[Mapping[str, float]] = (),
+) -> tuple[Group, ...]:
+    """The actors of a run, generators first. `resources`: ray.cluster_resources(); `machines`: those
+    of each machine, if known.
 
     Raises ConfigError naming what is short, by how much, and which key to change.
     """
@@ -49,6 +55,13 @@ def plan(run: Run, resources: Mapping[str, float], coordinators: int = 1) -> tup
             raise ConfigError(
                 f"runtime: the actors need {wanted:g} {kind} ({parts}) and the cluster has {resources.get(kind, 0):g}; "
                 f"lower replicas, at_least or {key}, or add machines"
+            )
+    for g in groups:
+        fits = (m.get("CPU", 0) >= g.num_cpus and m.get("GPU", 0) >= g.num_gpus for m in machines)
+        if machines and not any(fits):
+            raise ConfigError(
+                f"runtime, {g.role}: one actor takes {g.num_cpus:g} CPU and {g.num_gpus:g} GPU, and no machine of the "
+                "cluster has both; lower num_cpus or num_gpus, or add a larger machine"
             )
     return tuple(groups)
 

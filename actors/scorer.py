@@ -51,6 +51,6 @@ class Scorer:
             self.busy_seconds += time.monotonic() - began
 
     def health(self) -> dict[str, float]:
-        """See pool.Replica. Never busy without progress: how long a reward may take is its own timeout."""
+        """See fleet.Replica. Never busy without progress: how long a reward may take is its own timeout."""
         up = time.monotonic() - self.began
         return {"progress": self.answered, "busy": 0.0, "busy_seconds": self.busy_seconds, "up_seconds": up}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from aisp_dist import methods
 from aisp_dist.config import Run
@@ -47,6 +48,17 @@ async def align(
         return Failed(prompt, str(error))
 
 
+async def _together(*calls: Awaitable[Any]) -> list[Any]:
+    """All answers. Where one fails the others end first: nothing is asked any more for a prompt that is over."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def _search(
     run: Run, prompt: Prompt, prompt_tokens: tuple[int, ...], rollout: RolloutFn, score: ScoreFn, nll: NllFn
 ) -> Done:
@@ -57,7 +69,7 @@ async def _search(
 
     async def scored(iteration: int, drawn: Sequence[Trajectory], frozen: Frozen) -> tuple[list[Candidate], Frozen]:
         texts = [t.text for t in drawn]
-        answers = await asyncio.gather(*(score(name, prompt, texts) for name in selecting))
+        answers = await _together(*(score(name, prompt, texts) for name in selecting))
         raw = dict(zip(selecting, answers, strict=True))
         combined, frozen = combine(selecting, run.combine, raw, frozen)
         return [
@@ -96,12 +108,13 @@ async def _search(
         base_drawn = await base_rollout
     finally:
         base_rollout.cancel()
+        await asyncio.gather(base_rollout, return_exceptions=True)
     if best is None:
         raise RowError(f"no candidate has a finite reward; the first says: {candidates[0].reason}")
     (base,), _ = await scored(BASE_ITERATION, base_drawn.trajectories, frozen)
-    losses, reports = await asyncio.gather(
+    losses, *reports = await _together(
         nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids]),
-        asyncio.gather(*(score(name, prompt, [best.text, base.text]) for name in held_out)),
+        *(score(name, prompt, [best.text, base.text]) for name in held_out),
     )
     judged = list(zip(held_out, reports, strict=True))
     best, base = (

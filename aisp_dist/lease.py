@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -48,9 +48,9 @@ class Owner:
     beat: int = 0
     shard: tuple[int, int] = (0, 1)
 
-    def excludes(self, other: Owner) -> bool:
-        """Whether the two cannot both own the output."""
-        return self.shard[1] != other.shard[1] or self.shard[0] == other.shard[0]
+    def excludes(self, shard: tuple[int, int]) -> bool:
+        """Whether nobody else may own this shard of the output meanwhile."""
+        return self.shard[1] != shard[1] or self.shard[0] == shard[0]
 
     def alive(self) -> bool | None:
         """Whether the owner's process lives; None where this machine cannot know, or it is stopped."""
@@ -100,10 +100,10 @@ class Lease:
         def claim(owners: list[Owner]) -> list[Owner]:
             others = [owner for owner in owners if owner.token != mine.token]
             stale = [owner for owner in others if seen.get(owner.token) == owner and time.monotonic() >= deadline]
-            rivals[:] = [o for o in others if o.excludes(mine) and o.alive() is not False and o not in stale]
+            rivals[:] = [o for o in others if o.excludes(shard) and o.alive() is not False and o not in stale]
             if rivals:
                 return owners
-            left = [owner for owner in others if not owner.excludes(mine)]
+            left = [owner for owner in others if not owner.excludes(shard)]
             if not left:
                 place.collect()
             return [*left, mine]
@@ -161,7 +161,8 @@ class Lease:
         finally:
             over.set()
             thread.join()
-            self.release()
+            with suppress(OSError):  # what the run ended with matters more; the next run waits for the ttl
+                self.release()
 
 
 def read_owners(place: Place) -> list[Owner]:

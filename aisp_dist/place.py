@@ -199,8 +199,16 @@ class Place:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + _REQUEST
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:  # its holder is frozen
+                        raise OSError(errno.EAGAIN, f"{path} has been locked for {_REQUEST:g} s") from None
+                    time.sleep(0.02)
             yield
         finally:
             os.close(handle)
@@ -211,7 +219,7 @@ class Place:
             found = self._s3("get_object", name)
         except FileNotFoundError:
             return None, {"IfNoneMatch": "*"}
-        return found["Body"].read(), {"IfMatch": found["ETag"]}
+        return found["Body"], {"IfMatch": found["ETag"]}
 
     def _put_if(self, name: str, data: bytes, condition: dict[str, str]) -> bool:
         """PUT under a condition. An answer may be lost and the request repeated; then the condition fails by our own
@@ -229,7 +237,8 @@ class Place:
 
         bucket, _, key = self.uri.removeprefix("s3://").partition("/")
         try:
-            return getattr(_client(self.options), operation)(Bucket=bucket, Key=f"{key}/{name}", **parameters)
+            answer = getattr(_client(self.options), operation)(Bucket=bucket, Key=f"{key}/{name}", **parameters)
+            return answer | {"Body": answer["Body"].read()} if "Body" in answer else answer
         except ClientError as error:
             code = error.response["Error"]["Code"]
             kind = {"NoSuchKey": FileNotFoundError}.get(code, FileExistsError if code in _CONFLICTS else OSError)

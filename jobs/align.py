@@ -21,7 +21,7 @@ def main(args: Sequence[str]) -> int:
     )
     options, run, base_dir = settings.read(parse, args)
     shard = _shard(options.shard, run.runtime.shards) if options.shard else None
-    prepared = prepare.prepare(run, base_dir)
+    prepared = prepare.prepare(run, base_dir, shard or (0, 1))
     table = replace(prepared.table(options.retry_failed), shard=shard or (0, 1))
     try:
         nothing_to_do = not options.dry_run and manifest.read_run(prepared.output) and table.whole()
@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> int:
         print(summary.text(prepared.output, 0.0, 0))
         return 0
     with session.Session(prepared, say, shard) as cluster:
-        say(cluster.first_prompt())
+        say(cluster.first_prompt)
         if options.dry_run:
             print(_trial(cluster, prepared, table))
             return 0
@@ -49,7 +49,8 @@ def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -
     few = window(run) * run.runtime.generators.replicas
     say(f"trial: the first {min(few, inputs)} prompts, searched for real and thrown away")
     figures, seconds, size = cluster.trial(table, few)
-    return f"{cost.text(run, inputs, figures, seconds, size, figures.done)}\nnothing was written"
+    actors = int(figures.alive.get("generator", 1))
+    return f"{cost.text(run, inputs, figures, seconds, actors, size, figures.done)}\nnothing was written"
 
 
 def _shard(text: str, coordinators: int) -> tuple[int, int]:

@@ -59,6 +59,8 @@ def run(verb: str, args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:  # a full disk, a store that is away
+        sys.exit(_complain(f"{error}; once that is mended the same command goes on", 1))
 
 
 def _complain(message: str, code: int) -> int:

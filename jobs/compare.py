@@ -32,13 +32,14 @@ def main(args: Sequence[str]) -> int:
         for arm, method in comparison.arms(run).items()
     }
     everything = Total(prepare.check(run, base_dir))
-    figures, seconds = Figures(), 0.0
+    figures, seconds, actors = Figures(), 0.0, 1
     first = next(iter(plans.values()))[0]
     with session.Session(first, say) as cluster:
         for arm, prepared in ((arm, p) for arm, seeds in plans.items() for p in seeds):
             with Progress(prepared.output, prepared.located, title=f"{arm}: ") as progress:
                 cluster.relabel(prepared, prepared.table(), progress)
-            figures += progress.now or Figures()
+            if progress.now is not None:
+                figures, actors = figures + progress.now, int(progress.now.alive.get("generator", 1))
             seconds += progress.seconds
     held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
     result = comparison.compare({arm: [p.output for p in seeds] for arm, seeds in plans.items()}, held_out)
@@ -49,7 +50,7 @@ def main(args: Sequence[str]) -> int:
         return 0
     pilot = output / _folder(comparison.AISP, 0)
     size = sum(sum(pilot.sizes(table).values()) for table in ("data", "candidates"))
-    print("\n" + cost.text(run, everything.value, figures, seconds, size, pilot.dataset("data").count_rows()))
+    print("\n" + cost.text(run, everything.value, figures, seconds, actors, size, pilot.dataset("data").count_rows()))
     return 0
 
 

@@ -7,14 +7,14 @@ from actors.figures import Figures
 from aisp_dist.config import Run
 
 
-def text(run: Run, inputs: int, figures: Figures, seconds: float, size: int, rows: int) -> str:
-    """Time, replicas, GPU-hours and bytes of `inputs` prompts. figures, seconds: of what was drawn here; size: bytes of
-    `rows` rows."""
+def text(run: Run, inputs: int, figures: Figures, seconds: float, actors: int, size: int, rows: int) -> str:
+    """Time, replicas, GPU-hours and bytes of `inputs` prompts. figures, seconds: of what `actors` generators drew here;
+    size: bytes of `rows` rows."""
     wanted = inputs * run.method.num_samples * run.method.num_iterations
     whole = f"full run: {inputs} prompts, {wanted} samples"
-    if not figures.samples or not rows:
+    if not figures.busy.get("generator") or not rows:
         return f"{whole}; nothing was drawn here to tell what they cost"
-    pace, actors = figures.samples / seconds, run.runtime.generators.replicas
+    pace = figures.samples / seconds
     busy = {role: spent / figures.samples for role, spent in figures.busy.items()}
     fit = sizing.suggest(busy.pop("generator"), busy, wanted, size / rows, inputs)
     return (

@@ -113,7 +113,7 @@ def check_output(run: Run) -> Place:
     return place
 
 
-def prepare(run: Run, base_dir: Path) -> Prepared:
+def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepared:
     """Check, pin what `null` revisions stand for (as the output pinned them before, if it exists), and fingerprint.
 
     Raises ConfigError, for an output of another fingerprint or a live owner too.
@@ -130,7 +130,7 @@ def prepare(run: Run, base_dir: Path) -> Prepared:
     if before:
         manifest.check_resume(before, prepared.record())
     for owner in lease.read_owners(output):
-        if owner.alive():
+        if owner.excludes(shard) and owner.alive():
             raise ConfigError(f"output: {output} is owned by a live run ({owner}); wait for it, or stop it")
     return prepared
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -38,18 +38,34 @@ class Interrupted(Exit):
         super().__init__(128 + number, f"{name}: stopped; the same command goes on from what is written")
 
 
+@dataclass
+class _Shard:
+    """A coordinator and what it has been asked. share: its one of so many; carried: figures of those that died before
+    it; deaths: since rows were last committed."""
+
+    index: int
+    share: tuple[int, int]
+    coordinator: Any = None
+    starts: int = 0
+    deaths: int = 0
+    run: Any = None
+    asked: Any = None  # for figures, and since when
+    since: float = 0.0
+    figures: Figures = field(default_factory=Figures)
+    carried: Figures = field(default_factory=Figures)
+
+
 class Session:
     """`with Session(...)` starts Ray, coordinators, generators and scorers, and ends with all of them gone.
 
-    shard: this session's one of so many; None: all of runtime.shards, with a coordinator each."""
+    share: this session's one of so many shards; None: all of runtime.shards, with a coordinator each."""
 
-    def __init__(self, prepared: Prepared, say: Callable[[str], None], shard: tuple[int, int] | None = None) -> None:
+    def __init__(self, prepared: Prepared, say: Callable[[str], None], share: tuple[int, int] | None = None) -> None:
         self.prepared, self.say = prepared, say
         count = prepared.run.runtime.shards
-        self.owned = shard or (0, 1)
-        self.shards = [shard] if shard else [(i, count) for i in range(count)]
-        self.coordinators: list[Any] = [None for _ in self.shards]
-        self.starts = self.deaths = 0
+        self.owned = share or (0, 1)
+        self.shards = [_Shard(0, share)] if share else [_Shard(i, (i, count)) for i in range(count)]
+        self.first_prompt = ""
         self.signal: int | None = None
 
     def __enter__(self) -> Session:
@@ -62,14 +78,17 @@ class Session:
         # compiled code comes out as SystemError.
         self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.groups = placement.plan(self.prepared.run, ray.cluster_resources(), len(self.shards))
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self.groups = placement.plan(self.prepared.run, ray.cluster_resources(), len(self.shards), machines)
             for g in self.groups:
                 role = g.role if g.role == "generator" else f"scorer-{g.role}"
                 each = f"{g.num_cpus:g} CPU, {g.num_gpus:g} GPU each"
                 self.say(f"{role}: {g.replicas} actor{'s' * (g.replicas > 1)} with {each}")
             self.say(f"loading models, for at most {self.prepared.run.runtime.timeouts.startup:g} s")
-            for i, loading in enumerate([self._start(i) for i in range(len(self.shards))]):
-                self._up(i, loading)
+            for shard in self.shards:
+                self._start(shard)
+            for shard in self.shards:
+                self._up(shard)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -82,9 +101,6 @@ class Session:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def first_prompt(self) -> str:
-        return str(self._wait(self.coordinators[0].first_prompt.remote()))
-
     def relabel(self, prepared: Prepared, table: Table, progress: Progress) -> None:
         """Fill one output: take it, describe it, run, and leave it resumable. Raises Exit, ConfigError."""
         from actors.cluster import differing_nodes
@@ -96,85 +112,94 @@ class Session:
                     "that all machines share, or a URI such as s3://bucket/path"
                 )
             manifest.write_run(prepared.output, prepared.record())
-            self._fill([replace(table, lease=mine, shard=shard) for shard in self.shards], progress)
+            self._fill([replace(table, lease=mine, shard=shard.share) for shard in self.shards], progress)
 
     def trial(self, table: Table, prompts: int) -> tuple[Figures, float, int]:
-        """Search the first prompts for real, into a directory that is gone afterwards: figures, seconds, bytes."""
+        """Search the first prompts for real, into a directory that is gone afterwards: figures, seconds, bytes. By the
+        first coordinator alone."""
         with tempfile.TemporaryDirectory(prefix="aisp-trial-") as folder:
             output = Place.at(folder)
             few = table.run.prompts.model_copy(update={"limit": min(prompts, table.run.prompts.limit or prompts)})
             run = table.run.model_copy(update={"output": folder, "prompts": few})
             with lease.Lease.take(output).beating() as mine, Progress(output, run, "trial: ") as progress:
                 manifest.write_run(output, self.prepared.record())
-                self._fill([replace(table, run=run, output=output, lease=mine)], progress)
+                self._fill([replace(table, run=run, output=output, lease=mine, shard=(0, 1))], progress)
             assert progress.now is not None
             return progress.now, progress.seconds, sum(file.stat().st_size for file in Path(folder).glob("*/*.parquet"))
 
     def _fill(self, tables: Sequence[Table], progress: Progress) -> None:
-        """Every shard to its end. A coordinator that dies or freezes is started again from what is written."""
+        """Every table by its coordinator. One that dies or freezes is started again from what is written."""
         import ray
         from ray.exceptions import RayActorError
 
-        running = {i: self.coordinators[i].relabel.remote(table) for i, table in enumerate(tables)}
-        figures = [Figures() for _ in tables]
-        asked: dict[int, tuple[Any, float]] = {}  # calls for figures, and since when
+        shards = self.shards[: len(tables)]
+        for shard, table in zip(shards, tables, strict=True):
+            shard.figures = shard.carried = Figures()
+            shard.asked, shard.run = None, shard.coordinator.relabel.remote(table)
+        running = list(shards)
         try:
             while running:
-                self._await(list(running.values()), _POLL)
-                for i, ref in list(running.items()):
+                self._await([shard.run for shard in running], _POLL)
+                for shard in list(running):
                     try:
-                        if ray.wait([ref], timeout=0)[0]:
-                            self._value(ref)
-                            del running[i]
-                        figures[i] = self._look(i, asked, progress, 1.0 if i not in running else 0.0) or figures[i]
+                        if done := bool(ray.wait([shard.run], timeout=0)[0]):
+                            self._value(shard.run)
+                            running.remove(shard)
+                            shard.asked = None  # what was asked before the end is not the last word
+                        self._look(shard, tables[shard.index], progress, 1.0 if done else 0.0)
                     except RayActorError as error:
-                        asked.pop(i, None)
-                        if i in running:
-                            self._died(error)
-                            self._up(i, self._start(i))
-                            running[i] = self.coordinators[i].relabel.remote(tables[i])
-                progress(sum(figures[1:], figures[0]))
+                        if shard in running:
+                            self._died(shard, error)
+                            self._up(shard)
+                            shard.run = shard.coordinator.relabel.remote(tables[shard.index])
+                progress(_sum(shards))
         except (Exit, ConfigError) as error:  # of one shard, or a signal: the others write what they have
             if isinstance(error, Interrupted):
                 self.say("stopping: writing what is finished")
-            stops = [self.coordinators[i].stop.remote() for i in running]
+            stops = [shard.coordinator.stop.remote() for shard in running]
             try:
                 if stops and not self._await(stops, _STOP):
                     raise TimeoutError from None
                 for stop in stops:
                     self._value(stop)
-                for i in running:
-                    asked.pop(i, None)
-                    figures[i] = self._look(i, asked, progress, 1.0) or figures[i]
-                progress(sum(figures[1:], figures[0]))
-            except (Exit, RayActorError, TimeoutError):
-                self.say("left at once: what was finished since the last flush is computed again")
+                for shard in running:
+                    shard.asked = None
+                    self._look(shard, tables[shard.index], progress, 1.0)
+                progress(_sum(shards))
+            except (Exit, RayActorError, TimeoutError) as why:
+                self.say(
+                    f"left at once: what was finished since the last flush is computed again ({why or 'no answer'})"
+                )
             raise
 
-    def _look(self, shard: int, asked: dict[int, tuple[Any, float]], progress: Progress, limit: float) -> Any:
-        """A shard's figures, or None where they are not there within `limit` seconds. Its coordinator is killed where
-        they do not come for timeouts.stall: it is frozen."""
+    def _look(self, shard: _Shard, table: Table, progress: Progress, limit: float) -> None:
+        """Take in a shard's figures if they come within `limit` seconds. Kills a coordinator that does not give them
+        for timeouts.stall: it is frozen."""
+        if shard.asked is None:
+            total = share(progress.counted.value, self.prepared.run.save.rows_per_file, table.shard)
+            shard.asked, shard.since = self._ask(shard, total), time.monotonic()
+        if self._await([shard.asked], limit):
+            asked, shard.asked = shard.asked, None
+            now: Figures = self._value(asked)
+            if now.committed > shard.figures.committed:
+                shard.deaths = 0
+            shard.figures = now
+        elif time.monotonic() - shard.since > self.prepared.run.runtime.timeouts.stall:
+            self._kill(shard)
+
+    def _ask(self, shard: _Shard, total: int | None) -> Any:
+        return shard.coordinator.progress.options(enable_task_events=False).remote(total)
+
+    def _kill(self, shard: _Shard) -> None:
         import ray
 
-        if shard not in asked:
-            total = share(progress.counted.value, self.prepared.run.save.rows_per_file, self.shards[shard])
-            asked[shard] = (
-                self.coordinators[shard].progress.options(enable_task_events=False).remote(total),
-                time.monotonic(),
-            )
-        call, since = asked[shard]
-        if self._await([call], limit):
-            del asked[shard]
-            return self._value(call)
         stall = self.prepared.run.runtime.timeouts.stall
-        if time.monotonic() - since > stall:
-            self.say(f"coordinator {shard} shows no sign of life for {stall:g} s; replacing it")
-            ray.kill(self.coordinators[shard])
-            asked[shard] = call, math.inf
-        return None
+        self.say(f"coordinator {shard.index} shows no sign of life for {stall:g} s; replacing it")
+        ray.kill(shard.coordinator)
+        shard.since = math.inf
 
-    def _start(self, shard: int) -> Any:
-        """Start a shard's coordinator and, through it, generators and scorers; answers the call to wait for."""
+    def _start(self, shard: _Shard) -> None:
+        """Start a coordinator and, through it, generators and scorers; `run` is the call to wait for."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -182,52 +207,52 @@ class Session:
         from actors.coordinator import Coordinator, window
         from actors.exporter import Exporter
 
-        run = self.prepared.located
-        again = f"-again-{self.starts}" if self.starts >= len(self.shards) else ""  # a dead one's name is free later
-        self.starts += 1
-        share = shard, len(self.shards)
-        pools = partial(start_pools, run, self.groups, self.prepared.base_dir, window(run), share, again)
-        name = ("coordinator" if len(self.shards) == 1 else f"coordinator-{shard}") + again
+        if shard.coordinator is not None:
+            ray.kill(shard.coordinator)  # it may only have been out of reach: never two of one shard
+        run, count = self.prepared.located, len(self.shards)
+        again = f"-again-{shard.starts}" if shard.starts else ""  # a dead one's name is free only after a while
+        shard.starts += 1
+        split = shard.index, count
+        pools = partial(start_pools, run, self.groups, self.prepared.base_dir, window(run), split, again)
+        name = ("coordinator" if count == 1 else f"coordinator-{shard.index}") + again
         here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
         )  # rarely a spot machine
         options = {"name": name, "num_cpus": 0, "max_concurrency": 100, "scheduling_strategy": here}
-        self.coordinators[shard] = ray.remote(Coordinator).options(**options).remote(run, pools, Exporter, name)
-        return self.coordinators[shard].load.remote()
+        shard.coordinator = ray.remote(Coordinator).options(**options).remote(run, pools, Exporter, name)
+        shard.asked, shard.run = None, shard.coordinator.load.remote()
 
-    def _up(self, shard: int, loading: Any) -> None:
-        """Wait until a coordinator and its actors are there; another one where it dies meanwhile."""
+    def _up(self, shard: _Shard) -> None:
+        """Wait until a coordinator and its actors are there, and say now and then what for; another one where it dies
+        or freezes meanwhile."""
+        import ray
         from ray.exceptions import RayActorError
 
+        began = time.monotonic()
         while True:
             try:
-                return self._load(loading)
+                if self._await([shard.run], _PATIENCE):
+                    self.first_prompt = self._value(shard.run)
+                    return
+                free = {kind: amount for kind, amount in ray.available_resources().items() if kind in ("CPU", "GPU")}
+                room = ", ".join(f"{amount:g} {kind}" for kind, amount in free.items()) or "no CPU or GPU"
+                self.say(
+                    f"actors are still being placed or loaded after {time.monotonic() - began:.0f} s; free: {room}"
+                )
+                if not self._await([self._ask(shard, None)], self.prepared.run.runtime.timeouts.stall):
+                    self._kill(shard)
             except RayActorError as error:
-                self._died(error)
-                loading = self._start(shard)
+                self._died(shard, error)
 
-    def _died(self, error: Exception) -> None:
-        self.deaths += 1
-        if self.deaths > self.prepared.run.runtime.retries:
-            raise Exit(1, f"coordinators died {self.deaths} times; the same command goes on") from error
+    def _died(self, shard: _Shard, error: Exception) -> None:
+        """Start another. Raises Exit where too many died without a row committed between."""
+        shard.deaths += 1
+        if shard.deaths > self.prepared.run.runtime.retries:
+            raise Exit(1, f"coordinator {shard.index} died {shard.deaths} times; the same command goes on") from error
         self.say("the coordinator died; starting it again from what is written")
-
-    def _load(self, loading: Any) -> None:
-        """Wait, and say now and then what for."""
-        import ray
-
-        began = time.monotonic()
-        while not self._await([loading], _PATIENCE):
-            free = {kind: amount for kind, amount in ray.available_resources().items() if kind in ("CPU", "GPU")}
-            room = ", ".join(f"{amount:g} {kind}" for kind, amount in free.items()) or "no CPU or GPU"
-            self.say(f"actors are still being placed or loaded after {time.monotonic() - began:.0f} s; free: {room}")
-        self._value(loading)
-
-    def _wait(self, ref: Any, limit: float = math.inf) -> Any:
-        """The value of a call on a coordinator. Raises Interrupted; TimeoutError after `limit` seconds; see _value."""
-        if not self._await([ref], limit):
-            raise TimeoutError
-        return self._value(ref)
+        shard.carried += shard.figures.grown()
+        shard.figures = Figures()
+        self._start(shard)
 
     def _await(self, refs: list[Any], limit: float) -> bool:
         """Whether all are there within so many seconds. Raises Interrupted."""
@@ -248,12 +273,14 @@ class Session:
         """What a call that has ended answered. Raises what the coordinator raised as ConfigError or Exit; RayActorError
         where the coordinator is gone."""
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayActorError, RayError, RayTaskError
 
         from actors.coordinator import TooManyFailed
 
         try:
             return ray.get(ref)
+        except RayActorError:
+            raise
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, ConfigError):
@@ -261,9 +288,15 @@ class Session:
             if isinstance(cause, TooManyFailed):
                 raise Exit(3, str(cause)) from None
             raise Exit(1, f"{type(cause).__name__}: {cause}; the same command goes on from what is finished") from error
+        except RayError as error:
+            raise Exit(1, f"{type(error).__name__}: {error}; the same command goes on") from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+
+
+def _sum(shards: Sequence[_Shard]) -> Figures:
+    return sum((shard.carried + shard.figures for shard in shards), Figures())
 
 
 def connect(run: Run, say: Callable[[str], None]) -> None:

@@ -56,12 +56,12 @@ def main(args: Sequence[str]) -> int:
     ours, args = own.parse_known_args(args)
     parse.add_argument("--retry-failed", action="store_true", help="as in `aisp align`")
     parse.add_argument("--dry-run", action="store_true", help="as in `aisp align`")
-    options, run, base_dir = settings.read(parse, args)
     if secret := next((arg.partition("=")[0] for arg in args if "storage_options" in arg), None):
         raise ConfigError(
             f"{secret}: the flags of a job show in the dashboard, and storage options hold secrets; give credentials "
             "to the cluster itself, through the environment or the secrets of its pods"
         )
+    options, run, base_dir = settings.read(parse, args)
     if "://" not in run.output and not Path(run.output).is_absolute():
         raise ConfigError(
             f"output: {run.output!r} is relative, and a Ray job runs in a temporary copy that is deleted; "
@@ -252,7 +252,7 @@ async def _submit(client: Any, job: dict[str, Any], no_wait: bool) -> int:
         asyncio.get_running_loop().add_signal_handler(each, signals.put_nowait, each)
     submitted = asyncio.create_task(asyncio.to_thread(client.submit_job, **job))
     if number := await _signal_before(submitted, signals):
-        _leave(number, f"{id_} may have been submitted; to stop it: {how}")
+        _leave(128 + number, f"{id_} may have been submitted; to stop it: {how}")
     try:
         submitted.result()
     except Exception as error:
@@ -267,7 +267,7 @@ async def _submit(client: Any, job: dict[str, Any], no_wait: bool) -> int:
         say(f"{signal.Signals(number).name}: stopping {id_}; once more leaves at once")
         stop = asyncio.create_task(_stop(client, id_))
         if await _signal_before(log, signals):
-            _leave(number, f"left; {id_} may still run. To stop it: {how}")
+            _leave(128 + number, f"left; {id_} may still run. To stop it: {how}")
         stop.cancel()
     return _code(id_, log.result(), number)
 
@@ -282,10 +282,10 @@ async def _signal_before(task: asyncio.Task[Any], signals: asyncio.Queue[int]) -
     return waiting.result()
 
 
-def _leave(number: int, message: str) -> NoReturn:
+def _leave(code: int, message: str) -> NoReturn:
     say(f"aisp: {message}")
     sys.stdout.flush()
-    os._exit(128 + number)  # a thread may hang in a request, and would be waited for
+    os._exit(code)  # a thread may hang in a request, and would be waited for
 
 
 async def _stop(client: Any, id_: str) -> None:
@@ -323,7 +323,7 @@ async def _follow(client: Any, id_: str) -> Any:
                 lost = loop.time()
                 say(f"lost the connection ({type(error).__name__}); trying for {_LOST:g} s")
             if loop.time() - lost > _LOST:
-                raise Exit(1, f"nobody has answered for {_LOST:g} s; {id_} may still run") from None
+                _leave(1, f"nobody has answered for {_LOST:g} s; {id_} may still run")
         await asyncio.sleep(1)
 
 

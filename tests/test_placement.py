@@ -56,3 +56,20 @@ def test_two_to_a_card():
         run(generators={"num_gpus": 0.5}, rewards={"main": {"num_gpus": 0.5}}), {"CPU": 8, "GPU": 1}
     )
     assert sum(g.num_gpus for g in groups) == 1
+
+
+def test_an_actor_must_fit_on_one_machine():
+    wanted = run(generators={"num_gpus": 8, "num_cpus": 1}, rewards={"main": {"num_gpus": 1}})
+    small = [{"CPU": 8.0, "GPU": 4.0}] * 3
+    with pytest.raises(ConfigError, match="generator: one actor takes 1 CPU and 8 GPU, and no machine"):
+        placement.plan(wanted, {"CPU": 24, "GPU": 12}, machines=small)
+    assert placement.plan(wanted, {"CPU": 32, "GPU": 20}, machines=[*small, {"CPU": 8.0, "GPU": 8.0}])
+
+
+def test_each_coordinator_has_a_replica_of_each_kind_and_others_may_come_later():
+    with pytest.raises(ConfigError, match=r"runtime.shards: 2 coordinators, and main has 1 replicas"):
+        placement.plan(run(generators={"replicas": 2}), {"CPU": 8}, 2)
+    late = placement.plan(run(generators={"replicas": 8, "at_least": 2}), {"CPU": 4})
+    assert (late[0].replicas, late[0].needed) == (8, 2)
+    with pytest.raises(ConfigError, match="generator 2 x 1"):
+        placement.plan(run(generators={"replicas": 8, "at_least": 2}), {"CPU": 1})

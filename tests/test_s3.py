@@ -20,6 +20,7 @@ import yaml
 from rows import prompts, result, store, tables, write
 from s3 import BUCKET, KEYS
 
+from actors.figures import Figures
 from aisp_dist import manifest, summary
 from aisp_dist.config import ConfigError, StorageOptions
 from aisp_dist.lease import Lease, LeaseLost, read_owners
@@ -186,11 +187,10 @@ def test_metrics_keep_what_an_earlier_run_wrote(place, tmp_path):
     (tmp_path / "p.txt").write_text("a\n")
     values = {"output": str(place), "prompts": {"source": str(tmp_path / "p.txt")}, "generator": {"model": "demo"}}
     run = settings.check(values | {"rewards": {"r": {"kind": "function", "function": "a.py:b"}}})
-    now = {"done": 1, "failed": 0, "in_flight": 2, "samples": 0, "tokens": 0, "quarantined": 0, "reward_gain": None}
     for _ in range(2):
         with Progress(place, run) as shown:
             for _ in range(3):  # a line a minute, and one at the end
-                shown(now | {"restarts": 0})
+                shown(Figures(done=1))
     assert len(place.read("metrics.jsonl").splitlines()) == 2
 
 

@@ -66,7 +66,7 @@ def project(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A head with token authentication and secrets in its environment; what a user's shell needs to reach it."""
-    temp = tmp_path_factory.mktemp("ray", numbered=False)
+    temp = tmp_path_factory.mktemp("submit", numbered=False)
     token = temp / "token"
     token.write_text(secrets.token_hex(16))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -86,7 +86,8 @@ def main(args: Sequence[str]) -> int:
             "excludes": _EXCLUDED,
             "env_vars": ENVIRONMENT,
         },
-        "metadata": {"output": run.output} | ({"run_id": run_id} if run_id else {}),
+        "metadata": {"job_name": f"aisp {Path(run.output).name}", "output": run.output}
+        | ({"run_id": run_id} if run_id else {}),
     }
     if root != OURS:
         job["runtime_env"]["py_modules"] = [str(OURS / name) for name in PACKAGES]

@@ -21,6 +21,7 @@ import ray_head
 import yaml
 
 from aisp_dist.lease import Lease
+from aisp_dist.place import Place
 from jobs import cli, submit
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +110,7 @@ def test_a_run_from_any_directory_and_what_the_cluster_remembers_of_it(cluster, 
     rows = pq.read_table(output / "data").to_pylist()
     assert [row["prompt"][0]["content"] for row in rows] == ["What is tea?", "What is a bicycle for?"]
 
-    lease = Lease.take(output)  # as if the run were still at work
+    lease = Lease.take(Place.at(output))  # as if the run were still at work
     refused = shell(command, cluster, 2)
     assert "is owned by a live run" in refused.stdout and "Traceback" not in refused.stderr
     lease.release()
@@ -124,7 +125,8 @@ def test_a_run_from_any_directory_and_what_the_cluster_remembers_of_it(cluster, 
     assert {tuple(shlex.split(job["entrypoint"])) for job in found} == {
         ("python", "-m", "jobs.align", "my run.yaml", "--output", str(output), "--prompts.limit=2")
     }
-    assert all(job["metadata"] == {"output": str(output), "run_id": rows[0]["run_id"]} for job in found)
+    about = {"job_name": "aisp out", "output": str(output), "run_id": rows[0]["run_id"]}
+    assert all(job["metadata"] == about for job in found)
     assert all(job["runtime_env"]["env_vars"] == submit.ENVIRONMENT for job in found)
     token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
     for secret in (SECRET, token):

@@ -40,7 +40,7 @@ class Plan:
     retries: int = 3
     bandwidth: float = 4.3e12
     flops: float = 7.9e14
-    queue: int = 2
+    queue: int = 1
     bundle: int = 8
     seed: int = 0
 

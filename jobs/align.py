@@ -15,7 +15,9 @@ from jobs.progress import Progress, say
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("align", cli.VERBS["align"])
     parse.add_argument("--retry-failed", action="store_true", help="compute the rows of failed/ again")
-    parse.add_argument("--dry-run", action="store_true", help="load the models, show the first prompt, write nothing")
+    parse.add_argument(
+        "--dry-run", action="store_true", help="load the models, search a few prompts, say what all cost; write nothing"
+    )
     parse.add_argument(
         "--shard", metavar="I/N", help="only this one of N shards, from 0: one job of many on one output"
     )

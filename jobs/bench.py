@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aisp_dist.bench import command
+from aisp_dist.bench.command import positive, several
 from jobs import cli, settings
 
 ABOUT = {
@@ -45,36 +46,30 @@ def parser(what: str) -> argparse.ArgumentParser:
         parse.add_argument(flag, type=kind, default=default, metavar="X", help=f"{about} ({default})")
 
     if what == "coordinator":
-        add("--rounds", _positive, 2000, "rounds in all")
-        add("--replicas", _positive, 2, "generators, and scorers")
+        add("--rounds", positive, 2000, "rounds in all")
+        add("--replicas", positive, 2, "generators, and scorers")
     else:
-        add("--gpus", _several(_positive), [16], "of generators and scorers together")
-        add("--ratio", _several(_ratio), [0.5], "generators : scorers, as 1:1")
-        add("--shards", _several(_positive), [1], "coordinators")
-        add("--prompts", _positive, 400, "with the most GPUs; with fewer in proportion")
+        add("--gpus", several(positive), [16], "of generators and scorers together")
+        add("--ratio", several(_ratio), [0.5], "generators : scorers, as 1:1")
+        add("--shards", several(positive), [1], "coordinators")
+        add("--prompts", positive, 400, "with the most GPUs; with fewer in proportion")
         add("--coordinator", _share, 0.005, "CPU seconds of the coordinator in a round, as `bench coordinator` says")
-        add("--batch-rows", _positive, 256, "rows of a generator")
+        add("--batch-rows", positive, 256, "rows of a generator")
         add("--spread", _share, 0.5, "responses are uniform between (1 - spread) x new tokens and new tokens")
         add("--deaths", _share, 0.0, "of a replica in an hour")
         add("--stalls", _share, 0.1, "share of the deaths that only hang")
-        add("--queue", _positive, 2, "requests that a scorer is given at a time")
+        add("--queue", positive, 1, "requests that a scorer is given at a time")
         add("--startup", _share, 120.0, "seconds that a replica takes to start")
-        add("--retries", _positive, 3, "runtime.retries")
-        add("--bundle", _positive, 8, "rows that are simulated as one")
+        add("--retries", positive, 3, "runtime.retries")
+        add("--bundle", positive, 8, "rows that are simulated as one")
         add("--bandwidth", float, 4.3e12, "bytes/s of a GPU, an H200's")
         add("--flops", float, 7.9e14, "FLOP/s of a GPU, an H200's in bf16")
         add("--seed", int, 0, "of lengths and faults")
-    add("--samples", _positive, 32, "trajectories of a round")
-    add("--iterations", _positive, 32, "rounds of a prompt")
-    add("--prompt-tokens", _positive, 500, "tokens of a prompt")
-    add("--new-tokens", _positive, 128, "tokens of a response, at most")
+    add("--samples", positive, 32, "trajectories of a round")
+    add("--iterations", positive, 32, "rounds of a prompt")
+    add("--prompt-tokens", positive, 500, "tokens of a prompt")
+    add("--new-tokens", positive, 128, "tokens of a response, at most")
     return parse
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def _share(text: str) -> float:
@@ -86,11 +81,7 @@ def _share(text: str) -> float:
 def _ratio(text: str) -> float:
     """The generators' share of the GPUs."""
     generators, _, scorers = text.partition(":")
-    return _positive(generators) / (_positive(generators) + _positive(scorers))
-
-
-def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [kind(part) for part in text.split(",")]
+    return positive(generators) / (positive(generators) + positive(scorers))
 
 
 if __name__ == "__main__":

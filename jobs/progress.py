@@ -31,7 +31,7 @@ class Total:
         threading.Thread(target=self._count, args=(run,), daemon=True).start()
 
     def _count(self, run: Run) -> None:
-        with suppress(ConfigError):  # the run itself says what is wrong with the input
+        with suppress(ConfigError, OSError):  # the run itself says what is wrong with the input
             self.value = prompts.count(run.prompts)
 
 

@@ -68,6 +68,23 @@ class TopP(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenReward(_Record):
+    """ARGS, argmax over the `candidates` likeliest tokens of logit + weight * reward of the text that ends there."""
+
+    candidates: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ascent(_Record):
+    """RE-Control: z moved by `steps` steps of `step_size` up the gradient of a value network."""
+
+    steps: int
+    step_size: float
+    published: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling(_Record):
     """How the trajectories of a round are drawn.
 
@@ -76,6 +93,8 @@ class Sampling(_Record):
     decode: None is greedy (5), else tokens are drawn from the controlled logits.
     after_eos: what v_t is after a sample's end: `full` draws it (18), `marginal` integrates it out (algorithm's
     Rao-Blackwell variant).
+    mean: without the noise, under the control alone: what its trace has learnt.
+    guide: what else moves a step, inside the generator.
     """
 
     sigma2: float = 0.0
@@ -84,6 +103,8 @@ class Sampling(_Record):
     alpha: float = 1.0
     decode: TopP | None = None
     after_eos: Literal["full", "marginal"] = "full"
+    mean: bool = False
+    guide: TokenReward | Ascent | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +118,8 @@ class Weights(_Record):
 @dataclass(frozen=True, slots=True)
 class Round(_Record):
     """A request for trajectories `start <= i < stop` of one iteration of one prompt. Together with the model it decides
-    every bit of the answer: the control u^k is rebuilt from seed, prompt id, sampling and the trace of weights."""
+    every bit of the answer: the control u^k is rebuilt from seed, prompt id, sampling and the trace of weights.
+    prompt: only where a guide reads it."""
 
     seed: int
     prompt_id: str
@@ -107,6 +129,7 @@ class Round(_Record):
     stop: int
     sampling: Sampling
     trace: tuple[Weights, ...] = ()
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True, slots=True)

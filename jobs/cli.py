@@ -14,15 +14,21 @@ from aisp_dist.config import ConfigError
 VERBS = {
     "align": "relabel: prompts in, Parquet out; the same command resumes",
     "compare": "base, best-of-n, AISP and a shuffled control on the same prompts at equal samples",
+    "tune": "search each method's settings on a few prompts at the same budget; writes a configuration",
+    "train-value": "train the value network of RE-Control for a base model and a reward",
     "submit": "align as a job on a Ray cluster: sends this directory, follows the log, ends with the job's exit code",
     "validate": "check a configuration without loading anything heavy",
     "schema": "the JSON schema of a configuration",
     "status": "progress of an output, from its files",
     "verify": "account for every input exactly once",
+    "evaluate": "measures of a finished output: held-out rewards, win rate, diversity, coherence, KL, flips",
+    "report": "one HTML page from finished outputs: curves, trade-offs, samples side by side",
+    "export": "training sets from a finished output: sft, dpo, kto, reward, prompts",
+    "rescore": "other rewards or weights over stored candidates, without the base model",
+    "lm-eval": "tasks of lm-evaluation-harness: base, best-of-n and AISP at an equal budget",
     "doctor": "exactness, schedule and reward checks on your own hardware and models",
     "bench": "decode, score, pipeline, coordinator, simulate: speed beside peers in the same run, as JSON",
 }
-PLANNED = ("report", "export", "rescore", "evaluate", "tune", "train-value", "lm-eval")
 
 
 class Exit(Exception):
@@ -36,7 +42,7 @@ class Exit(Exception):
 def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        print("usage: aisp VERB ...\n\n" + "\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items()))
+        print("usage: aisp VERB ...\n\n" + "\n".join(f"  {verb:13}{text}" for verb, text in VERBS.items()))
         print("\n`aisp VERB --help` says more; every configuration key is also a flag, as --method.num_iterations 8")
         sys.exit(0 if args else 2)
     run(args[0], args[1:])
@@ -45,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(verb: str, args: Sequence[str] | None = None) -> None:
     """Run one verb and leave the process with its exit code."""
     if verb not in VERBS:
-        why = "is planned and not implemented yet" if verb in PLANNED else "is not a verb"
-        sys.exit(_complain(f"{verb!r} {why}; there are: {', '.join(VERBS)}", 2))
-    module = importlib.import_module(f"jobs.{verb}")
+        sys.exit(_complain(f"{verb!r} is not a verb; there are: {', '.join(VERBS)}", 2))
+    module = importlib.import_module(f"jobs.{verb.replace('-', '_')}")
     try:
         sys.exit(module.main(list(sys.argv[1:] if args is None else args)))
     except ConfigError as error:

@@ -64,7 +64,8 @@ class Plans:
             made = noise.time_filter(sampling, self.num_steps, self.device)
             draw = sampling.decode or TopP(1.0, 1.0)
             self.feed_FT[at], self.gain_FT[at], self.keep_F[at] = made.feed, made.gain, made.keep
-            self.sigma_F[at], self.draws_F[at] = math.sqrt(sampling.sigma2), sampling.decode is not None
+            self.sigma_F[at] = 0.0 if sampling.mean else math.sqrt(sampling.sigma2)
+            self.draws_F[at] = sampling.decode is not None
             self.p_F[at], self.temperature_F[at] = draw.p, draw.temperature
         return self.lines[sampling]
 

@@ -28,8 +28,8 @@ class Method:
     update: Callable[[State, Key, Rollout, Sequence[float | None]], State]
 
 
-def bind(settings: config.Aisp | config.BestOfN) -> Method:
+def bind(settings: config.Method) -> Method:
     """The method that a configuration names, with its settings filled in."""
-    if isinstance(settings, config.Aisp):
+    if isinstance(settings, config.Aisp | config.BatchedAisp):
         return Method(partial(aisp.propose, settings), partial(aisp.update, settings))
     return Method(partial(best_of_n.propose, settings), partial(best_of_n.update, settings))

@@ -10,27 +10,27 @@ import math
 import struct
 from collections.abc import Sequence
 
-from aisp_dist.config import Aisp, Ess
+from aisp_dist.config import Aisp, BatchedAisp, Ess, Search
 from aisp_dist.methods.round import Key, Proposal, State, finished
 from aisp_dist.philox import permutation
 from aisp_dist.records import Rollout, Weights
 
 
-def propose(settings: Aisp, state: State) -> Proposal | None:
+def propose(settings: Aisp | BatchedAisp, state: State) -> Proposal | None:
     if len(state) == settings.num_iterations:
         return None
     trace = tuple(Weights(done.weights, done.lengths) for done in state)
     return Proposal(len(state), settings.num_samples, settings.sampling(), trace)
 
 
-def update(settings: Aisp, state: State, key: Key, rollout: Rollout, rewards: Sequence[float | None]) -> State:
+def update(settings: Search, state: State, key: Key, rollout: Rollout, rewards: Sequence[float | None]) -> State:
     seen = [rewards[j] for j in permutation(key, len(state), len(rewards))] if settings.shuffle_rewards else rewards
     penalties = [penalty(t.control_cost, t.control_sq, settings) for t in rollout.trajectories]
     weights = importance_weights(seen, penalties, settings.lambda_)
     return (*state, finished(rollout, rewards, weights, kl=rollout.u_sq / (2 * settings.sigma2)))
 
 
-def penalty(control_cost: float, control_sq: float, settings: Aisp) -> float:
+def penalty(control_cost: float, control_sq: float, settings: Search) -> float:
     """The second term of (18) for one trajectory, with u . eps in place of u . v. For `full` noise the quadratic term
     is the same for all samples and cancels; for `marginal` it runs to the sample's own end and does not."""
     rest = 1 - settings.alpha

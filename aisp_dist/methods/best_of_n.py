@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aisp_dist.config import BestOfN
+from aisp_dist.config import Method
 from aisp_dist.methods.round import Key, Proposal, State, finished
 from aisp_dist.records import Rollout
 
 
-def propose(settings: BestOfN, state: State) -> Proposal | None:
+def propose(settings: Method, state: State) -> Proposal | None:
     if len(state) == settings.num_iterations:
         return None
     return Proposal(len(state), settings.num_samples, settings.sampling())
 
 
-def update(settings: BestOfN, state: State, key: Key, rollout: Rollout, rewards: Sequence[float | None]) -> State:
+def update(settings: Method, state: State, key: Key, rollout: Rollout, rewards: Sequence[float | None]) -> State:
     return (*state, finished(rollout, rewards, weights=(), kl=0.0))

@@ -1,0 +1,54 @@
+"""The configuration of a run: frozen sections, unknown keys refused. No torch, no file access. Each field's description
+is its help text on the command line and in the JSON schema."""
+
+from aisp_dist.config.base import ConfigError, Section, doc
+from aisp_dist.config.methods import (
+    Aisp,
+    Ar1,
+    Args,
+    BatchedAisp,
+    BestOfN,
+    Ess,
+    Gaussian,
+    Method,
+    Mixture,
+    Nucleus,
+    ReControl,
+    Search,
+)
+from aisp_dist.config.rewards import FunctionReward, ModelReward, Reward, RewardBase
+from aisp_dist.config.run import Generator, Prompts, Run, Save, TopBottom
+from aisp_dist.config.runtime import Replicas, RewardReplicas, Runtime, StorageOptions, Timeouts, known_place
+
+__all__ = [
+    "Aisp",
+    "Ar1",
+    "Args",
+    "BatchedAisp",
+    "BestOfN",
+    "ConfigError",
+    "Ess",
+    "FunctionReward",
+    "Gaussian",
+    "Generator",
+    "Method",
+    "Mixture",
+    "ModelReward",
+    "Nucleus",
+    "Prompts",
+    "ReControl",
+    "Replicas",
+    "Reward",
+    "RewardBase",
+    "RewardReplicas",
+    "Run",
+    "Runtime",
+    "Save",
+    "Search",
+    "Section",
+    "StorageOptions",
+    "Timeouts",
+    "TopBottom",
+    "doc",
+    "known_place",
+]

@@ -1,0 +1,151 @@
+"""The search methods, by kind. num_samples x num_iterations is what a prompt spends, whatever the method."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Discriminator, Field, field_validator, model_validator
+
+from aisp_dist.config.base import Section, doc
+from aisp_dist.records import Ascent, Sampling, TokenReward, TopP
+
+
+class Ess(Section):
+    ess: float = doc("target effective sample size as a fraction of num_samples", gt=0, lt=1)
+
+
+class Ar1(Section):
+    ar1: float = doc("correlation of neighbouring steps", ge=0, lt=1)
+
+
+class Mixture(Section):
+    mixture: float = doc("share of the variance that is one vector for all steps", ge=0, lt=1)
+
+
+class Nucleus(Section):
+    top_p: float = doc("smallest probability mass that is kept", gt=0, le=1)
+    temperature: float = doc("softmax temperature", 1.0, gt=0)
+
+    def record(self) -> TopP:
+        return TopP(self.top_p, self.temperature)
+
+
+class Gaussian(Section):
+    gaussian: float = doc("variance of the noise on the pre-logits; decoding is greedy", gt=0, le=1e12)
+
+
+Count = Annotated[int, Field(ge=1, lt=1 << 16)]
+
+
+class Search(Section):
+    """What adaptive importance sampling is told (arXiv 2510.26219, Algorithm 1), whatever its budget's form."""
+
+    sigma2: float = doc("sigma^2, variance of the noise", 0.5, gt=0, le=1e12)
+    lambda_: float | Ess = doc("temperature of the weights, or {ess: fraction}", Ess(ess=0.1), alias="lambda")
+    alpha: float = doc("discount of the mean in the prior", 0.9999, ge=0, le=1)
+    noise: Literal["independent", "shared"] | Ar1 | Mixture = doc("covariance of the noise over time", "independent")
+    decode: Literal["greedy"] | Nucleus = doc("greedy (the paper) or {top_p: .8, temperature: 1.0}", "greedy")
+    after_eos: Literal["full", "marginal"] = doc("noise after a response's end: drawn, or integrated out", "full")
+    shuffle_rewards: bool = doc("control: the update sees the rewards permuted; true ones select", False)
+
+    @field_validator("lambda_")
+    @classmethod
+    def positive(cls, value: float | Ess) -> float | Ess:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError(f"lambda is {value:g}; it must be positive (the paper uses .3 to 480), or {{ess: 0.1}}")
+        return value
+
+    def sampling(self) -> Sampling:
+        noise: Literal["independent", "shared", "ar1", "mixture"]
+        match self.noise:
+            case Ar1(ar1=parameter):
+                noise = "ar1"
+            case Mixture(mixture=parameter):
+                noise = "mixture"
+            case kind:
+                noise, parameter = kind, 0.0
+        decode = None if isinstance(self.decode, str) else self.decode.record()
+        return Sampling(self.sigma2, noise, parameter, self.alpha, decode, self.after_eos)
+
+
+class Aisp(Search):
+    """Adaptive importance sampling on pre-logits (arXiv 2510.26219, Algorithm 1)."""
+
+    kind: Literal["aisp"] = doc("the method", "aisp")
+    num_samples: Count = doc("n, trajectories of an iteration", 16)
+    num_iterations: Count = doc("kappa", 8)
+
+
+class BatchedAisp(Search):
+    """Batched AISP of the paper: num_prompts prompts side by side, each with budget / num_prompts samples an iteration
+    and num_prompts iterations, so that a batch takes the decoding steps of best-of-n with `budget` samples."""
+
+    kind: Literal["batched_aisp"] = doc("the method", "batched_aisp")
+    num_prompts: Count = doc("b, prompts side by side; the number of iterations too", 8)
+    budget: int = doc("N, samples of a prompt; a multiple of num_prompts", 128, ge=1)
+
+    @model_validator(mode="after")
+    def whole(self) -> BatchedAisp:
+        if self.budget % self.num_prompts or self.budget // self.num_prompts >= 1 << 16:
+            raise ValueError(
+                f"budget is {self.budget} and num_prompts {self.num_prompts}; an iteration has budget / num_prompts "
+                "samples, a whole number below 65536"
+            )
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        return self.budget // self.num_prompts
+
+    @property
+    def num_iterations(self) -> int:
+        return self.num_prompts
+
+
+class BestOfN(Section):
+    """Best of num_samples x num_iterations independent candidates."""
+
+    kind: Literal["best_of_n"] = doc("the method", "best_of_n")
+    num_samples: Count = doc("candidates drawn together", 16)
+    num_iterations: Count = doc("how many times; N = num_samples x num_iterations", 8)
+    sampling_: Nucleus | Gaussian = doc(
+        "{top_p: .95, temperature: 1.0} or {gaussian: 0.5}", Nucleus(top_p=0.95), alias="sampling"
+    )
+
+    def sampling(self) -> Sampling:
+        if isinstance(self.sampling_, Gaussian):
+            return Sampling(sigma2=self.sampling_.gaussian)
+        return Sampling(decode=self.sampling_.record())
+
+
+class Args(Section):
+    """ARGS-greedy (Khanov et al. 2024): each token is the argmax of its logit + weight * reward of the text up to it,
+    over the likeliest tokens. One answer a prompt; the rewards with use: select run inside the generator."""
+
+    kind: Literal["args"] = doc("the method", "args")
+    num_candidates: int = doc("k, likeliest tokens whose reward is asked at every step", 32, ge=1, le=1024)
+    weight: float = doc("w, factor of the reward beside the logit", 1.0, ge=0)
+    num_samples: ClassVar[int] = 1
+    num_iterations: ClassVar[int] = 1
+
+    def sampling(self) -> Sampling:
+        return Sampling(guide=TokenReward(self.num_candidates, self.weight))
+
+
+class ReControl(Section):
+    """RE-Control (Kong et al. 2024): every pre-logit is moved up the gradient of a value network, which
+    `aisp train-value` trains for this base model and reward. One answer a prompt."""
+
+    kind: Literal["re_control"] = doc("the method", "re_control")
+    value: str = doc("directory that `aisp train-value` wrote")
+    steps: int = doc("gradient steps for each token", 30, ge=1, le=10_000)
+    step_size: float = doc("length of a step in units of the gradient", 1.0, gt=0)
+    published: bool = doc("as the authors' code does it, its faults included", False)
+    num_samples: ClassVar[int] = 1
+    num_iterations: ClassVar[int] = 1
+
+    def sampling(self) -> Sampling:
+        return Sampling(guide=Ascent(self.steps, self.step_size, self.published))
+
+
+Method = Annotated[Aisp | BatchedAisp | BestOfN | Args | ReControl, Discriminator("kind")]

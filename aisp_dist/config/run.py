@@ -1,0 +1,112 @@
+"""A whole run: prompts, base model, rewards, method, what is kept, where it executes.
+
+What can change a row is separated from what cannot: `row_settings` feeds the fingerprint (fingerprint.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from aisp_dist.config.base import Section, doc
+from aisp_dist.config.methods import Aisp, Method
+from aisp_dist.config.rewards import Reward
+from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
+
+
+class Prompts(Section):
+    """Where prompts come from and how they become tokens."""
+
+    source: str = doc("demo, a .jsonl/.json/.csv/.parquet/.txt(.gz) path or glob, or a hub dataset id", "demo")
+    subset: str | None = doc("hub dataset configuration name", None)
+    revision: str | None = doc("hub dataset revision; a commit, for a run that may be resumed later", None)
+    split: str = doc("hub dataset split", "train")
+    column: str = doc("column with the prompt: text, or messages with role and content", "prompt")
+    id_column: str | None = doc("column with your own id of a prompt; unique", None)
+    keep: tuple[str, ...] = doc("columns carried into the output and handed to function rewards", ())
+    shuffle_seed: int | None = doc("shuffle the input by this seed", None)
+    limit: int | None = doc("read at most this many input lines; a larger one later extends the run", None, ge=0)
+    format: Literal["chat", "raw", "shp", "hh"] = doc("chat: the model's own template; raw: the text as it is", "chat")
+    begin: str = doc("role marker of the user in shp and hh", "User:")
+    system: str | None = doc("system message put before every chat", None)
+    template_kwargs: dict[str, Any] = doc("passed to the chat template", {})
+    max_tokens: int = doc("longest prompt in tokens", 1024, ge=1)
+    overlong: Literal["error", "left", "drop_turns"] = doc(
+        "a longer prompt becomes a failed row, is cut from the left, or loses its oldest turns", "error"
+    )
+
+
+class Generator(Section):
+    """The base model and how it decodes."""
+
+    model: str = doc("demo, a local path, or a hub id")
+    revision: str | None = doc("hub revision; resolved once and re-used by a resume", None)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto: the checkpoint's own", "auto")
+    chat_template: str | None = doc("path of a template that replaces the tokenizer's", None)
+    quantization: Literal["int8", "nf4"] | None = doc(
+        "null: as the checkpoint is, quantised or not; int8 (torchao, weights only) and nf4 (bitsandbytes) quantise a "
+        "plain one while it loads",
+        None,
+    )
+    tensor_parallel: int = doc("GPUs that one copy of the model is split over; only 1 is implemented", 1, ge=1)
+    fp32_head: bool = doc("logits by a copy of the output layer in fp32, where the model is of another dtype", False)
+    batch_rows: int = doc("rows decoded together; part of the fingerprint, since bits can depend on it", 64, ge=1)
+    max_new_tokens: int = doc("tau, the longest response in tokens", 128, ge=1, lt=1 << 31)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = doc("strings that end a response; cut from it", ())
+    trust_remote_code: bool = doc("run code that comes with the checkpoint", False)
+
+
+class TopBottom(Section):
+    top_bottom: int = doc("keep the k best and the k worst candidates of a prompt", ge=1)
+
+
+class Save(Section):
+    """What is written beside the rows, and how often."""
+
+    candidates: Literal["all", "none"] | TopBottom = doc("which candidates are kept", TopBottom(top_bottom=4))
+    trace: bool = doc("keep weights and lengths of every iteration", True)
+    rows_per_file: int = doc("input lines a part covers", 1000, ge=1)
+    flush_seconds: float = doc("at most this much finished work is lost to a kill", 60.0, ge=0)
+
+
+class Run(Section):
+    """A whole run."""
+
+    output: str = doc(
+        "directory of the output, or s3://bucket/path; relative to the current directory, absolute inside a Ray job"
+    )
+    seed: int = doc("decides all noise", 0, ge=0)
+    prompts: Prompts = doc("where prompts come from", Prompts())
+    generator: Generator = doc("the base model")
+    rewards: dict[str, Reward] = doc("rewards by name")
+    combine: Literal["weighted_sum", "standardized"] = doc(
+        "how several rewards become one; standardized freezes mean and deviation at a prompt's first iteration",
+        "weighted_sum",
+    )
+    method: Method = doc("how answers are searched", Aisp())
+    save: Save = doc("what is written", Save())
+    runtime: Runtime = doc("where it runs", Runtime())
+
+    @field_validator("output")
+    @classmethod
+    def known(cls, value: str) -> str:
+        return known_place(value)
+
+    @model_validator(mode="after")
+    def whole(self) -> Run:
+        if not any(reward.use == "select" for reward in self.rewards.values()):
+            raise ValueError("rewards: none has use: select, so nothing could choose a best answer; add one")
+        unknown = sorted(set(self.runtime.rewards) - set(self.rewards))
+        if unknown:
+            raise ValueError(f"runtime.rewards: {', '.join(unknown)} is not among rewards ({', '.join(self.rewards)})")
+        return self
+
+    def replicas(self, reward: str) -> RewardReplicas:
+        return self.runtime.rewards.get(reward, RewardReplicas())
+
+    def row_settings(self) -> dict[str, Any]:
+        """Everything in the configuration that can change a row, as JSON values."""
+        return self.model_dump(
+            mode="json", by_alias=True, exclude={"output": True, "save": True, "runtime": True, "prompts": {"limit"}}
+        )

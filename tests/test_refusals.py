@@ -143,11 +143,11 @@ def test_run_json_holds_no_environment(project, monkeypatch):
     assert "hf_planted_secret" not in json.dumps(prepared(project).record())
 
 
-@pytest.mark.parametrize(("verb", "said"), [("export", "planned and not implemented yet"), ("fly", "is not a verb")])
-def test_unknown_and_planned_verbs(capsys, verb, said):
+def test_an_unknown_verb_names_those_that_exist(capsys):
     with pytest.raises(SystemExit) as left:
-        cli.run(verb, [])
-    assert left.value.code == 2 and said in capsys.readouterr().err
+        cli.run("fly", [])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "is not a verb" in said and all(verb in said for verb in cli.VERBS)
 
 
 def test_verify_and_status_of_nothing(project, capsys):

@@ -191,6 +191,47 @@ def test_first_iteration_is_best_of_n_with_the_same_keys_whatever_lambda():
     assert bon.samples_spent == 64 and bon.trace[1].kl == 0
 
 
+def replayed(curve: list[float], spend: dict, num_iterations: int) -> int:
+    """Iterations that the rule lets a prompt with these best rewards of each iteration spend, by its definition."""
+    for k in range(1, len(curve) + 1):
+        so_far = [max(curve[: j + 1]) for j in range(k)]
+        if spend.get("target") is not None and so_far[-1] >= spend["target"]:
+            return k
+        p = spend.get("plateau")
+        if p and k > p and so_far[-1 - p] == so_far[-1]:
+            return k
+        if k == (spend.get("max_iterations") or num_iterations):
+            return k
+    raise AssertionError("the curve is too short")
+
+
+@pytest.mark.parametrize(
+    "spend",
+    [{"plateau": 1}, {"plateau": 2}, {"target": 1.0}, {"target": -99.0}, {"plateau": 2, "max_iterations": 9},
+     {"plateau": 3, "target": 3.0, "max_iterations": 12}],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["aisp", "best_of_n"])
+def test_a_prompt_spends_by_the_rule_and_its_candidates_are_those_of_the_whole_search(spend, kind):
+    def method(num_iterations: int, **more: object) -> dict:
+        own = {"lambda": 0.5} if kind == "aisp" else {"sampling": {"gaussian": 0.5}}
+        return {"kind": kind, "num_samples": 8, "num_iterations": num_iterations, **own, **more}
+
+    spent = set()
+    for seed in range(6):
+        base = run({}, seed=seed)
+        make = config.Aisp if kind == "aisp" else config.BestOfN
+        whole, early = (
+            World(C).align(base.model_copy(update={"method": make.model_validate(m)}))
+            for m in (method(12), method(4, spend=spend))
+        )
+        best = [it.best_reward for it in whole.trace]
+        assert len(early.trace) == replayed(best, spend, 4)
+        assert early.samples_spent == 8 * len(early.trace)
+        assert early.candidates == whole.candidates[: early.samples_spent]
+        spent.add(len(early.trace))
+    assert len(spent) > 1 or spend == {"target": -99.0}, "the rule never told prompts apart"
+
+
 def test_best_is_the_earliest_of_equals_and_the_curve_never_falls():
     done = World(C, reward=lambda v, t: np.round(v[:, 0, 0])).align(run({}))
     assert isinstance(done, Done)

@@ -118,7 +118,13 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "runtime.rewards.main.accelerator": "L4",
 }
 SECRET = {f"runtime.storage_options.{key}" for key in ("access_key", "secret_key", "session_token")}  # all, or none
-WHOLE = {"rewards", "method", "runtime.rewards", "method.decode"}  # unions and mappings: tests of their own
+WHOLE = {
+    "rewards",
+    "method",
+    "runtime.rewards",
+    "method.decode",
+    "method.spend",
+}  # unions and mappings: tests of their own
 
 
 def dig(run: Run, key: str):
@@ -169,6 +175,7 @@ def test_unions_are_replaced_whole_by_a_file_and_by_a_whole_flag(tmp_path):
     assert read(tmp_path, "--method.lambda", "0.7", values=values).method.lambda_ == 0.7
     assert read(tmp_path, "--method.lambda.ess", "0.7", values=values).method.lambda_ == config.Ess(ess=0.7)
     assert read(tmp_path, "--method.num_samples", "5", values=values).method.sigma2 == 0.1
+    assert read(tmp_path, "--method.spend.plateau", "2", values=values).method.spend == config.Spend(plateau=2)
     run = read(tmp_path, more=[{"rewards": {"main": {"kind": "function", "function": "a.py:b"}}}])
     assert run.rewards["main"] == config.FunctionReward(function="a.py:b") and "words" in run.rewards
 
@@ -186,6 +193,8 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--method.num_samples", "0"], "method.num_samples: .*greater than or equal to 1"),
         (["--method.lambda", "-2"], "method.lambda: lambda is -2; it must be positive"),
         (["--method.lambda.ess", "1.5"], "method.lambda.ess: .*less than 1"),
+        (["--method.spend.min_gain", "1"], "method.spend: target and plateau are null"),
+        (["--method.spend", '{"target": 1, "max_iterations": 9}'], "max_iterations is 9 without plateau"),
         (["--method.noise", "pink"], "method.noise: .*'pink'"),
         (["--output", "gs://bucket/x"], "output: gs:// is not implemented; give a local directory, or s3://bucket"),
         (["--output", "s3://id:key@bucket/x"], "^output: not of the form s3://bucket/path; credentials go into"),

@@ -15,6 +15,7 @@ from aisp_dist.config.methods import (
     Nucleus,
     ReControl,
     Search,
+    Spend,
 )
 from aisp_dist.config.rewards import FunctionReward, ModelReward, Reward, RewardBase
 from aisp_dist.config.run import Generator, Prompts, Run, Save, TopBottom
@@ -46,6 +47,7 @@ __all__ = [
     "Save",
     "Search",
     "Section",
+    "Spend",
     "StorageOptions",
     "Timeouts",
     "TopBottom",

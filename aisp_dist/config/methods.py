@@ -37,6 +37,27 @@ class Gaussian(Section):
 Count = Annotated[int, Field(ge=1, lt=1 << 16)]
 
 
+class Spend(Section):
+    """What a prompt spends by how its search goes: one that no longer improves stops before num_iterations, one that
+    still does may go on to max_iterations. A rule of each prompt alone, so that rows do not depend on their company."""
+
+    target: float | None = doc("stop once the best reward has reached it", None)
+    plateau: int | None = doc("stop after so many iterations without a better answer", None, ge=1)
+    min_gain: float = doc("what counts as better, in units of the reward", 0.0, ge=0)
+    max_iterations: Count | None = doc("where plateau does not stop it, up to here; null: num_iterations", None)
+
+    @model_validator(mode="after")
+    def bounded(self) -> Spend:
+        if self.target is None and self.plateau is None:
+            raise ValueError("target and plateau are null, so nothing would ever stop early; give one, or no spend")
+        if self.max_iterations is not None and self.plateau is None:
+            raise ValueError(
+                f"max_iterations is {self.max_iterations} without plateau: every prompt would go on to it; give "
+                "plateau, or raise num_iterations"
+            )
+        return self
+
+
 class Search(Section):
     """What adaptive importance sampling is told (arXiv 2510.26219, Algorithm 1), whatever its budget's form."""
 
@@ -74,6 +95,7 @@ class Aisp(Search):
     kind: Literal["aisp"] = doc("the method", "aisp")
     num_samples: Count = doc("n, trajectories of an iteration", 16)
     num_iterations: Count = doc("kappa", 8)
+    spend: Spend | None = doc("stop early, or go on, by how a prompt's search goes; null: num_iterations", None)
 
 
 class BatchedAisp(Search):
@@ -83,6 +105,7 @@ class BatchedAisp(Search):
     kind: Literal["batched_aisp"] = doc("the method", "batched_aisp")
     num_prompts: Count = doc("b, prompts side by side; the number of iterations too", 8)
     budget: int = doc("N, samples of a prompt; a multiple of num_prompts", 128, ge=1)
+    spend: ClassVar[None] = None
 
     @model_validator(mode="after")
     def whole(self) -> BatchedAisp:
@@ -108,6 +131,7 @@ class BestOfN(Section):
     kind: Literal["best_of_n"] = doc("the method", "best_of_n")
     num_samples: Count = doc("candidates drawn together", 16)
     num_iterations: Count = doc("how many times; N = num_samples x num_iterations", 8)
+    spend: Spend | None = doc("stop early, or go on, by how a prompt's search goes; null: num_iterations", None)
     sampling_: Nucleus | Gaussian = doc(
         "{top_p: .95, temperature: 1.0} or {gaussian: 0.5}", Nucleus(top_p=0.95), alias="sampling"
     )
@@ -127,6 +151,7 @@ class Args(Section):
     weight: float = doc("w, factor of the reward beside the logit", 1.0, ge=0)
     num_samples: ClassVar[int] = 1
     num_iterations: ClassVar[int] = 1
+    spend: ClassVar[None] = None
 
     def sampling(self) -> Sampling:
         return Sampling(guide=TokenReward(self.num_candidates, self.weight))
@@ -143,6 +168,7 @@ class ReControl(Section):
     published: bool = doc("as the authors' code does it, its faults included", False)
     num_samples: ClassVar[int] = 1
     num_iterations: ClassVar[int] = 1
+    spend: ClassVar[None] = None
 
     def sampling(self) -> Sampling:
         return Sampling(guide=Ascent(self.steps, self.step_size, self.published))

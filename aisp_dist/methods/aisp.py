@@ -11,13 +11,13 @@ import struct
 from collections.abc import Sequence
 
 from aisp_dist.config import Aisp, BatchedAisp, Ess, Search
-from aisp_dist.methods.round import Key, Proposal, State, finished
+from aisp_dist.methods.round import Key, Proposal, State, finished, over
 from aisp_dist.philox import permutation
 from aisp_dist.records import Rollout, Weights
 
 
 def propose(settings: Aisp | BatchedAisp, state: State) -> Proposal | None:
-    if len(state) == settings.num_iterations:
+    if over(settings, state):
         return None
     trace = tuple(Weights(done.weights, done.lengths) for done in state)
     return Proposal(len(state), settings.num_samples, settings.sampling(), trace)

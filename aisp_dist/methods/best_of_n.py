@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aisp_dist.config import Method
-from aisp_dist.methods.round import Key, Proposal, State, finished
+from aisp_dist.methods.round import Key, Proposal, State, finished, over
 from aisp_dist.records import Rollout
 
 
 def propose(settings: Method, state: State) -> Proposal | None:
-    if len(state) == settings.num_iterations:
+    if over(settings, state):
         return None
     return Proposal(len(state), settings.num_samples, settings.sampling())
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from aisp_dist.config import Method
 from aisp_dist.records import Iteration, Rollout, Sampling, Weights
 
 State = tuple[Iteration, ...]
@@ -33,3 +35,21 @@ def finished(rollout: Rollout, rewards: Sequence[float | None], weights: Sequenc
         mean_reward=sum(finite) / len(finite) if finite else None,
         best_reward=max(finite, default=None),
     )
+
+
+def over(settings: Method, state: State) -> bool:
+    """Whether a prompt's search ends here: after num_iterations or, with `spend`, by what its iterations found. Reads
+    the true rewards of the state alone, so every method is stopped by the same rule."""
+    spend = settings.spend
+    if spend is None:
+        return len(state) >= settings.num_iterations
+    best, since = -math.inf, 0  # best so far; iterations since it last rose
+    for done in state:
+        new = -math.inf if done.best_reward is None else done.best_reward
+        since = 0 if new > best + (spend.min_gain if math.isfinite(best) else 0) else since + 1
+        best = max(best, new)
+    if spend.target is not None and best >= spend.target:
+        return True
+    if spend.plateau is not None and since >= spend.plateau:
+        return True
+    return len(state) >= (spend.max_iterations or settings.num_iterations)

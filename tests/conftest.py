@@ -16,6 +16,14 @@ if not Path("/dev/nvidiactl").exists():  # no GPU: Triton's kernels by its inter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `-n 2 --dist loadgroup`: one worker takes all that starts Ray, in turn and first; of the rest a file is one's."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real prompts and a real tiny language model; tests that want them skip where they are absent."""

@@ -12,6 +12,8 @@ from actors.rounds import Instant
 from aisp_dist.records import Prompt, Round, Sampling
 from jobs import cli
 
+pytestmark = pytest.mark.ray
+
 
 def test_every_round_is_run_and_its_cpu_time_known(capsys):
     with pytest.raises(SystemExit) as ended:

@@ -14,6 +14,8 @@ import rows
 from actors.exporter import COUNTERS, GAUGES, HISTOGRAMS, Exporter
 from aisp_dist.records import Done
 
+pytestmark = pytest.mark.ray
+
 RESULTS = [rows.result(rows.prompt(i)) for i in range(24)]
 ROUNDS = [(0.004, 16, 300), (0.5, 16, 1280), (0.7, 1, 80), (999.0, 16, 1)]
 SCORED = [("helpful", 0.03, 16), ("helpful", 2.5, 16), ("judge", 0.011, 2)]

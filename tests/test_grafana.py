@@ -21,6 +21,8 @@ import yaml
 from actors.exporter import COUNTERS, GAUGES, HISTOGRAMS, Exporter
 from aisp_dist.records import Done
 
+pytestmark = pytest.mark.ray
+
 FOLDER = Path(__file__).parent.parent / "configs" / "grafana"
 BOARD = json.loads((FOLDER / "aisp.json").read_text())
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]

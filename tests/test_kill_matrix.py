@@ -9,7 +9,10 @@ import signal
 import pytest
 from kill_matrix import KILL, STOP, TERM, Spec, a_cluster, quiet_tables, run_case
 
-pytestmark = pytest.mark.timeout(1200)  # of a machine that does other things too; alone each takes about a minute
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(1200),
+]  # of a machine that does other things too; alone each takes about a minute
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ import s3
 import tiny
 import yaml
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parent.parent
 REWARD = """
 def words(prompts, completions, **columns):

@@ -29,6 +29,8 @@ from aisp_dist.verify import status, verify
 from jobs import cli, prepare, settings
 from jobs.progress import Progress
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parent.parent
 RUN = {"fingerprint": "f" * 8, "run_id": "f" * 4, "rows_per_file": 4, "components": {}, "config": {"output": "o"}}
 

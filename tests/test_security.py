@@ -25,6 +25,8 @@ from aisp_dist import checkpoints, prompts, rewards, sources
 from aisp_dist.config import ConfigError, Generator, ModelReward, Prompts
 from aisp_dist.engine import model
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parent.parent
 SECRETS = {"HF_TOKEN": f"planted-{secrets.token_hex(12)}", "AWS_SECRET_ACCESS_KEY": f"planted-{secrets.token_hex(12)}"}
 REWARD = """

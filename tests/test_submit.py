@@ -24,6 +24,8 @@ from aisp_dist.lease import Lease
 from aisp_dist.place import Place
 from jobs import cli, submit
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parent.parent
 WAIT = 200  # seconds; for a machine that is busy
 SECRET = "planted-" + secrets.token_hex(12)

@@ -18,7 +18,7 @@ if not Path("/dev/nvidiactl").exists():  # no GPU: Triton's kernels by its inter
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: one worker takes all that starts Ray, in turn and first; of the rest a file is one's."""
+    """For `-n 2 --dist loadgroup`: one worker takes all that starts Ray, in turn and first; a file is one worker's."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))

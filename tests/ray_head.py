@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +18,9 @@ MARK = "AISP_TEST_HEAD"
 
 
 @contextmanager
-def started(temp: Path, **env: str) -> Iterator[dict[str, str]]:
+def started(**env: str) -> Iterator[dict[str, str]]:
     """The environment of commands that join it: RAY_ADDRESS is the GCS, RAY_API_SERVER_ADDRESS the dashboard."""
+    temp = Path(tempfile.mkdtemp(prefix="aisp", dir="/tmp"))  # short: Ray puts sockets below it
     with socket.create_server(("", 0)) as unused:
         free = unused.getsockname()[1]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", MARK: str(temp)} | env
@@ -43,6 +46,7 @@ def started(temp: Path, **env: str) -> Iterator[dict[str, str]]:
         }
     finally:
         end(str(temp))
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def end(mark: str) -> None:

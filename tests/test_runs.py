@@ -55,9 +55,9 @@ QUESTIONS = ["How do I train a puppy?", "Is coffee good?", "What is a bicycle fo
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """A head node of our own; commands join it through RAY_ADDRESS."""
-    with ray_head.started(tmp_path_factory.mktemp("ray", numbered=False)) as env:
+    with ray_head.started() as env:
         yield env | {"PYTHONPATH": str(ROOT)}
 
 

@@ -69,12 +69,11 @@ def project(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A head with token authentication and secrets in its environment; what a user's shell needs to reach it."""
-    temp = tmp_path_factory.mktemp("submit", numbered=False)
-    token = temp / "token"
+    token = tmp_path_factory.mktemp("submit") / "token"
     token.write_text(secrets.token_hex(16))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     keys = {"HF_TOKEN": f"{SECRET}-hub", "AWS_SECRET_ACCESS_KEY": f"{SECRET}-store"}
-    with ray_head.started(temp, PATH=path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), **keys) as env:
+    with ray_head.started(PATH=path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), **keys) as env:
         yield env | {"PYTHONPATH": str(ROOT)}
 
 

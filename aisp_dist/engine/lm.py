@@ -41,7 +41,7 @@ class LM:
     def states(self, attend: Pass, tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
         """Last hidden states z [B, T, D], after the final norm."""
         with running(attend):
-            out = self.decoder(input_ids=tokens_BT, position_ids=positions_BT, past_key_values=None, use_cache=False)
+            out = self.decoder(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
         z: torch.Tensor = out.last_hidden_state
         return z
 

@@ -8,14 +8,14 @@ No family has code of its own here. A family works if its layers attend through 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import ModelOutput
 
 from aisp_dist import weights
 from aisp_dist.checkpoints import locate
@@ -30,11 +30,11 @@ class Unsupported(ValueError):
     """The engine would decode this model wrongly."""
 
 
-class _DecoderOutput(SimpleNamespace):
+@dataclass
+class _DecoderOutput(ModelOutput):  # type: ignore[misc]
     """A decoder's output with everything but the hidden states None."""
 
-    def __getitem__(self, index: int) -> Any:
-        return self.last_hidden_state
+    last_hidden_state: torch.Tensor
 
     def __getattr__(self, name: str) -> None:
         return None

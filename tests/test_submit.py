@@ -132,7 +132,7 @@ def test_a_run_from_any_directory_and_what_the_cluster_remembers_of_it(cluster, 
     token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
     for secret in (SECRET, token):
         assert secret not in text + done.stdout + done.stderr
-        assert holders(secret, output, Path(cluster["RAY_AUTH_TOKEN_PATH"]).parent) <= {"token"}
+        assert holders(secret, output, Path(cluster[ray_head.MARK])) == set()
 
 
 def holders(secret: str, *folders: Path) -> set[str]:

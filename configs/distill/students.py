@@ -1,0 +1,59 @@
+"""Students by TRL: supervised on answers (SFT), then on pairs (DPO). Both take tables as they are written: `data/` of a
+run, and what `aisp export --to dpo` makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+
+def sft(teacher: str, rows: Dataset, out: Path, *, lr: float, epochs: float, seed: int) -> Path:
+    """rows: prompt and completion, as messages."""
+    config = SFTConfig(**_common(out, lr, epochs, seed), completion_only_loss=True)
+    model, tokenizer = _load(teacher)
+    rows = rows.select_columns(["prompt", "completion"])
+    return _run(SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer), out)
+
+
+def dpo(student: str, rows: Dataset, out: Path, *, lr: float, epochs: float, beta: float, seed: int) -> Path:
+    """rows: prompt, chosen, rejected, as messages. The reference is the student that it starts from."""
+    config = DPOConfig(**_common(out, lr, epochs, seed), beta=beta)
+    model, tokenizer = _load(student)
+    rows = rows.select_columns(["prompt", "chosen", "rejected"])
+    return _run(DPOTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer), out)
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True), tokenizer
+
+
+def _run(trainer: Any, out: Path) -> Path:
+    trainer.train()
+    trainer.save_model(str(out))  # safetensors, and the tokenizer beside it
+    return out
+
+
+def _common(out: Path, lr: float, epochs: float, seed: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(out),
+        "learning_rate": lr,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": 16,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,
+        "max_length": 512,
+        "seed": seed,
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": torch.cuda.is_available(),
+        "gradient_checkpointing": False,
+    }

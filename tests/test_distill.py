@@ -45,7 +45,7 @@ def test_its_training_prompts_are_new_every_one_and_none_is_measured(tmp_path):
 
 
 def test_students_learn_what_they_are_taught_and_measures_are_of_the_student(run, tmp_path):
-    """A student of one answer says it, which the teacher finds unlikely; one pair in the other direction unlearns it."""
+    """A student of one answer says it, which the teacher finds unlikely; pairs move it on."""
     students, measure, teacher = module("students"), module("measure"), run.generator.model
     ask = [[{"role": "user", "content": f"What is {thing} for?"}] for thing in ("tea", "a map", "rain", "a bus")] * 8
     rows = Dataset.from_list([{"prompt": p, "completion": said("Cats cats cats cats cats cats.")} for p in ask])

@@ -1,67 +1,63 @@
-"""Arms of a comparison, and what their tables say side by side: means over the same prompts with paired intervals.
+"""What the tables of a comparison's arms say side by side: means over the same prompts with paired intervals.
 Reads finished outputs; runs nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from aisp_dist.config import Aisp, BestOfN, ConfigError, Gaussian, Method, Nucleus, Run
+from aisp_dist import methods
+from aisp_dist.arms import AISP, BASE, TOP_P
+from aisp_dist.config import ConfigError, Method
 from aisp_dist.metrics import Interval, diversity, interval
 from aisp_dist.place import Place
 from aisp_dist.summary import words
 
-AISP, TOP_P, GAUSSIAN, SHUFFLED, BASE = (
-    "aisp",
-    "best-of-n top-p",
-    "best-of-n gaussian",
-    "aisp, rewards shuffled",
-    "base",
-)
-
-
-def arms(run: Run) -> dict[str, Method]:
-    """The methods that compare runs, all at the same number of samples. What the configuration's own method does not
-    say (the nucleus of an AISP configuration, say) is the method's default."""
-    own = run.method
-    size = {"num_samples": own.num_samples, "num_iterations": own.num_iterations}
-    aisp = own if isinstance(own, Aisp) else Aisp(**size)
-    nucleus, gaussian = Nucleus(top_p=0.95), Gaussian(gaussian=aisp.sigma2)
-    if isinstance(own, BestOfN) and isinstance(own.sampling_, Nucleus):
-        nucleus = own.sampling_
-    if isinstance(own, BestOfN) and isinstance(own.sampling_, Gaussian):
-        gaussian = own.sampling_
-    return {
-        TOP_P: BestOfN(**size, sampling_=nucleus),
-        GAUSSIAN: BestOfN(**size, sampling_=gaussian),
-        AISP: aisp.model_copy(update={"shuffle_rewards": False}),
-        SHUFFLED: aisp.model_copy(update={"shuffle_rewards": True}),
-    }
+_COLUMNS = ["id", "prompt", "samples_spent", "curve"]
+_COLUMNS += [b + n for n in ("reward", "rewards", "nll", "num_tokens", "completion") for b in ("", "base_")]
+Row = Mapping[str, Any]
+Value = Callable[[Row], float]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Means of one arm over the prompts that every arm finished. versus: AISP's reward minus this arm's, paired."""
+    """Means of one arm over the prompts that every arm finished, averaged over seeds first.
+
+    versus, nll_versus: the main arm's reward and NLL minus this arm's, paired by prompt. won: the share of prompts on
+    which the main arm's reward is higher, ties half. auc: the best reward so far, averaged over the sample budget.
+    std: of the mean reward over seeds. model_tokens, reward_calls: of a prompt (methods.spent); seconds: of the arm's
+    run, alone on the cluster, None where it keeps no metrics.
+    """
 
     name: str
     prompts: int
     samples: float
     reward: Interval
     versus: Interval
+    won: float
     nll: Interval
+    nll_versus: Interval
     diversity: Interval
     num_tokens: float
     held_out: dict[str, Interval]
+    held_out_versus: dict[str, Interval]
+    std: float | None
+    auc: float | None
+    model_tokens: float | None
+    reward_calls: float | None
+    seconds: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every arm, and the prompt on which AISP loses most to best-of-n top-p, with both answers.
-    left_out: prompts that failed in some arm."""
+    """Every arm, and the prompt on which the main arm loses most to best-of-n, with both answers. left_out: prompts
+    that failed in some arm."""
 
+    main: str
     arms: tuple[Arm, ...]
     loss: dict[str, Any] | None
     left_out: int
@@ -70,72 +66,151 @@ class Comparison:
         return asdict(self)
 
 
-def compare(outputs: Mapping[str, Sequence[Place]], held_out: Sequence[str]) -> Comparison:
-    """`outputs`: for each arm its finished outputs, one a seed. Values are averaged over seeds, then over prompts."""
-    tables = {arm: [_rows(path) for path in paths] for arm, paths in outputs.items()}
-    everything = [rows.keys() for seeds in tables.values() for rows in seeds]
-    if not set.intersection(*map(set, everything)):
+@dataclass(frozen=True)
+class _Table:
+    """One finished output: its rows, the lengths of its samples by iteration, its method and how long it took."""
+
+    rows: Mapping[str, Row]
+    lengths: Mapping[str, Sequence[Sequence[int]]]
+    method: Method | None
+    seconds: float | None
+
+
+def compare(
+    outputs: Mapping[str, Sequence[Place]],
+    held_out: Sequence[str],
+    main: str = AISP,
+    found: Mapping[str, Method] | None = None,
+) -> Comparison:
+    """`outputs`: for each arm its finished outputs, one a seed. found: the arms' methods, for what they cost. Raises
+    ConfigError where the outputs have no prompt in common."""
+    tables = {arm: [_read(place, (found or {}).get(arm)) for place in places] for arm, places in outputs.items()}
+    everything = [table.rows.keys() for seeds in tables.values() for table in seeds]
+    shared = sorted(set.intersection(*map(set, everything)), key=list(everything[0]).index)
+    if not shared:
         raise ConfigError(
             "no prompt was finished by every arm: nothing to compare; the reasons are in each arm's failed/"
         )
-    shared = sorted(set.intersection(*map(set, everything)), key=list(everything[0]).index)
-    seen = set.union(*map(set, everything))
 
-    def column(arm: str, value: Any) -> np.ndarray:  # [P], mean over seeds
-        by_seed: np.ndarray = np.array([[value(rows[id]) for id in shared] for rows in tables[arm]], dtype=np.float64)
-        mean: np.ndarray = by_seed.mean(axis=0)
-        return mean
+    def column(arm: str, value: Value) -> np.ndarray:  # [seeds, P]
+        return np.array([[value(t.rows[id]) for id in shared] for t in tables[arm]], dtype=np.float64)
 
-    aisp = column(AISP, lambda row: row["reward"])
-    found = []
+    def mean(arm: str, value: Value) -> np.ndarray:  # [P]
+        over_seeds: np.ndarray = column(arm, value).mean(axis=0)
+        return over_seeds
+
+    ours, our_nll = (mean(main, _number(name)) for name in ("reward", "nll"))
+    our_held_out = {n: mean(main, _score("rewards", n)) for n in held_out}
+    arms = []
     for name in (BASE, *tables):
         base = name == BASE
-        arm, prefix = (AISP, "base_") if base else (name, "")
-        reward = column(arm, lambda row, p=prefix: _number(row[f"{p}reward"]))
+        arm, prefix = (main, "base_") if base else (name, "")
+        by_seed = column(arm, _number(f"{prefix}reward"))
+        reward, nll = by_seed.mean(axis=0), mean(arm, _number(f"{prefix}nll"))
         finite = np.isfinite(reward)
-        found.append(
+        scores = {n: mean(arm, _score(f"{prefix}rewards", n)) for n in held_out}
+        costs = [] if base else [_costs(table, shared) for table in tables[name]]
+        arms.append(
             Arm(
                 name=name,
                 prompts=int(finite.sum()),
-                samples=1.0 if base else float(column(arm, lambda row: row["samples_spent"]).mean()),
+                samples=1.0 if base else float(mean(arm, _number("samples_spent")).mean()),
                 reward=interval(reward[finite]),
-                versus=interval((aisp - reward)[finite]),
-                nll=interval(column(arm, lambda row, p=prefix: row[f"{p}nll"])),
-                diversity=interval(
-                    column(arm, lambda row, b=base: diversity(words_of(row["base_completion" if b else "completion"])))
-                ),
-                num_tokens=float(column(arm, lambda row, p=prefix: row[f"{p}num_tokens"]).mean()),
-                held_out={
-                    reward_name: interval(values[np.isfinite(values)])
-                    for reward_name in held_out
-                    for values in [column(arm, lambda row, p=prefix, n=reward_name: _score(row[f"{p}rewards"], n))]
-                    if np.isfinite(values).any()
+                versus=interval((ours - reward)[finite]),
+                won=float(((ours > reward) + (ours == reward) / 2)[finite].mean()),
+                nll=interval(nll),
+                nll_versus=interval(our_nll - nll),
+                diversity=interval(mean(arm, _diversity(f"{prefix}completion"))),
+                num_tokens=float(mean(arm, _number(f"{prefix}num_tokens")).mean()),
+                held_out={n: interval(v[np.isfinite(v)]) for n, v in scores.items() if np.isfinite(v).any()},
+                held_out_versus={
+                    n: interval(difference[np.isfinite(difference)])
+                    for n, v in scores.items()
+                    if np.isfinite(difference := our_held_out[n] - v).any()
                 },
+                std=float(by_seed[:, finite].mean(axis=1).std(ddof=1)) if len(by_seed) > 1 else None,
+                auc=None if base else _auc(tables[name], shared),
+                model_tokens=_mean([cost.model_tokens for cost in costs if cost]),
+                reward_calls=_mean([cost.reward_calls for cost in costs if cost]),
+                seconds=_mean([table.seconds for table in tables[name] if table.seconds]) if not base else None,
             )
         )
-    return Comparison(tuple(found), _loss(tables, shared), len(seen) - len(shared))
+    seen = set.union(*map(set, everything))
+    return Comparison(main, tuple(arms), _loss(tables, shared, main), len(seen) - len(shared))
 
 
-def _rows(output: Place) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in output.dataset("data").to_table().to_pylist()}
+def _read(output: Place, method: Method | None) -> _Table:
+    data = output.dataset("data")
+    columns = [name for name in _COLUMNS if name in data.schema.names]
+    rows = {row["id"]: row for row in data.to_table(columns=columns).to_pylist()}
+    kept = output.dataset("candidates").to_table(columns=["id", "trace"]) if output.names("candidates") else None
+    traces = {} if kept is None else {row["id"]: row["trace"] for row in kept.to_pylist() if row["trace"]}
+    lengths = {id: [iteration["lengths"] for iteration in trace] for id, trace in traces.items()}
+    return _Table(rows, lengths, method, seconds(output))
 
 
-def _number(value: float | None) -> float:
+def seconds(output: Place) -> float | None:
+    """What an output has taken, over all the commands that filled it; None where it keeps no metrics."""
+    lines = (output.read("metrics.jsonl") or b"").decode("utf-8", "replace").splitlines()
+    total, last = 0.0, 0.0
+    for line in lines:
+        try:
+            now = float(json.loads(line)["seconds"])  # since its command began
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a kill has cut
+        total += last if now < last else 0.0
+        last = now
+    return total + last or None
+
+
+def _costs(table: _Table, shared: Sequence[str]) -> methods.Spent | None:
+    """Means over prompts; None where the output keeps no traces."""
+    if table.method is None or not all(id in table.lengths for id in shared):
+        return None
+    each = [methods.spent(table.method, table.lengths[id]) for id in shared]
+    return methods.Spent(*(np.mean([getattr(c, f) for c in each]) for f in ("samples", "model_tokens", "reward_calls")))
+
+
+def _auc(tables: Sequence[_Table], shared: Sequence[str]) -> float | None:
+    """The best reward so far, averaged over iterations, seeds and prompts; None for methods of one iteration."""
+    curves = [row.get("curve") or [] for table in tables for row in (table.rows[id] for id in shared)]
+    longest = max(map(len, curves))
+    if longest < 2:
+        return None
+    padded = [[_or_nan(r) for r in (*c, *[c[-1]] * (longest - len(c)))] for c in curves if c]
+    return float(np.nanmean(padded))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return float(np.mean(values)) if values else None  # type: ignore[arg-type]
+
+
+def _number(name: str) -> Value:
+    return lambda row: _or_nan(row[name])
+
+
+def _score(name: str, reward: str) -> Value:
+    return lambda row: _or_nan(next((score["value"] for score in row[name] if score["name"] == reward), None))
+
+
+def _diversity(name: str) -> Value:
+    return lambda row: diversity(words_of(row[name]))
+
+
+def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _score(scores: Sequence[Mapping[str, Any]], name: str) -> float:
-    return _number(next((score["value"] for score in scores if score["name"] == name), None))
 
 
 def words_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def _loss(tables: Mapping[str, Sequence[Mapping[str, Any]]], shared: Sequence[str]) -> dict[str, Any] | None:
-    ours, theirs = tables[AISP][0], tables[TOP_P][0]
-    worst = min(shared, key=lambda id: ours[id]["reward"] - theirs[id]["reward"], default=None)
-    if worst is None or ours[worst]["reward"] >= theirs[worst]["reward"]:
+def _loss(tables: Mapping[str, Sequence[_Table]], shared: Sequence[str], main: str) -> dict[str, Any] | None:
+    if TOP_P not in tables or main == TOP_P:
+        return None
+    ours, theirs = tables[main][0].rows, tables[TOP_P][0].rows
+    worst = min(shared, key=lambda id: ours[id]["reward"] - theirs[id]["reward"])
+    if ours[worst]["reward"] >= theirs[worst]["reward"]:
         return None
     a, b = ours[worst], theirs[worst]
     return {
@@ -148,39 +223,46 @@ def _loss(tables: Mapping[str, Sequence[Mapping[str, Any]]], shared: Sequence[st
 
 
 def text(result: Comparison) -> str:
-    """The comparison as a table for a terminal."""
+    """The comparison as two tables for a terminal: what the arms reach, and what that costs."""
+    main = result.main
     names = list(dict.fromkeys(name for arm in result.arms for name in arm.held_out))
-    heads = [
-        "",
-        "samples",
-        "reward",
-        "AISP minus it",
-        *(f"held out: {n}" for n in names),
-        "NLL / token",
-        "diversity",
-        "tokens",
-    ]
-    rows = [heads]
+    reach = [["", "samples", "reward", f"{main} minus it", *(f"held out: {n}" for n in names), "NLL / token", "div"]]
+    spend = [["", "std", "area", f"{main} wins", "tokens", "drawn tokens", "reward calls", "seconds"]]
     for arm in result.arms:
-        cells = [arm.name, f"{arm.samples:g}", str(arm.reward), "" if arm.name == AISP else str(arm.versus)]
-        cells += [str(arm.held_out[n]) if n in arm.held_out else "" for n in names]
-        rows.append([*cells, str(arm.nll), str(arm.diversity), f"{arm.num_tokens:.0f}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    out = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
+        ours = arm.name == main
+        cells = [arm.name, f"{arm.samples:g}", _short(arm.reward), "" if ours else _short(arm.versus)]
+        cells += [_short(arm.held_out[n]) if n in arm.held_out else "" for n in names]
+        reach.append([*cells, _short(arm.nll), f"{arm.diversity.mean:.2f}"])
+        quality = ("" if v is None else f"{v:.2f}" for v in (arm.std, arm.auc))
+        costs = ("" if v is None else f"{v:.0f}" for v in (arm.model_tokens, arm.reward_calls, arm.seconds))
+        spend.append([arm.name, *quality, "" if ours else f"{arm.won:.0%}", f"{arm.num_tokens:.0f}", *costs])
+    out = [*_aligned(reach), "", *_aligned(spend)]
+    out.append(
+        "std: of the mean reward over seeds; area: best reward so far over the samples; the last three: a prompt's"
+    )
+    out[-1] += ", seconds of the whole arm"
     if result.left_out:
         out.append(f"{result.left_out} prompts failed in some arm and are left out of all")
-    if result.loss is None:
-        out.append("on no prompt does AISP lose to best-of-n top-p")
-    else:
-        loss = result.loss
+    if loss := result.loss:
         out += [
             "",
-            "where AISP loses most to best-of-n top-p:",
+            f"where {main} loses most to {TOP_P}:",
             f"prompt     {loss['prompt']}",
             f"aisp       {loss['aisp']}   [{loss['aisp_reward']:.3f}]",
             f"best-of-n  {loss['best_of_n']}   [{loss['best_of_n_reward']:.3f}]",
         ]
+    elif any(arm.name == TOP_P for arm in result.arms):
+        out.append(f"on no prompt does {main} lose to {TOP_P}")
     return "\n".join(out)
+
+
+def _short(cell: Interval) -> str:
+    return f"{cell.mean:.2f} [{cell.low:.2f}, {cell.high:.2f}]"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]

@@ -16,7 +16,7 @@ from uuid import UUID
 from aisp_dist.config import ConfigError, Prompts
 from aisp_dist.records import BadInput, Input, Message, Prompt
 from aisp_dist.seen import Ids
-from aisp_dist.sources import Broken, Row, Source, open_source
+from aisp_dist.sources import Broken, Line, Row, Source, open_source
 
 Content = str | tuple[Message, ...]
 Columns = tuple[tuple[str, Any], ...]
@@ -45,7 +45,12 @@ def read(settings: Prompts) -> Iterator[Input]:
 def count(settings: Prompts) -> int:
     """How many inputs `read` yields, at the cost of the lines alone. Raises ConfigError as `read` does."""
     lines = open_source(settings.model_copy(update={"shuffle_seed": None})).lines
-    return sum(1 for _ in islice(lines, settings.limit))
+    return sum(1 for _ in _wanted(settings, lines))
+
+
+def _wanted(settings: Prompts, lines: Iterator[Line]) -> Iterator[Line]:
+    end = None if settings.limit is None else settings.skip + settings.limit
+    return islice(lines, settings.skip, end)
 
 
 def _check(settings: Prompts) -> None:
@@ -63,7 +68,7 @@ def _check(settings: Prompts) -> None:
 
 def _inputs(settings: Prompts, source: Source) -> Iterator[Input]:
     ids = Ids()
-    for ordinal, line in enumerate(islice(source.lines, settings.limit)):
+    for ordinal, line in enumerate(_wanted(settings, source.lines)):
         where = f"{source.names[line.file]}:{line.number}"
         own = where
         columns: Columns = ()

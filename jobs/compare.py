@@ -5,69 +5,129 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from actors.figures import Figures
-from aisp_dist import comparison
-from aisp_dist.config import ConfigError, Run
+from aisp_dist import arms, comparison, manifest
+from aisp_dist.config import ConfigError, Method, Run
 from aisp_dist.place import Place
 from jobs import cli, cost, prepare, session, settings
+from jobs.prepare import Prepared
 from jobs.progress import Progress, Total, say
 
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("compare", cli.VERBS["compare"])
-    parse.add_argument("--prompts", type=int, default=64, help="compare on the first so many prompts (64)")
-    parse.add_argument("--seeds", type=int, default=1, help="repeat every arm with so many seeds (1)")
+    parse.add_argument("--prompts", type=int, help="compare on the first so many prompts (compare.prompts, 64)")
+    parse.add_argument("--seeds", type=int, help="repeat every arm with so many seeds (compare.seeds, 1)")
+    parse.add_argument("--case", action="append", help="only this one of compare.cases; may be repeated")
     options, run, base_dir = settings.read(parse, args)
     for name in ("prompts", "seeds"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
-    output = Place.at(run.output, run.runtime.storage_options) / "compare"
-    plans = {
-        arm: [
-            prepare.prepare(_arm(run, output, arm, method, seed, options.prompts), base_dir)
-            for seed in range(options.seeds)
-        ]
-        for arm, method in comparison.arms(run).items()
-    }
-    everything = Total(prepare.check(run, base_dir))
-    figures, seconds, actors = Figures(), 0.0, 1
-    first = next(iter(plans.values()))[0]
-    with session.Session(first, say) as cluster:
-        for arm, prepared in ((arm, p) for arm, seeds in plans.items() for p in seeds):
-            with Progress(prepared.output, prepared.located, title=f"{arm}: ") as progress:
-                cluster.relabel(prepared, prepared.table(), progress)
-            if progress.now is not None:
-                figures, actors = figures + progress.now, int(progress.now.alive.get("generator", 1))
-            seconds += progress.seconds
-    held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
-    result = comparison.compare({arm: [p.output for p in seeds] for arm, seeds in plans.items()}, held_out)
-    output.write("comparison.json", json.dumps(result.json(), indent=2).encode())
-    print(comparison.text(result))
-    if everything.value is None:
-        print("\nthe input is still being counted; run again for the cost of the whole")
-        return 0
-    pilot = output / _folder(comparison.AISP, 0)
-    size = sum(sum(pilot.sizes(table).values()) for table in ("data", "candidates"))
-    print("\n" + cost.text(run, everything.value, figures, seconds, actors, size, pilot.dataset("data").count_rows()))
+        if (value := getattr(options, name)) is not None:
+            if value < 1:
+                raise ConfigError(f"--{name} is {value}; it must be at least 1")
+            run = run.model_copy(update={"compare": run.compare.model_copy(update={name: value})})
+    cases = settings.cases(run)
+    if unknown := sorted(set(options.case or ()) - set(cases)):
+        raise ConfigError(f"--case {unknown[0]!r} is not among compare.cases ({', '.join(cases) or 'none'})")
+    wanted = {name: case for name, case in cases.items() if not options.case or name in options.case}
+    for case in wanted.values():  # all that can be refused is, before the first is run
+        arms.arms(case)
+        prepare.check(case, base_dir)
+    for name, case in wanted.items():
+        if name:
+            print(f"\n{name}")
+        _compare(case, base_dir, _root(run) / _folder(name) if name else _root(run))
     return 0
 
 
-def _arm(run: Run, output: Place, arm: str, method: object, seed: int, prompts: int) -> Run:
+def _root(run: Run) -> Place:
+    return Place.at(run.output, run.runtime.storage_options) / "compare"
+
+
+def _compare(run: Run, base_dir: Path, output: Place) -> None:
+    found = arms.arms(run)
+    plans = prepare_all(run, base_dir, output, found, run.compare.prompts, run.compare.seeds)
+    everything = Total(prepare.check(run, base_dir))
+    with Filling() as filling:
+        for arm, seeds in plans.items():
+            for plan in seeds:
+                filling.fill(arm, plan)
+    held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
+    outputs = {arm: [p.output for p in seeds] for arm, seeds in plans.items()}
+    main = arms.main_arm(run, found)
+    result = comparison.compare(outputs, held_out, main, found)
+    places = {arm: [place.uri.removeprefix(f"{output.uri}/") for place in seeds] for arm, seeds in outputs.items()}
+    output.write("comparison.json", json.dumps(result.json() | {"outputs": places}, indent=2).encode())
+    print(comparison.text(result))
+    figures = filling.figures
+    if not figures.samples:
+        return
+    if everything.value is None:
+        print("\nthe input is still being counted; run again for the cost of the whole")
+        return
+    pilot = outputs[main][0]
+    size = sum(sum(pilot.sizes(table).values()) for table in ("data", "candidates"))
+    rows = pilot.dataset("data").count_rows()
+    print("\n" + cost.text(run, everything.value, figures, filling.seconds, filling.actors, size, rows))
+
+
+def prepare_all(
+    run: Run, base_dir: Path, output: Place, found: Mapping[str, Method], prompts: int, seeds: int
+) -> dict[str, list[Prepared]]:
+    """An output for every arm and seed, in folders of `output`, checked. Traces are kept: the comparison reads them."""
     limit = prompts if run.prompts.limit is None else min(prompts, run.prompts.limit)
-    return run.model_copy(
-        update={
+    folders = [_folder(arm) for arm in found]
+    if twice := {f for f in folders if folders.count(f) > 1}:
+        raise ConfigError(f"compare.arms: two arms would both be written to {min(twice)!r}; give them other names")
+
+    def prepared(arm: str, method: Method, seed: int) -> Prepared:
+        changed = {
             "method": method,
-            "output": str(output / _folder(arm, seed)),
+            "output": str(output / (_folder(arm) + (f"-seed{seed}" if seed else ""))),
             "seed": run.seed + seed,
             "prompts": run.prompts.model_copy(update={"limit": limit}),
+            "save": run.save.model_copy(update={"trace": True}),
         }
-    )
+        return prepare.prepare(run.model_copy(update=changed), base_dir)
+
+    return {arm: [prepared(arm, method, seed) for seed in range(seeds)] for arm, method in found.items()}
 
 
-def _folder(arm: str, seed: int) -> str:
-    return re.sub("[^a-z]+", "-", arm) + (f"-seed{seed}" if seed else "")
+class Filling:
+    """Fills outputs one after the other on one session, which is there once it is needed: all have the same models.
+    figures, seconds, actors: of what was drawn now."""
+
+    def __init__(self) -> None:
+        self.figures, self.seconds, self.actors = Figures(), 0.0, 1
+        self.stack = ExitStack()
+        self.session: session.Session | None = None
+
+    def __enter__(self) -> Filling:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def fill(self, title: str, prepared: Prepared) -> None:
+        """An output that is whole already costs nothing. Raises Exit, ConfigError."""
+        if manifest.read_run(prepared.output) is not None and prepared.table().whole():
+            return
+        if self.session is None:
+            self.session = self.stack.enter_context(session.Session(prepared, say))
+        with Progress(prepared.output, prepared.located, title=f"{title}: ") as progress:
+            self.session.relabel(prepared, prepared.table(), progress)
+        if progress.now is not None:
+            self.figures += progress.now
+            self.actors = int(progress.now.alive.get("generator", 1))
+        self.seconds += progress.seconds
+
+
+def _folder(name: str) -> str:
+    return re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-") or "arm"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from aisp_dist.config import ConfigError, Reward, RewardReplicas, Run, Runtime, Section
 
-_KINDS = ("method", "rewards.*")  # discriminated by `kind`
+_KINDS = ("method", "rewards.*", "compare.arms.*")  # discriminated by `kind`
 _UNIONS = ("method.lambda", "method.noise", "method.decode", "method.sampling", "save.candidates")
 
 
@@ -51,6 +51,26 @@ def read(parse: argparse.ArgumentParser, args: Sequence[str]) -> tuple[argparse.
     return options, check(values), files[0].resolve().parent
 
 
+def cases(run: Run) -> dict[str, Run]:
+    """The runs of compare.cases by name, or the run itself under the empty name. Raises ConfigError naming the case."""
+    whole = run.model_dump(mode="json", by_alias=True, exclude={"runtime": {"storage_options"}, "compare": {"cases"}})
+    found = {}
+    for name, case in run.compare.cases.items():
+        taken = [key for key in ("output", "seed") if key in case]
+        taken += [f"compare.{key}" for key in ("cases", "seeds") if key in (case.get("compare") or {})]
+        if taken:
+            raise ConfigError(
+                f"compare.cases.{name}: {taken[0]} is that of the whole comparison; take it out of the case"
+            )
+        try:
+            made = check(merge(whole, case))
+        except ConfigError as error:
+            raise ConfigError(f"compare.cases.{name}: {error}") from None
+        access = made.runtime.model_copy(update={"storage_options": run.runtime.storage_options})
+        found[name] = made.model_copy(update={"runtime": access})
+    return found or {"": run}
+
+
 def load_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -71,7 +91,7 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, a
     for key, value in new.items():
         here = f"{at}.{key}" if at else str(key)
         was = out.get(key)
-        kind = "rewards.*" if here.startswith("rewards.") and here.count(".") == 1 else here
+        kind = f"{at}.*" if at in ("rewards", "compare.arms") else here
         whole = kind in _UNIONS or (
             kind in _KINDS
             and not (flags and isinstance(was, Mapping) and value.get("kind", was.get("kind")) == was.get("kind"))

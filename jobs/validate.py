@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from aisp_dist import arms
 from jobs import cli, prepare, settings
 
 
 def main(args: Sequence[str]) -> int:
     _, run, base_dir = settings.read(settings.parser("validate", cli.VERBS["validate"]), args)
     prepare.check(run, base_dir)
+    for case in settings.cases(run).values():
+        arms.arms(case)
+        prepare.check(case, base_dir)
     method = run.method
     print(
         f"valid: {method.kind} with {method.num_samples} x {method.num_iterations} samples a prompt, from "

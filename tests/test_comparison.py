@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aisp_dist import comparison
-from aisp_dist.comparison import AISP, GAUSSIAN, SHUFFLED, TOP_P
+from aisp_dist import arms, comparison
+from aisp_dist.arms import AISP, GAUSSIAN, RANDOM, SHUFFLED, TOP_P
 from aisp_dist.config import Aisp, BestOfN, Gaussian, Nucleus, Run
 from aisp_dist.place import Place
 
@@ -42,7 +42,7 @@ def test_paired_differences_are_over_the_prompts_that_every_arm_finished(tmp_pat
     assert arms[AISP].held_out["judge"].mean == 2.25 and "judge" not in arms["base"].held_out
     assert found.loss["prompt"] == "ask y" and found.loss["best_of_n_reward"] == 2.0
     text = comparison.text(found)
-    assert "where AISP loses most" in text and "1 prompts failed in some arm" in text
+    assert "where aisp loses most" in text and "1 prompts failed in some arm" in text
 
 
 def test_seeds_are_averaged_before_prompts(tmp_path):
@@ -74,9 +74,10 @@ def run(method) -> Run:
     ],
 )
 def test_all_arms_have_the_same_samples_and_keep_what_the_configuration_says(method):
-    arms = comparison.arms(run(method))
-    assert {(m.num_samples, m.num_iterations) for m in arms.values()} == {(4, 3)}
-    assert isinstance(arms[AISP], Aisp) and not arms[AISP].shuffle_rewards and arms[SHUFFLED].shuffle_rewards
-    assert isinstance(arms[TOP_P], BestOfN) and isinstance(arms[TOP_P].sampling_, Nucleus)
-    assert isinstance(arms[GAUSSIAN].sampling_, Gaussian)
-    assert run(method).method in arms.values()
+    found = arms.arms(run(method))
+    assert {(m.num_samples, m.num_iterations) for name, m in found.items() if name != RANDOM} == {(4, 3)}
+    assert isinstance(found[AISP], Aisp) and not found[AISP].shuffle_rewards and found[SHUFFLED].shuffle_rewards
+    assert isinstance(found[TOP_P], BestOfN) and isinstance(found[TOP_P].sampling_, Nucleus)
+    assert isinstance(found[GAUSSIAN].sampling_, Gaussian)
+    assert found[RANDOM] == found[TOP_P].model_copy(update={"num_samples": 1, "num_iterations": 1})
+    assert run(method).method in found.values()

@@ -2,6 +2,7 @@
 is its help text on the command line and in the JSON schema."""
 
 from aisp_dist.config.base import ConfigError, Section, doc
+from aisp_dist.config.compare import Compare, Grids, Tune
 from aisp_dist.config.methods import (
     Aisp,
     Ar1,
@@ -27,11 +28,13 @@ __all__ = [
     "Args",
     "BatchedAisp",
     "BestOfN",
+    "Compare",
     "ConfigError",
     "Ess",
     "FunctionReward",
     "Gaussian",
     "Generator",
+    "Grids",
     "Method",
     "Mixture",
     "ModelReward",
@@ -51,6 +54,7 @@ __all__ = [
     "StorageOptions",
     "Timeouts",
     "TopBottom",
+    "Tune",
     "doc",
     "known_place",
 ]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from aisp_dist.config.base import Section, doc
+from aisp_dist.config.compare import Compare, Tune
 from aisp_dist.config.methods import Aisp, Method
 from aisp_dist.config.rewards import Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
@@ -26,6 +27,7 @@ class Prompts(Section):
     id_column: str | None = doc("column with your own id of a prompt; unique", None)
     keep: tuple[str, ...] = doc("columns carried into the output and handed to function rewards", ())
     shuffle_seed: int | None = doc("shuffle the input by this seed", None)
+    skip: int = doc("pass over so many input lines, after the shuffle", 0, ge=0)
     limit: int | None = doc("read at most this many input lines; a larger one later extends the run", None, ge=0)
     format: Literal["chat", "raw", "shp", "hh"] = doc("chat: the model's own template; raw: the text as it is", "chat")
     begin: str = doc("role marker of the user in shp and hh", "User:")
@@ -87,6 +89,8 @@ class Run(Section):
     method: Method = doc("how answers are searched", Aisp())
     save: Save = doc("what is written", Save())
     runtime: Runtime = doc("where it runs", Runtime())
+    compare: Compare = doc("what `aisp compare` runs", Compare())
+    tune: Tune = doc("how `aisp tune` searches", Tune())
 
     @field_validator("output")
     @classmethod
@@ -107,6 +111,5 @@ class Run(Section):
 
     def row_settings(self) -> dict[str, Any]:
         """Everything in the configuration that can change a row, as JSON values."""
-        return self.model_dump(
-            mode="json", by_alias=True, exclude={"output": True, "save": True, "runtime": True, "prompts": {"limit"}}
-        )
+        beside = dict.fromkeys(("output", "save", "runtime", "compare", "tune"), True)
+        return self.model_dump(mode="json", by_alias=True, exclude={**beside, "prompts": {"limit"}})

@@ -1,0 +1,65 @@
+"""What a comparison and a tuning run: neither changes a row of the run itself."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from aisp_dist.config.base import Section, doc
+from aisp_dist.config.methods import Method
+
+
+class Compare(Section):
+    """What `aisp compare` runs side by side."""
+
+    prompts: int = doc("compare on the first so many prompts", 64, ge=1)
+    seeds: int = doc("repeat every arm with so many seeds", 1, ge=1)
+    arms: dict[str, Method | None] | None = doc(
+        "methods by name, all with the same number of samples (those of one answer a prompt aside); null: best-of-n "
+        "twice, AISP, AISP with rewards shuffled, random pick. An arm that is null is left out",
+        None,
+    )
+    cases: dict[str, dict[str, Any]] = doc(
+        "settings by name, laid over the whole configuration as a later --config file would be; one comparison each", {}
+    )
+
+
+Positive = list[float]
+
+
+class Grids(Section):
+    """Values that tuning tries; its search between them goes from the smallest to the largest. Defaults: the paper's
+    (arXiv 2510.26219), lambda as a fraction of effective sample size, which is free of the reward's unit."""
+
+    sigma2: Positive = doc("of AISP and of Gaussian best-of-n", [0.1, 0.3, 0.5, 0.7])
+    lambda_: Positive | None = doc("of AISP, in units of the reward; null: tune ess", None, alias="lambda")
+    ess: Positive = doc("of AISP, where lambda is null", [0.05, 0.1, 0.2, 0.4])
+    alpha: Positive = doc("of AISP", [0.99, 0.999, 0.9999, 0.99999])
+    temperature: Positive = doc("of best-of-n", [0.4, 0.6, 0.8, 1.0])
+    top_p: Positive = doc("of best-of-n", [0.7, 0.8, 0.9, 0.95])
+    weight: Positive = doc("of ARGS", [1e-5, 1e-3, 0.1, 1.0, 10.0, 1e3])
+    step_size: Positive = doc("of RE-Control", [0.1, 0.3, 1.0, 3.0])
+
+    @model_validator(mode="after")
+    def usable(self) -> Grids:
+        for name, values in self:
+            upper = 1.0 if name in ("ess", "alpha", "top_p") else float("inf")
+            bad = [v for v in values or () if not 0 < v <= upper or (name == "ess" and v == 1)]
+            if values is not None and (not values or bad or len(set(values)) < len(values)):
+                raise ValueError(
+                    f"{name.rstrip('_')} is {values}; give at least one value, each once, above 0"
+                    + (f" and at most {upper:g}" if upper == 1 else "")
+                )
+        return self
+
+
+class Tune(Section):
+    """How `aisp tune` searches each method's settings."""
+
+    prompts: int = doc("prompts of a trial: those that follow the first compare.prompts of the input", 10, ge=1)
+    trials: int = doc("trials of each arm", 16, ge=1)
+    search: Literal["grid", "tpe"] = doc("points of the grids, or Optuna's tree-structured Parzen estimator", "grid")
+    nll_weight: float = doc("reward that a nat of base-model NLL per token above the base answer's costs", 0.0, ge=0)
+    max_nll: float | None = doc("nats per token above the base answer's from which on a trial never wins", None, ge=0)
+    grids: Grids = Field(default=Grids(), description="values that are tried")

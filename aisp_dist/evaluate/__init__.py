@@ -1,0 +1,8 @@
+"""Measures of finished outputs: what a table's answers are like, beside the base answers and beside another method's.
+
+outputs.py      which rows there are and what they say; refuses outputs that cannot be compared
+texts.py        measures of an answer's text
+states.py       measures that ask the base model: KL, flips, moved pre-logits
+projections.py  pre-logits of one token on a few axes
+document.py     all of it as evaluation.json and as a table
+"""

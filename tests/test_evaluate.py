@@ -15,6 +15,7 @@ from finished import AISP, BEST_OF_N
 from aisp_dist import checkpoints
 from aisp_dist.config import ConfigError
 from aisp_dist.evaluate import outputs
+from aisp_dist.evaluate.document import measure as document_measure
 from aisp_dist.metrics import diversity
 from aisp_dist.place import Place
 from jobs import cli
@@ -111,6 +112,14 @@ def test_trials_are_averaged_and_their_means_deviate(here, capsys):
     assert (here / "two/evaluation.json").read_bytes() == (here / "one/evaluation.json").read_bytes()
     alone = [document(capsys, name, "--seed", "0")["kl"]["exact"][0] for name in ("one", "two")]
     assert found["kl"]["exact"][0] == pytest.approx(np.mean(alone))
+
+
+def test_a_difference_is_paired_over_the_prompts_that_have_both():
+    x, nan = np.array([1.0, 5.0, -2.0, 8.0]), float("nan")
+    assert document_measure(x + 2, x)["difference"] == (2, 2, 2)
+    some = document_measure(np.array([3.0, nan, nan]), np.array([1.0, 4.0, nan]))
+    assert some == {"selected": (3, 3, 3), "base": some["base"], "difference": (2, 2, 2)} and some["base"].mean == 2.5
+    assert document_measure(np.array([nan]), np.array([nan])) == dict.fromkeys(("selected", "base", "difference"))
 
 
 def test_best_of_n_has_no_kl_and_its_noise_flips(here, capsys):

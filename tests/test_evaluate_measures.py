@@ -17,7 +17,7 @@ from aisp_dist.config import ConfigError
 from aisp_dist.engine import control, model
 from aisp_dist.engine.decode import Engine
 from aisp_dist.evaluate import projections, states, texts
-from aisp_dist.records import Round, Sampling
+from aisp_dist.records import Round, Sampling, TopP
 
 STEPS, DIM, PROMPT = 10, 32, (7, 8, 9)
 KINDS = [("independent", 0.0), ("ar1", 0.7), ("shared", 0.0), ("mixture", 0.6)]
@@ -173,6 +173,15 @@ def test_the_estimate_of_kl_averages_to_the_exact_one(lm):
     assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(len(difference)) < found[:, 1].mean() / 2
     assert found[:, 1].std() < found[:, 0].std()
     assert states.drawn(lm, [round], STEPS, ()) == {"p": answers[0]}
+
+
+def test_draws_have_the_control_but_not_its_noise(lm):
+    """Without a trace there is no control: the answers are those of plain sampling with the same keys."""
+    empty = dataclasses.replace(searched(), trace=(), iteration=0)
+    under = dataclasses.replace(states.under_control(empty), stop=8)
+    plain = dataclasses.replace(under, sampling=Sampling(decode=TopP(1.0, 1.0)))
+    engine = Engine(lm, 32, STEPS)
+    assert slow_path.tokens(engine.run([under])[0]) == slow_path.tokens(engine.run([plain])[0])
 
 
 def test_the_kl_of_the_control_is_the_engines(lm):

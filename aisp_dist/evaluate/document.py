@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from aisp_dist.comparison import words_of
-from aisp_dist.config import Generator
+from aisp_dist.config import ConfigError, Generator
 from aisp_dist.evaluate import outputs, texts
 from aisp_dist.evaluate.outputs import Output, Row, Table
 from aisp_dist.metrics import Interval, interval
@@ -43,6 +43,8 @@ def evaluate(trials: Sequence[Output], asked: Asked, against: Output | None = No
     for trial, table in zip(trials[1:], tables[1:], strict=True):
         outputs.check_prompts(trials[0], tables[0], trial, table)
     shared = [id for id in tables[0].ids if all(id in table.ids for table in tables)]
+    if not shared:
+        raise ConfigError("no prompt is done in every trial, so there is nothing to average; see each one's failed/")
     finished = sum((table.finish for table in tables), start=type(tables[0].finish)())
     document: dict[str, Any] = {
         "prompts": len(shared),

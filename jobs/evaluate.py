@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from aisp_dist.config import ConfigError, Reward, Run
+from aisp_dist.config import ConfigError, JudgeSettings, Reward, Run
 from aisp_dist.place import Place
 from jobs import cli, settings, verify
 from jobs.progress import say
@@ -30,12 +32,16 @@ def main(args: Sequence[str]) -> int:
         help="a further held-out reward: file.py:function, a model, or the section as in a configuration",
     )
     parse.add_argument("--embeddings", metavar="MODEL", help="sentence-transformers model, for coherence")
+    parse.add_argument("--judge", metavar="URL", help="OpenAI-compatible API of a judge, for the win rate")
+    parse.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
+    parse.add_argument("--judge-key-env", metavar="VAR", help="environment variable with its API key")
     parse.add_argument("--sample", type=int, default=64, help="prompts that measures by models use (64)")
     parse.add_argument("--seed", type=int, default=0, help="decides the sample and random axes (0)")
     parse.add_argument("--no-model", action="store_true", help="without the base model: no KL, flips, projections")
     options = parse.parse_args(args)
     if options.sample < 1 or options.seed < 0:
         raise ConfigError(f"--sample {options.sample}, --seed {options.seed}: at least 1 and at least 0")
+    judge_settings = _judge(options)
     if options.embeddings and importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError("--embeddings needs sentence-transformers; pip install 'aisp-dist[evaluate]'")
 
@@ -51,21 +57,46 @@ def main(args: Sequence[str]) -> int:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from aisp_dist import rewards
+    from aisp_dist import endpoint, judge, rewards
     from aisp_dist.evaluate import document, texts
 
     disable_progress_bar()
     columns = trials[0].run.prompts.keep
     loaded = {name: rewards.load(name, reward, base, columns=columns) for name, (reward, base) in wanted.items()}
     embed = texts.embedder(options.embeddings) if options.embeddings else None
-    asked = document.Asked(options.sample, options.seed, generator, embed, loaded)
-    found = document.evaluate(trials, asked, against)
+    place = trials[0].place
+    cache = None if place.remote else Path(place.uri, "judge.jsonl")
+    ask = partial(judge.compare_answers, judge_settings, cache=cache) if judge_settings else None
+    try:
+        asked = document.Asked(options.sample, options.seed, generator, embed, loaded, ask)
+        found = document.evaluate(trials, asked, against)
+    except endpoint.Unavailable as error:
+        kept = f"; what the judge has said is kept in {cache}" if cache else ""
+        raise cli.Exit(1, f"{error}{kept}; once that is mended give the same command") from None
     data = (json.dumps(found, indent=2) + "\n").encode()
     for trial in trials:
         trial.place.write("evaluation.json", data)
     print(document.text(found))
     print("written: " + ", ".join(f"{trial}/evaluation.json" for trial in trials))
     return 0
+
+
+def _judge(options: Any) -> JudgeSettings | None:
+    """The judge, its key looked for at once. Raises ConfigError."""
+    given = {"url": options.judge, "model": options.judge_model, "api_key_env": options.judge_key_env}
+    if not any(given.values()):
+        return None
+    if not (options.judge and options.judge_model):
+        raise ConfigError("--judge, --judge-model: a judge needs both, and --judge-key-env goes with them")
+    try:
+        judge = JudgeSettings.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"--judge: {'; '.join(fault['msg'] for fault in error.errors())}") from None
+
+    from aisp_dist.endpoint import Client
+
+    Client("judge", judge)
+    return judge
 
 
 def _inputs(record: dict[str, Any]) -> int | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from operator import eq, gt, lt
 
 import finished
+import judge_server
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -176,6 +179,48 @@ def test_against_another_method_the_differences_are_paired(here, capsys):
     assert all(value == [0, 0, 0] for value in itself.values())
 
 
+@pytest.fixture
+def server():
+    """A judge that likes the longer answer, if it is not asked about the third prompt."""
+    with judge_server.serving() as told:
+
+        def answer(_, body):
+            question = body["messages"][1]["content"]
+            if "\nSay 3\n" in question:
+                return judge_server.chat("No.")
+            a, b = re.search(r"\[Answer A\]\n(.*)\n\[End.*\[Answer B\]\n(.*)\n\[End", question, re.S).groups()
+            return judge_server.chat(f"A: {9 if len(a) > len(b) else 2}\nB: {9 if len(b) > len(a) else 2}")
+
+        told.answer = answer
+        yield told
+
+
+def test_the_judge_compares_with_the_base_or_with_the_other_output(here, capsys, server):
+    def lengths(ours, theirs):
+        pairs = [(len(a), len(b)) for a, b in zip(ours, theirs, strict=True)]
+        return [sum(won(a, b) for i, (a, b) in enumerate(pairs) if i != 3) / 5 for won in (gt, eq, lt)]
+
+    judged = ["--judge", server.url, "--judge-model", "j", "--no-model"]
+    said = {name: [row["completion"][0]["content"] for row in table(here / name)] for name in ("one", "best")}
+    base = [row["base_completion"] for row in table(here / "one")]
+    found = document(capsys, "one", *judged)
+    assert found["win_rate"]["against"] == "base" and found["win_rate"]["unparsed"] == 1
+    assert [found["win_rate"][k] for k in ("win", "tie", "loss")] == pytest.approx(lengths(said["one"], base))
+    assert found["win_rate"]["interval"][0] <= found["win_rate"]["win"] <= found["win_rate"]["interval"][1]
+    assert "1 of 6 comparisons are left out" in found["omitted"]["win_rate"]
+    asked = len(server.seen)
+    assert document(capsys, "one", *judged) == found and len(server.seen) <= asked  # from judge.jsonl
+    found = document(capsys, "one", "--against", "best", *judged)
+    assert found["win_rate"]["against"].endswith("best") and len(server.seen) > asked
+    assert [found["win_rate"][k] for k in ("win", "tie", "loss")] == pytest.approx(lengths(*said.values()))
+
+
+def test_a_judge_that_does_not_answer_is_no_measure(here, capsys, server):
+    server.faults = [(401, {})] * 20
+    code, _, err = evaluate(capsys, "one", "--judge", server.url, "--judge-model", "j", "--no-model")
+    assert code == 1 and "401" in err and "same command" in err and not (here / "one/evaluation.json").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -188,6 +233,10 @@ def test_against_another_method_the_differences_are_paired(here, capsys):
         (["one", "--reward", "new=x.py:f"], "no file"),
         (["one", "--reward", "new={kind: function}"], "rewards.new"),
         (["one", "--config", "missing.yaml"], "missing.yaml"),
+        (["one", "--judge", "http://127.0.0.1:1/v1"], "a judge needs both"),
+        (["one", "--judge-key-env", "KEY"], "a judge needs both"),
+        (["one", "--judge", "ftp://x", "--judge-model", "j"], "not of the form http"),
+        (["one", "--judge", "http://x/v1", "--judge-model", "j", "--judge-key-env", "NOT_SET"], "NOT_SET is not set"),
     ],
 )
 def test_refusals_write_nothing(here, capsys, args, said):

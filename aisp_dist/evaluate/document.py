@@ -7,7 +7,7 @@ sample of `sample` prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from aisp_dist.comparison import words_of
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.evaluate import outputs, texts
 from aisp_dist.evaluate.outputs import Output, Row, Table
+from aisp_dist.judge import Pair, Verdict, win_rate
 from aisp_dist.metrics import Interval, interval
 from aisp_dist.records import Prompt
 from aisp_dist.rewards import RewardError, RewardFn
@@ -27,13 +28,14 @@ CORRELATION = "reward_length_correlation"
 @dataclass(frozen=True)
 class Asked:
     """What to measure beyond the rows. generator: with a path that can be opened; None asks no base model. rewards:
-    further held-out ones, ready to score."""
+    further held-out ones, ready to score. judge: compares pairs of answers."""
 
     sample: int = 64
     seed: int = 0
     generator: Generator | None = None
     embed: texts.Embed | None = None
     rewards: Mapping[str, RewardFn] = field(default_factory=dict)
+    judge: Callable[[Sequence[Pair]], list[Verdict]] | None = None
 
 
 def evaluate(trials: Sequence[Output], asked: Asked, against: Output | None = None) -> dict[str, Any]:
@@ -57,8 +59,8 @@ def evaluate(trials: Sequence[Output], asked: Asked, against: Output | None = No
         **dict.fromkeys(("kl", "flips", "win_rate", "projections")),
         "omitted": {},
     }
-    if against is not None:
-        other = outputs.read(against)
+    other = None if against is None else outputs.read(against)
+    if against is not None and other is not None:
         outputs.check_prompts(trials[0], tables[0], against, other)
         document["against"] = _against(tables, shared, against, other)
     drawn = np.random.default_rng(asked.seed).choice(len(shared), min(asked.sample, len(shared)), replace=False)
@@ -67,6 +69,11 @@ def evaluate(trials: Sequence[Output], asked: Asked, against: Output | None = No
     document["sampled"] = len(ids)
     _add_coherence(document, trials, sampled, asked.embed)
     _add_rewards(document, trials, sampled, asked.rewards)
+    theirs = {row["id"]: row["base_completion"] for row in sampled[0]}
+    if against is not None and other is not None:
+        both = [id for id in ids if id in other.ids]
+        theirs = {row["id"]: words_of(row["completion"]) for row in outputs.rows(against, other, both)}
+    _add_win_rate(document, trials[0], sampled[0], theirs, "base" if against is None else str(against), asked)
     if asked.generator is None:
         document["omitted"] |= dict.fromkeys(("kl", "flips", "projections"), "they ask the base model: --no-model")
     else:
@@ -168,6 +175,28 @@ def _scores(score: RewardFn, prompt: Prompt, row: Row, reasons: list[str]) -> tu
     return selected, base
 
 
+def _add_win_rate(
+    document: dict[str, Any], output: Output, rows: Sequence[Row], theirs: Mapping[str, str], against: str, asked: Asked
+) -> None:
+    """The first trial's selected answers against others by id: trials of one prompt are no independent comparisons."""
+    if asked.judge is None:
+        document["omitted"]["win_rate"] = "it needs --judge URL and --judge-model NAME"
+        return
+    pairs = [
+        Pair(row["id"], _asked(output.prompt(row)), words_of(row["completion"]), theirs[row["id"]])
+        for row in rows
+        if row["id"] in theirs
+    ]
+    verdicts = asked.judge(pairs)
+    reasons = [verdict.reason or "" for verdict in verdicts if verdict.outcome == "unparsed"]
+    if reasons:
+        document["omitted"]["win_rate"] = outputs.left_out(reasons, len(pairs), "comparisons")
+    if len(reasons) < len(pairs):
+        rate = win_rate(verdicts)
+        shares = {"win": rate.win.mean, "tie": rate.tie.mean, "loss": rate.loss.mean, "unparsed": rate.unparsed}
+        document["win_rate"] = {"against": against, **shares, "interval": [rate.win.low, rate.win.high]}
+
+
 def text(document: Mapping[str, Any]) -> str:
     """The document as a table for a terminal."""
     rows = [("", "base", "selected", "difference")]
@@ -192,7 +221,9 @@ def text(document: Mapping[str, Any]) -> str:
     if won := document["win_rate"]:
         shares = ", ".join(f"{what} {won[what]:.1%}" for what in ("win", "tie", "loss"))
         low, high = won["interval"]
-        out.append(f"judge, against {won['against']}: {shares} [{low:.1%}, {high:.1%}], unparsed {won['unparsed']}")
+        out.append(
+            f"judge, against {won['against']}: {shares}, unparsed {won['unparsed']}; win [{low:.1%}, {high:.1%}]"
+        )
     if kl := document["kl"]:
         out.append("KL in nats: " + ", ".join(f"{name} {Interval(*found)}" for name, found in kl.items()))
     if flips := document["flips"]:

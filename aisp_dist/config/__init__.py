@@ -16,7 +16,7 @@ from aisp_dist.config.methods import (
     ReControl,
     Search,
 )
-from aisp_dist.config.rewards import FunctionReward, ModelReward, Reward, RewardBase
+from aisp_dist.config.rewards import FunctionReward, HttpReward, JudgeSettings, ModelReward, Reward, RewardBase
 from aisp_dist.config.run import Generator, Prompts, Run, Save, TopBottom
 from aisp_dist.config.runtime import Replicas, RewardReplicas, Runtime, StorageOptions, Timeouts, known_place
 
@@ -31,6 +31,8 @@ __all__ = [
     "FunctionReward",
     "Gaussian",
     "Generator",
+    "HttpReward",
+    "JudgeSettings",
     "Method",
     "Mixture",
     "ModelReward",

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from aisp_dist.config.base import Section, doc
 from aisp_dist.config.methods import Aisp, Method
-from aisp_dist.config.rewards import Reward
+from aisp_dist.config.rewards import FREE, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 
 
@@ -107,6 +107,5 @@ class Run(Section):
 
     def row_settings(self) -> dict[str, Any]:
         """Everything in the configuration that can change a row, as JSON values."""
-        return self.model_dump(
-            mode="json", by_alias=True, exclude={"output": True, "save": True, "runtime": True, "prompts": {"limit"}}
-        )
+        free: dict[str, Any] = {"output": True, "save": True, "runtime": True, "prompts": {"limit"}}
+        return self.model_dump(mode="json", by_alias=True, exclude=free | {"rewards": {"__all__": set(FREE)}})

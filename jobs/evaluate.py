@@ -73,7 +73,7 @@ def main(args: Sequence[str]) -> int:
     except endpoint.Unavailable as error:
         kept = f"; what the judge has said is kept in {cache}" if cache else ""
         raise cli.Exit(1, f"{error}{kept}; once that is mended give the same command") from None
-    data = (json.dumps(found, indent=2) + "\n").encode()
+    data = (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()
     for trial in trials:
         trial.place.write("evaluation.json", data)
     print(document.text(found))

@@ -218,6 +218,7 @@ def test_projections_count_every_position_and_see_no_move_where_there_is_none():
     z_MD = np.random.default_rng(4).normal(size=(50, 8)).astype(np.float32)
     for one in projections.project(z_MD, z_MD, "the", 0):
         assert one["base"] == one["moved"] and sum(one["base"]["counts"]) == one["positions"] == 50
+    assert all(one["base"]["ks"] == 0 for one in projections.project(0 * z_MD, z_MD, "the", 0))
     moved = projections.project(z_MD, z_MD + 1, "the", 0)[0]
     assert moved["moved"]["mean"] == pytest.approx(moved["base"]["mean"] + 1, abs=1e-5)
     assert moved["base"]["edges"] == moved["moved"]["edges"] and sum(moved["moved"]["counts"]) == 50

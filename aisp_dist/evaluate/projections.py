@@ -33,8 +33,10 @@ def axes(z_MD: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 
 def normality(x: np.ndarray) -> float:
     """Kolmogorov-Smirnov distance of values [M] from the normal of their own mean and deviation (Lilliefors' statistic,
-    so its usual p-values do not hold). NaN for values that do not vary."""
-    x = np.sort((x - x.mean()) / x.std(ddof=1)) if x.std() else np.full_like(x, np.nan)
+    so its usual p-values do not hold); 0 for values that do not vary, a normal of no width."""
+    if np.ptp(x) == 0:
+        return 0.0
+    x = np.sort((x - x.mean()) / x.std(ddof=1))
     below = np.array([math.erfc(-value / math.sqrt(2)) / 2 for value in x])
     ranks = np.arange(len(x) + 1) / len(x)
     return float(max((ranks[1:] - below).max(), (below - ranks[:-1]).max()))

@@ -180,7 +180,7 @@ def test_against_another_method_the_differences_are_paired(here, capsys):
 
 
 @pytest.fixture
-def server():
+def judge():
     """A judge that likes the longer answer, if it is not asked about the third prompt."""
     with judge_server.serving() as told:
 
@@ -195,12 +195,12 @@ def server():
         yield told
 
 
-def test_the_judge_compares_with_the_base_or_with_the_other_output(here, capsys, server):
+def test_the_judge_compares_with_the_base_or_with_the_other_output(here, capsys, judge):
     def lengths(ours, theirs):
         pairs = [(len(a), len(b)) for a, b in zip(ours, theirs, strict=True)]
         return [sum(won(a, b) for i, (a, b) in enumerate(pairs) if i != 3) / 5 for won in (gt, eq, lt)]
 
-    judged = ["--judge", server.url, "--judge-model", "j", "--no-model"]
+    judged = ["--judge", judge.url, "--judge-model", "j", "--no-model"]
     said = {name: [row["completion"][0]["content"] for row in table(here / name)] for name in ("one", "best")}
     base = [row["base_completion"] for row in table(here / "one")]
     found = document(capsys, "one", *judged)
@@ -208,17 +208,29 @@ def test_the_judge_compares_with_the_base_or_with_the_other_output(here, capsys,
     assert [found["win_rate"][k] for k in ("win", "tie", "loss")] == pytest.approx(lengths(said["one"], base))
     assert found["win_rate"]["interval"][0] <= found["win_rate"]["win"] <= found["win_rate"]["interval"][1]
     assert "1 of 6 comparisons are left out" in found["omitted"]["win_rate"]
-    asked = len(server.seen)
-    assert document(capsys, "one", *judged) == found and len(server.seen) <= asked  # from judge.jsonl
+    asked = len(judge.seen)
+    assert document(capsys, "one", *judged) == found and len(judge.seen) <= asked  # from judge.jsonl
     found = document(capsys, "one", "--against", "best", *judged)
-    assert found["win_rate"]["against"].endswith("best") and len(server.seen) > asked
+    assert found["win_rate"]["against"].endswith("best") and len(judge.seen) > asked
     assert [found["win_rate"][k] for k in ("win", "tie", "loss")] == pytest.approx(lengths(*said.values()))
 
 
-def test_a_judge_that_does_not_answer_is_no_measure(here, capsys, server):
-    server.faults = [(401, {})] * 20
-    code, _, err = evaluate(capsys, "one", "--judge", server.url, "--judge-model", "j", "--no-model")
+def test_a_judge_that_does_not_answer_is_no_measure(here, capsys, judge):
+    judge.faults = [(401, {})] * 20
+    code, _, err = evaluate(capsys, "one", "--judge", judge.url, "--judge-model", "j", "--no-model")
     assert code == 1 and "401" in err and "same command" in err and not (here / "one/evaluation.json").exists()
+
+
+def test_an_output_on_s3(here, capsys, server, monkeypatch):
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    for file in (here / "one").rglob("*"):
+        if file.is_file():
+            server.client.upload_file(str(file), "bucket", f"run/{file.relative_to(here / 'one')}")
+    code, _, err = evaluate(capsys, "s3://bucket/run")
+    assert code == 0, err
+    found = json.loads(server.client.get_object(Bucket="bucket", Key="run/evaluation.json")["Body"].read())
+    assert found == document(capsys, "one")
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def _add_coherence(
     document: dict[str, Any], trials: Sequence[Output], sampled: Sequence[list[Row]], embed: texts.Embed | None
 ) -> None:
     if embed is None:
-        document["omitted"]["coherence"] = f"it needs --embeddings, as {texts.PAPERS_EMBEDDINGS} in the paper's sources"
+        document["omitted"]["coherence"] = f"it needs --embeddings, as {texts.SIMCSE}, which ARGS and RE-Control use"
         return
 
     def side(column: str) -> np.ndarray:

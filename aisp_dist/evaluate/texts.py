@@ -10,7 +10,7 @@ import numpy as np
 from aisp_dist.config import ConfigError
 from aisp_dist.metrics import Interval
 
-PAPERS_EMBEDDINGS = "princeton-nlp/sup-simcse-bert-base-uncased"
+SIMCSE = "princeton-nlp/sup-simcse-bert-base-uncased"
 _RESAMPLES = 500
 Embed = Callable[[Sequence[str]], np.ndarray]  # N texts to [N, E] unit vectors
 
@@ -38,14 +38,14 @@ def immediate_repeat(text: str) -> int:
 
 def embedder(model: str) -> Embed:
     """A sentence-transformers model by directory or hub id. One without pooling of its own, as SimCSE's checkpoint, is
-    averaged over its tokens. Raises ConfigError where it, or the package, is missing."""
+    averaged over its tokens, not pooled as its own package does. Raises ConfigError where it, or the package, is missing."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ConfigError(
             "--embeddings needs sentence-transformers, which is not installed; pip install 'aisp-dist[evaluate]'"
         ) from None
-    fix = f"name a directory or a hub id that this machine can reach, as {PAPERS_EMBEDDINGS}"
+    fix = f"name a directory or a hub id that this machine can reach, as {SIMCSE}"
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise ConfigError(f"--embeddings: {model!r} is not a directory; {fix}")
     try:
@@ -63,7 +63,7 @@ def embedder(model: str) -> Embed:
 
 def coherence(embed: Embed, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
     """[N] cosine of the sentence embeddings of a prompt and its answer (Su et al. 2022, arXiv 2202.06417, as ARGS and
-    RE-Control take it over, there with PAPERS_EMBEDDINGS)."""
+    RE-Control measure it, there with SIMCSE)."""
     cosine: np.ndarray = (embed(prompts).astype(np.float64) * embed(answers)).sum(-1)
     return cosine
 

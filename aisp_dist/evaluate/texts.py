@@ -38,7 +38,8 @@ def immediate_repeat(text: str) -> int:
 
 def embedder(model: str) -> Embed:
     """A sentence-transformers model by directory or hub id. One without pooling of its own, as SimCSE's checkpoint, is
-    averaged over its tokens, not pooled as its own package does. Raises ConfigError where it, or the package, is missing."""
+    averaged over its tokens, not pooled as SimCSE's own package does. Raises ConfigError where it, or
+    sentence-transformers, is missing."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:

@@ -29,6 +29,10 @@ class Unavailable(RuntimeError):
     """The server gave no answer, whatever was asked: a fault of the infrastructure, never about a text."""
 
 
+class Rejected(Unavailable):
+    """The server answers that the key, the model or the address is wrong."""
+
+
 class _Again(Unavailable):
     def __init__(self, reason: str, after: float | None = None) -> None:
         super().__init__(reason)
@@ -69,7 +73,7 @@ class Client:
 
     def post(self, url: str, body: dict[str, Any]) -> Any:
         """The JSON of an answer, or Refused where it is about this request. Raises Unavailable: no connection, 429 or
-        5xx after all retries, or an answer that says that the key, the model or the address is wrong."""
+        5xx after all retries; Rejected."""
         retrying = Retrying(
             stop=stop_after_attempt(self.settings.retries + 1),
             wait=_wait,
@@ -83,7 +87,7 @@ class Client:
         if answer.status_code in _ABOUT_THE_REQUEST:
             return Refused(f"the server answers {answer.status_code}: {' '.join(answer.text.split())[:300]}")
         if not answer.is_success:
-            raise Unavailable(f"{url} answers {answer.status_code} {answer.reason_phrase}; look at url, model and key")
+            raise Rejected(f"{url} answers {answer.status_code} {answer.reason_phrase}; look at url, model and key")
         try:
             return answer.json()
         except ValueError:

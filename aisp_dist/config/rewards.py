@@ -112,7 +112,7 @@ class HttpReward(RewardBase, Endpoint):
         return self
 
 
-Reward = Annotated[ModelReward | FunctionReward, Discriminator("kind")]
+Reward = Annotated[ModelReward | FunctionReward | HttpReward, Discriminator("kind")]
 
 # Of a reward, what cannot change a score.
 FREE = frozenset({"self_test", "api_key_env", "timeout", "retries", "max_parallel", "requests_per_minute"})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_dist import checkpoints
-from aisp_dist.config import FunctionReward, ModelReward, Prompts, Run
+from aisp_dist.config import FunctionReward, ModelReward, Prompts, Reward, Run
 from aisp_dist.rewards import function, templates
 from aisp_dist.sources import is_local
 
@@ -22,22 +22,24 @@ def locate(run: Run, base_dir: Path) -> Run:
     base = run.generator
     place = checkpoints.locate("generator.model", base.model, "generator")
     own = templates.file("generator.chat_template", base.chat_template, base_dir) if base.chat_template else None
-    rewards = {}
-    for name, reward in run.rewards.items():
-        if isinstance(reward, ModelReward):
-            where = checkpoints.locate(f"rewards.{name}.model", reward.model, "reward")
-            template = templates.locate(f"rewards.{name}.chat_template", reward.chat_template, base_dir)
-            reward = reward.model_copy(update={"model": where, "chat_template": template})
-        elif isinstance(reward, FunctionReward):
-            function.digest(reward, base_dir)
-        rewards[name] = reward
     return run.model_copy(
         update={
             "generator": base.model_copy(update={"model": place, "chat_template": own}),
-            "rewards": rewards,
+            "rewards": {name: locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()},
             "prompts": locate_prompts(run.prompts),
         }
     )
+
+
+def locate_reward(name: str, reward: Reward, base_dir: Path) -> Reward:
+    """One reward as `locate` does it. Raises ConfigError as it does."""
+    if isinstance(reward, ModelReward):
+        where = checkpoints.locate(f"rewards.{name}.model", reward.model, "reward")
+        template = templates.locate(f"rewards.{name}.chat_template", reward.chat_template, base_dir)
+        return reward.model_copy(update={"model": where, "chat_template": template})
+    if isinstance(reward, FunctionReward):
+        function.digest(reward, base_dir)
+    return reward
 
 
 def locate_prompts(settings: Prompts) -> Prompts:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from aisp_dist.config import ConfigError, JudgeSettings, Reward, Run
+from aisp_dist.fingerprint import locate_reward
 from aisp_dist.place import Place
 from jobs import cli, settings, verify
 from jobs.progress import say
@@ -134,7 +135,7 @@ def _rewards(options: Any, run: Run) -> dict[str, tuple[Reward, Path]]:
     config = run.model_dump(mode="json", by_alias=True)
     merged = config | {"rewards": config["rewards"] | {name: section for name, (section, _) in sections.items()}}
     checked = settings.check(merged).rewards
-    return {name: (checked[name], base) for name, (_, base) in sections.items()}
+    return {name: (locate_reward(name, checked[name], base), base) for name, (_, base) in sections.items()}
 
 
 if __name__ == "__main__":

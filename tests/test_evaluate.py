@@ -244,6 +244,7 @@ def test_an_output_on_s3(here, capsys, server, monkeypatch):
         (["one", "--reward", "main=x.py:f"], "main is a reward of the run already"),
         (["one", "--reward", "new=x.py:f"], "no file"),
         (["one", "--reward", "new={kind: function}"], "rewards.new"),
+        (["one", "--reward", "new=./nowhere"], "rewards.new.model: './nowhere' is not a directory"),
         (["one", "--config", "missing.yaml"], "missing.yaml"),
         (["one", "--judge", "http://127.0.0.1:1/v1"], "a judge needs both"),
         (["one", "--judge-key-env", "KEY"], "a judge needs both"),

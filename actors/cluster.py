@@ -18,16 +18,17 @@ from actors.generator import Generator
 from actors.placement import Group
 from actors.pool import Pool
 from actors.scorer import Scorer
-from aisp_dist.config import ConfigError, Run
+from aisp_dist.config import ConfigError, HttpReward, Run
+from aisp_dist.endpoint import Unavailable
 from aisp_dist.lease import Lease
 
 log = logging.getLogger("aisp")
 
 
 def is_fault(error: BaseException) -> bool:
-    """True for a process or node that went away; False for an exception that the method raised itself."""
+    """True for a process, node or server that went away; False for an exception that the method raised itself."""
     if isinstance(error, RayTaskError):
-        return isinstance(error.cause, (RayActorError, WorkerCrashedError, MemoryError))
+        return isinstance(error.cause, (RayActorError, WorkerCrashedError, MemoryError, Unavailable))
     return isinstance(error, RayError)
 
 
@@ -134,7 +135,7 @@ async def start_pools(
             timeout=timeouts.round if decodes else timeouts.reward,
             retries=run.runtime.retries,
             is_fault=is_fault,
-            timeout_is_content=not decodes,
+            timeout_is_content=not (decodes or isinstance(run.rewards[group.role], HttpReward)),
             stall=timeouts.stall if decodes else timeouts.stall + timeouts.reward,  # it answers after its request
             patience=timeouts.startup,
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aisp_dist import rewards
-from aisp_dist.config import FunctionReward, ModelReward
+from aisp_dist.config import ModelReward, Reward
 from aisp_dist.records import Prompt, Score
 
 
@@ -15,7 +15,7 @@ class Scorer:
     def __init__(
         self,
         reward: str,
-        settings: ModelReward | FunctionReward,
+        settings: Reward,
         base_dir: Path,
         columns: Sequence[str],
         name: str,

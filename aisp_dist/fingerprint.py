@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from aisp_dist import checkpoints
-from aisp_dist.config import ConfigError, ModelReward, Prompts, Run
-from aisp_dist.rewards import function
+from aisp_dist.config import FunctionReward, ModelReward, Prompts, Reward, Run
+from aisp_dist.rewards import function, templates
 from aisp_dist.sources import is_local
 
 
@@ -21,24 +21,25 @@ def locate(run: Run, base_dir: Path) -> Run:
     """
     base = run.generator
     place = checkpoints.locate("generator.model", base.model, "generator")
-    template = str((base_dir / base.chat_template).resolve()) if base.chat_template else None
-    if template and not Path(template).is_file():
-        raise ConfigError(f"generator.chat_template: no file {template!r}; the path is relative to the config file")
-    rewards = {}
-    for name, reward in run.rewards.items():
-        if isinstance(reward, ModelReward):
-            where = checkpoints.locate(f"rewards.{name}.model", reward.model, "reward")
-            reward = reward.model_copy(update={"model": where})
-        else:
-            function.digest(reward, base_dir)
-        rewards[name] = reward
+    own = templates.file("generator.chat_template", base.chat_template, base_dir) if base.chat_template else None
     return run.model_copy(
         update={
-            "generator": base.model_copy(update={"model": place, "chat_template": template}),
-            "rewards": rewards,
+            "generator": base.model_copy(update={"model": place, "chat_template": own}),
+            "rewards": {name: locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()},
             "prompts": locate_prompts(run.prompts),
         }
     )
+
+
+def locate_reward(name: str, reward: Reward, base_dir: Path) -> Reward:
+    """One reward as `locate` does it. Raises ConfigError as it does."""
+    if isinstance(reward, ModelReward):
+        where = checkpoints.locate(f"rewards.{name}.model", reward.model, "reward")
+        template = templates.locate(f"rewards.{name}.chat_template", reward.chat_template, base_dir)
+        return reward.model_copy(update={"model": where, "chat_template": template})
+    if isinstance(reward, FunctionReward):
+        function.digest(reward, base_dir)
+    return reward
 
 
 def locate_prompts(settings: Prompts) -> Prompts:
@@ -57,7 +58,9 @@ def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
     for name, reward in located.rewards.items():
         if isinstance(reward, ModelReward):
             digests[f"rewards.{name}"] = checkpoints.digest(f"rewards.{name}.model", reward.model, reward.revision)
-        else:
+            if reward.chat_template:
+                digests[f"rewards.{name}.chat_template"] = _hash(templates.read(reward.chat_template).encode())
+        elif isinstance(reward, FunctionReward):  # what a server runs is known by its address and the model's name
             digests[f"rewards.{name}"] = function.digest(reward, base_dir)
     return run.row_settings() | {"digests": digests}
 

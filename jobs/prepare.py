@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from actors.coordinator import Table
 from aisp_dist import checkpoints, fingerprint, lease, manifest, prompts, schema, weights
-from aisp_dist.config import ConfigError, ModelReward, Run
+from aisp_dist.config import ConfigError, FunctionReward, HttpReward, ModelReward, Run
 from aisp_dist.place import Place
 
 _SAMPLE = 1000  # input lines that decide the types of kept columns
@@ -71,9 +71,11 @@ class Prepared:
         if directory and weights.has_experts(weights.read_config(directory)):
             return "up to rounding: the base model is a mixture of experts, whose bits depend on what shares a batch"
         same = "bit for bit on the same kind of hardware and software"
-        if all(isinstance(reward, ModelReward) for reward in self.run.rewards.values()):
-            return same
-        return f"{same}, as far as the function rewards are deterministic"
+        if any(isinstance(reward, HttpReward) for reward in self.run.rewards.values()):
+            return "not promised: what the servers of the http rewards answer is theirs; but for them, " + same
+        if any(isinstance(reward, FunctionReward) for reward in self.run.rewards.values()):
+            return f"{same}, as far as the function rewards are deterministic"
+        return same
 
 
 _PACKAGES = ("aisp-dist", "ray", "torch", "transformers", "datasets", "pyarrow", "tokenizers")

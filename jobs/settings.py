@@ -56,12 +56,9 @@ def cases(run: Run) -> dict[str, Run]:
     whole = run.model_dump(mode="json", by_alias=True, exclude={"runtime": {"storage_options"}, "compare": {"cases"}})
     found = {}
     for name, case in run.compare.cases.items():
-        taken = [key for key in ("output", "seed") if key in case]
-        taken += [f"compare.{key}" for key in ("cases", "seeds") if key in (case.get("compare") or {})]
-        if taken:
-            raise ConfigError(
-                f"compare.cases.{name}: {taken[0]} is that of the whole comparison; take it out of the case"
-            )
+        inner = ["compare.cases"] if "cases" in (case.get("compare") or {}) else []
+        if taken := [str(key) for key in case if key in ("output", "seed")] + inner:
+            raise ConfigError(f"compare.cases.{name}: {taken[0]} is that of the whole; take it out of the case")
         try:
             made = check(merge(whole, case))
         except ConfigError as error:

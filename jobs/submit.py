@@ -29,7 +29,8 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from aisp_dist import fingerprint
-from aisp_dist.config import ConfigError, Generator, ModelReward, Prompts, Run
+from aisp_dist.config import ConfigError, Generator, HttpReward, ModelReward, Prompts, Run
+from aisp_dist.rewards import templates
 from aisp_dist.sources import is_local
 from jobs import cli, prepare, settings
 from jobs.cli import Exit
@@ -112,10 +113,15 @@ def _here(run: Run) -> tuple[Run, list[str]]:
         base = base.model_copy(update={"chat_template": None})
     rewards = dict(run.rewards)
     for name, reward in run.rewards.items():
+        if isinstance(reward, HttpReward):
+            continue
         place = reward.model if isinstance(reward, ModelReward) else reward.function.rpartition(":")[0]
         if elsewhere(place):
             absent.append(f"rewards.{name} {place!r}")
             rewards[name] = ModelReward(model="demo")
+        elif isinstance(reward, ModelReward) and elsewhere(reward.chat_template):
+            absent.append(f"rewards.{name}.chat_template {reward.chat_template!r}")
+            rewards[name] = reward.model_copy(update={"chat_template": None})
     prompts = run.prompts
     if elsewhere(prompts.source):
         absent.append(f"prompts.source {prompts.source!r}")
@@ -139,6 +145,10 @@ def _needs(run: Run, base_dir: Path) -> Iterator[tuple[str, Path]]:
     for name, reward in run.rewards.items():
         if isinstance(reward, ModelReward):
             yield from model(f"rewards.{name}.model", reward.model)
+            if (template := reward.chat_template) and template not in templates.BUILT_IN and relative(template):
+                yield f"rewards.{name}.chat_template", base_dir / template
+        elif isinstance(reward, HttpReward):
+            continue
         elif (place := reward.function.rpartition(":")[0]).endswith(".py") and relative(place):
             yield f"rewards.{name}.function", base_dir / place
     source = run.prompts.source

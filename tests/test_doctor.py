@@ -307,7 +307,7 @@ def test_a_template_that_writes_bos_twice(project, reward):
 
 @pytest.mark.parametrize(("sign", "verdict"), [(1.0, "ok"), (-1.0, "note")])
 def test_pairs(project, scored, monkeypatch, sign, verdict):
-    good = {answer for _, answer, _ in scoring._PAIRS}
+    good = {answer for _, answer, _ in scoring.PAIRS}
     judge = lambda prompt, responses: [Score(sign * (r in good)) for r in responses]  # noqa: E731
     monkeypatch.setattr(rewards, "load", lambda *_: judge)
     assert scored(ModelReward(model=str(project / "reward")))["pairs"] == verdict

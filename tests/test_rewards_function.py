@@ -43,7 +43,8 @@ def test_arguments_as_they_arrive(tmp_path):
     score = written(tmp_path, "seen = []\ndef f(**kwargs):\n    seen.append(kwargs)\n    return [0, 0]\n")
     score(CHAT, ["a", "b"])
     (seen,) = sys.modules[next(name for name in sys.modules if name.startswith("f_"))].seen
-    assert seen == {
+    assert {name for name in seen if callable(seen[name])} == {"log_extra", "log_metric"}  # TRL's, for **kwargs too
+    assert {name: value for name, value in seen.items() if not callable(value)} == {
         "prompts": [[{"role": "user", "content": "Hi"}]] * 2,
         "completions": [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]],
         "topic": ["rain"] * 2,
@@ -62,10 +63,8 @@ def test_none_does_not_apply_and_what_is_not_finite_is_quarantined():
 
 
 def test_an_argument_that_nobody_hands_over_is_refused_before_the_run():
-    with pytest.raises(
-        ConfigError, match=r"rewards.words.function: .*needs completion_ids.*prompts.keep \(topic, notes\)"
-    ):
-        scorer("needs_tokens")
+    with pytest.raises(ConfigError, match=r"rewards.words.function: .*needs colour.*prompts.keep \(topic, notes\)"):
+        scorer("needs_colour")
 
 
 def test_a_function_cannot_change_the_prompt():
@@ -104,7 +103,7 @@ def test_arrays_are_numbers(tmp_path, answer):
         ("absent.py:f", "no file"),
         ("my_rewards.py:absent", "nothing called 'absent'"),
         ("my_rewards.py:NOT_A_FUNCTION", "no function"),
-        ("my_rewards.py", "no module"),
+        ("my_rewards.py", "is no entry point"),
         ("no_such_module:f", "no module 'no_such_module'"),
         ("no_such.module:f", "no module 'no_such.module'"),
         ("broken.py:f", "SyntaxError"),
@@ -152,3 +151,60 @@ def test_the_digest_runs_nothing(tmp_path):
     )
     code += "digest(F(kind='function', function='json.tool:main')); assert 'json.tool' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_trls_other_arguments(tmp_path, caplog):
+    source = "def f(completions, log_extra, log_metric, trainer_state=None, **kwargs):\n"
+    source += (
+        "    log_extra('parsed', completions); log_metric('mean', 0.5)\n    return [float(trainer_state is None)] * 2\n"
+    )
+    with caplog.at_level("DEBUG", "aisp"):
+        assert written(tmp_path, source)(CHAT, ["a", "b"]) == [Score(1.0)] * 2
+    assert "reward column parsed" in caplog.text and "reward metric mean: 0.5" in caplog.text
+    for argument, words in (
+        ("completion_ids", "text alone"),
+        ("trainer_state", "no trainer"),
+        ("environments", "no env"),
+    ):
+        with pytest.raises(ConfigError, match=f"needs {argument}, .*{words}.*give it a default"):
+            written(tmp_path, f"def f(completions, {argument}): return [0.0]\n")
+
+
+def test_columns_that_would_hide_an_argument_are_refused():
+    with pytest.raises(ConfigError, match="prompts.keep has completions, prompts, .*rename"):
+        load("words", named("my_rewards.py:length"), DATA, columns=("prompts", "topic", "completions"))
+
+
+def test_trls_own_rewards(tmp_path):
+    source = "from trl.rewards.other_rewards import get_repetition_penalty_reward as g\nf = g(2, -1.0)\n"
+    with pytest.raises(ConfigError, match="needs completion_ids, the base model's tokens"):
+        written(tmp_path, source)
+
+
+def test_async_calls_share_a_loop(tmp_path):
+    source = "import asyncio\nseen = set()\nasync def f(completions):\n"
+    source += "    seen.add(asyncio.get_running_loop())\n    return [len(seen)] * len(completions)\n"
+    score = written(tmp_path, source)
+    assert [score(CHAT, ["a"]) for _ in range(3)] == [[Score(1.0)]] * 3
+
+
+def test_an_entry_point_names_a_function(tmp_path, monkeypatch):
+    def install(folder, package, value):
+        info = tmp_path / folder / f"{package}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[aisp_dist.rewards]\nshortness = {value}\n")
+        (tmp_path / folder / f"{package}.py").write_text(
+            "class R:\n    def f(completions): return [-len(completions)]\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+
+    install("site", "pkg_short", "pkg_short:R.f")
+    score = load("short", named("shortness"))
+    assert score(CHAT, ["a"]) == [Score(-1.0)]
+    assert digest(named("shortness")) == digest(named("pkg_short:R.f"))
+    with pytest.raises(ConfigError, match=r"function 'longness': is no entry point \(.*shortness.*\)"):
+        digest(named("longness"))
+    install("other", "pkg_other", "pkg_other:R.f")
+    with pytest.raises(ConfigError, match="declared by several packages"):
+        load("short", named("shortness"))

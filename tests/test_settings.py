@@ -19,6 +19,13 @@ BASE = {
     "rewards": {
         "main": {"kind": "model", "model": "demo"},
         "words": {"kind": "function", "function": "r.py:f", "use": "report"},
+        "judge": {
+            "kind": "http",
+            "url": "http://h:1/v1",
+            "model": "m",
+            "rubric": "{prompt} {response}",
+            "use": "report",
+        },
     },
     "runtime": {"rewards": {"main": {"replicas": 1}}},
 }
@@ -110,6 +117,22 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "rewards.main.max_tokens": 5,
     "rewards.main.batch_rows": 6,
     "rewards.main.trust_remote_code": True,
+    "rewards.main.chat_template": "eurus",
+    "rewards.main.system": "drop",
+    "rewards.main.self_test": False,
+    "rewards.judge.weight": 0.5,
+    "rewards.judge.url": "https://host/v2",
+    "rewards.judge.model": "m3",
+    "rewards.judge.protocol": "classify",
+    "rewards.judge.rubric": "{response} to {prompt}?",
+    "rewards.judge.scale": [0.0, 1.0],
+    "rewards.judge.api_key_env": "KEY",
+    "rewards.judge.max_tokens": 9,
+    "rewards.judge.body": {"seed": 1},
+    "rewards.judge.timeout": 7.0,
+    "rewards.judge.retries": 2,
+    "rewards.judge.max_parallel": 3,
+    "rewards.judge.requests_per_minute": 30.0,
     "rewards.words.function": "other.py:g",
     "rewards.words.weight": 0.5,
     "runtime.rewards.main.replicas": 2,
@@ -127,6 +150,9 @@ WHOLE = {
 }  # unions and mappings: tests of their own
 
 
+FREE_REWARD = {"self_test", "api_key_env", "timeout", "retries", "max_parallel", "requests_per_minute"}
+
+
 def dig(run: Run, key: str):
     value = run.model_dump(mode="json", by_alias=True)
     for part in key.split("."):
@@ -136,6 +162,8 @@ def dig(run: Run, key: str):
 
 def test_every_key_of_the_schema_is_covered():
     keys = {key for key, _ in scalars(Run)} | {f"method.{key}" for key, _ in scalars(config.Aisp)}
+    keys |= {f"rewards.main.{key}" for key, _ in scalars(config.ModelReward) if key != "kind"}
+    keys |= {f"rewards.judge.{key}" for key, _ in scalars(config.HttpReward) if key not in ("kind", "use")}
     assert keys - set(VALUES) - SECRET - WHOLE - {"method.kind"} == set()
 
 
@@ -243,6 +271,7 @@ def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
     before = read(tmp_path).row_settings()
     for key in VALUES:
         free = key.startswith(("save.", "runtime.")) or key in ("output", "prompts.limit", "rewards.main.use")
+        free |= key.startswith("rewards.") and key.rpartition(".")[2] in FREE_REWARD
         value = VALUES[key]
         flag = value if isinstance(value, str) else json.dumps(value)
         assert (read(tmp_path, f"--{key}", flag).row_settings() == before) is free, key

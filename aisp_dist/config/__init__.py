@@ -18,7 +18,7 @@ from aisp_dist.config.methods import (
     Search,
     Spend,
 )
-from aisp_dist.config.rewards import FunctionReward, ModelReward, Reward, RewardBase
+from aisp_dist.config.rewards import FunctionReward, HttpReward, JudgeSettings, ModelReward, Reward, RewardBase
 from aisp_dist.config.run import Generator, Prompts, Run, Save, TopBottom
 from aisp_dist.config.runtime import Replicas, RewardReplicas, Runtime, StorageOptions, Timeouts, known_place
 
@@ -35,6 +35,8 @@ __all__ = [
     "Gaussian",
     "Generator",
     "Grids",
+    "HttpReward",
+    "JudgeSettings",
     "Method",
     "Mixture",
     "ModelReward",

@@ -1,10 +1,12 @@
-"""Rewards, by kind."""
+"""Rewards, by kind; and the judge, which is reached as an HTTP reward is."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Discriminator
+from pydantic import Discriminator, field_validator, model_validator
 
 from aisp_dist.config.base import Section, doc
 
@@ -23,6 +25,11 @@ class ModelReward(RewardBase):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto: the checkpoint's own", "auto")
     max_tokens: int = doc("longest input; a longer prompt is cut from its left, the response never", 2048, ge=1)
     batch_rows: int = doc("responses scored together", 32, ge=1)
+    chat_template: str | None = doc(
+        "ultrarm, eurus, or a path relative to the config file; null: the tokenizer's own", None
+    )
+    system: Literal["keep", "drop"] = doc("drop: system messages are not shown, for models trained without", "keep")
+    self_test: bool = doc("look for defects when the model is loaded; off: do not", True)
     trust_remote_code: bool = doc("run code that comes with the checkpoint", False)
 
 
@@ -30,7 +37,82 @@ class FunctionReward(RewardBase):
     """A Python function with TRL's signature: f(prompts, completions, **columns) -> list of float or None."""
 
     kind: Literal["function"] = doc("a Python function", "function")
-    function: str = doc("file.py:function, relative to the config file, or module:function")
+    function: str = doc("file.py:function, relative to the config file, module:function, or an entry point's name")
 
 
-Reward = Annotated[ModelReward | FunctionReward, Discriminator("kind")]
+class Endpoint(Section):
+    """A model behind HTTP. Only url, model, max_tokens and body can change its answers."""
+
+    url: str = doc("base of the API, as http://host:8000/v1")
+    model: str = doc("name of the model, as the server knows it")
+    api_key_env: str | None = doc("environment variable with the API key, sent as a bearer token", None)
+    max_tokens: int = doc("longest answer of a chat in tokens", 512, ge=1)
+    body: dict[str, Any] = doc("more fields of every request, as the server names them", {})
+    timeout: float = doc("seconds for one request", 60.0, gt=0)
+    retries: int = doc("how often a request is repeated on 429, 5xx and lost connections", 5, ge=0)
+    max_parallel: int = doc("requests of a process at a time", 8, ge=1)
+    requests_per_minute: float | None = doc("at most so many of a process; null: no limit", None, gt=0)
+
+    @field_validator("url")
+    @classmethod
+    def reachable(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            whole = False
+        if not whole or parts.username or parts.password or parts.query or parts.fragment:
+            # The value may hold a secret, so it is not repeated here.
+            raise ValueError("not of the form http://host:port/path; a key goes into the variable named by api_key_env")
+        return value.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def named(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("not the name of an environment variable; give the name, never the key")
+        return value
+
+    @field_validator("body")
+    @classmethod
+    def beside(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(value.keys() & {"model", "messages", "input", "text", "stream", "n", "use_activation"}):
+            raise ValueError(f"{', '.join(taken)} may not be set here; leave it out")
+        return value
+
+
+class JudgeSettings(Endpoint):
+    """A chat model that compares answers."""
+
+
+class HttpReward(RewardBase, Endpoint):
+    """A chat model that gives a number, or a reward model behind vLLM's or SGLang's /classify."""
+
+    kind: Literal["http"] = doc("a server", "http")
+    protocol: Literal["chat", "classify", "classify_sglang"] = doc(
+        "chat: OpenAI's /chat/completions; classify: vLLM's /classify; classify_sglang: SGLang's", "chat"
+    )
+    rubric: str | None = doc(
+        "text with {prompt} and {response}: what a chat is asked, or what is classified; null: messages, under the "
+        "chat template of vLLM's server",
+        None,
+    )
+    scale: tuple[float, float] = doc("smallest and largest number that a chat may give", (1.0, 10.0))
+
+    @model_validator(mode="after")
+    def whole(self) -> HttpReward:
+        if self.rubric is None and self.protocol != "classify":
+            raise ValueError(f"rubric: missing; {self.protocol} needs a text with {{prompt}} and {{response}}")
+        if self.rubric is not None:
+            for field in ("{prompt}", "{response}")[self.protocol != "chat" :]:
+                if field not in self.rubric:
+                    raise ValueError(f"rubric: has no {field}, so it could not be read; put it where the text belongs")
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale: {self.scale[0]:g} is not below {self.scale[1]:g}; give smallest, then largest")
+        return self
+
+
+Reward = Annotated[ModelReward | FunctionReward | HttpReward, Discriminator("kind")]
+
+# Of a reward, what cannot change a score.
+FREE = frozenset({"self_test", "api_key_env", "timeout", "retries", "max_parallel", "requests_per_minute"})

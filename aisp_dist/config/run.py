@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from aisp_dist.config.base import Section, doc
 from aisp_dist.config.compare import Compare, Tune
 from aisp_dist.config.methods import Aisp, Method
-from aisp_dist.config.rewards import Reward
+from aisp_dist.config.rewards import FREE, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 
 
@@ -111,5 +111,6 @@ class Run(Section):
 
     def row_settings(self) -> dict[str, Any]:
         """Everything in the configuration that can change a row, as JSON values."""
-        beside = dict.fromkeys(("output", "save", "runtime", "compare", "tune"), True)
-        return self.model_dump(mode="json", by_alias=True, exclude={**beside, "prompts": {"limit"}})
+        beside: dict[str, Any] = dict.fromkeys(("output", "save", "runtime", "compare", "tune"), True)
+        free = {**beside, "prompts": {"limit"}, "rewards": {"__all__": set(FREE)}}
+        return self.model_dump(mode="json", by_alias=True, exclude=free)

@@ -4,7 +4,6 @@ whole, and says what a human would."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,28 +12,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from aisp_dist import checkpoints
 from aisp_dist.config import ModelReward, Reward
 from aisp_dist.doctor import Check, allowed, free, judge, own_model
+from aisp_dist.endpoint import Unavailable
 from aisp_dist.records import Prompt
-from aisp_dist.render import as_chat, encode_chat
-from aisp_dist.rewards import RewardError, RewardFn
+from aisp_dist.render import encode_chat
+from aisp_dist.rewards import RewardError, RewardFn, model
+from aisp_dist.rewards.self_test import PAIRS, bos_counts, bos_wanted
 
 Request = tuple[Prompt, list[str]]
 
 _BATCH = 8  # rows that transformers scores together
 _ENOUGH = 9  # pairs
-_PAIRS = [  # question, better answer, worse answer
-    ("How do I boil an egg?", "Put it into boiling water for eight minutes, then cool it.", "sdkfj wpeoi banana the"),
-    ("What is the capital of France?", "The capital of France is Paris.", "No idea, find out yourself."),
-    ("How can I sleep better?", "Go to bed at the same time and avoid coffee late.", "asdf asdf asdf asdf asdf"),
-    ("Why is the sky blue?", "Air scatters blue light more than red light.", "Because because because because."),
-    ("How do I learn to swim?", "Take lessons, and begin in shallow water.", "Just jump in."),
-    ("What is 12 times 12?", "12 times 12 is 144.", "12 times 12 is a kind of fish."),
-    ("How do I thank a teacher?", "Write a card that says what you learned.", "Teacher teacher thank 99 zzz of of"),
-    ("What should I pack for a hike?", "Water, food, a map and a rain jacket.", "Stop asking, stupid."),
-    ("How do plants grow?", "They make sugar from light, water and carbon dioxide.", "%%%% ???? ####"),
-    ("How do I save money?", "Write down what you spend, and set a budget.", "Spend it all today."),
-    ("Can you recommend a book?", "Yes: if you like adventure, try Treasure Island.", "no"),
-    ("How do I remove a coffee stain?", "Blot it, then wash it with cold water and soap.", "I hate you."),
-]
 
 
 def check(
@@ -42,7 +29,7 @@ def check(
 ) -> Iterator[Check]:
     """Every check of a reward. Of a function it is whether it repeats itself."""
     is_model = isinstance(settings, ModelReward)
-    pairs = [(Prompt(question, 0, question), list(answers)) for question, *answers in _PAIRS]
+    pairs = [(Prompt(question, 0, question), list(answers)) for question, *answers in PAIRS]
     asked = [*requests, *pairs] if is_model else [*requests[:2]]
     score = load()
     try:
@@ -50,7 +37,7 @@ def check(
         turn = -1 if is_model else 1  # after other requests, and turned round
         again = [score(prompt, responses[::turn])[::turn] for prompt, responses in asked[::turn]][::turn]
         singly = [score(prompt, [response]) for prompt, responses in asked * is_model for response in responses]
-    except RewardError as error:
+    except (RewardError, Unavailable) as error:
         yield Check(f"{name} scores", "FAILED", str(error), "Such prompts would become failed rows")
         return
     del score
@@ -87,9 +74,10 @@ def against(
     padding; and that against another way of its own, padded batches through eager attention."""
     where = checkpoints.locate(f"rewards.{name}.model", settings.model, "reward")
     source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(where, **source)
-    own = own_model(AutoModelForSequenceClassification, where, settings, place, num_labels=1)
-    chats = [(*as_chat(prompt.content), ("assistant", response)) for prompt, response in texts]
+    tokenizer = model.template(AutoTokenizer.from_pretrained(where, **source), settings)
+    heads = {"num_labels": 1, "key_mapping": model.HEADS}
+    own = own_model(AutoModelForSequenceClassification, where, settings, place, **heads)
+    chats = [model.chat(settings, prompt, response) for prompt, response in texts]
     rows = [encode_chat(tokenizer, chat, {}, add_generation_prompt=False, fix="") for chat in chats]
     positions = getattr(own.config.get_text_config(), "max_position_embeddings", None)
     longest = min(settings.max_tokens, positions or settings.max_tokens)
@@ -111,13 +99,16 @@ def against(
 
 def written(name: str, tokenizer: Any, rows: Sequence[list[int]], longest: int) -> Check:
     """What the model is given to read: BOS once if its tokenizer wants one, and what is cut."""
-    bos, cut = tokenizer.bos_token_id, sum(len(row) > longest for row in rows)
-    counts = {len(list(takewhile(lambda token: token == bos, row))) for row in rows}
+    cut, counts = sum(len(row) > longest for row in rows), bos_counts(tokenizer, rows)
     figure = f"{' or '.join(map(str, sorted(counts)))} BOS in front, up to {max(map(len, rows))} tokens, {longest} fit"
     figure += f", {cut} of {len(rows)} lose the left of their prompt" * bool(cut)
     figure += ", EOS is its padding too" * (tokenizer.pad_token_id in {tokenizer.eos_token_id} - {None})
-    wanted = {1} if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else {0, 1}
-    return judge(f"{name} input", counts <= wanted, figure, "Its chat template must write BOS once: mend that file")
+    return judge(
+        f"{name} input",
+        counts <= bos_wanted(tokenizer),
+        figure,
+        "Its chat template must write BOS once: mend that file",
+    )
 
 
 @torch.inference_mode()

@@ -60,6 +60,20 @@ def cost(control: Control, round: Round, sample: int, dots: list[float]) -> tupl
     return math.fsum(dots + after), control.u_sq
 
 
+def moves(control: Control, round: Round, sample: int | None) -> torch.Tensor:
+    """v_t = (L (m + e))_t [T, D] of a sample of the round, (3): what moved its pre-logits. None: u_t = (L m)_t."""
+    x_TD, made = control.m_TD, control.filter
+    if sample is not None:
+        x_TD = x_TD + _noise(round, made, round.iteration, sample, x_TD.shape[1])
+    if not made.feed.any():
+        return x_TD  # independent over time: L = 1
+    state_1D, v_TD = torch.zeros_like(x_TD[:1]), torch.empty_like(x_TD)
+    for t in range(len(x_TD)):
+        at = torch.tensor([t + 1], device=x_TD.device)
+        v_TD[t : t + 1], state_1D = made.step(x_TD[t : t + 1], state_1D, at)
+    return v_TD
+
+
 def _update(m_TD: torch.Tensor, time_filter: noise.Filter, round: Round, iteration: int) -> torch.Tensor:
     """m^{k+1} from m^k and the weights of iteration k. `full`: m + sum_i w_i e_i, since the weights sum to one.
     `marginal`: after a sample's end its v is replaced by its mean alpha m. One order, i ascending, multiplication and

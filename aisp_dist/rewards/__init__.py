@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from aisp_dist.config import ModelReward, Reward
+from aisp_dist.config import HttpReward, ModelReward, Reward
 from aisp_dist.records import Prompt, Score
 from aisp_dist.rewards.function import RewardError
 
@@ -30,6 +30,10 @@ def load(
         from aisp_dist.rewards import model
 
         return model.load(name, settings, device)
+    if isinstance(settings, HttpReward):
+        from aisp_dist.rewards import http
+
+        return http.load(name, settings)
     from aisp_dist.rewards import function
 
     return function.load(name, settings, base_dir, columns)

@@ -9,15 +9,31 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import entry_points
 from numbers import Real
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from aisp_dist.config import ConfigError, FunctionReward
 from aisp_dist.records import Prompt, Score
+
+_log = logging.getLogger("aisp")
+_GROUP = "aisp_dist.rewards"
+# What GRPOTrainer of TRL 1.16 passes beside prompts, completions and columns, and why it is not there to pass here.
+_TRAINING = {
+    "completion_ids": "the base model's tokens, and rewards are given text alone",
+    "trainer_state": "and there is no trainer",
+    "environments": "and there are no environments",
+}
+_LOGS: dict[str, Callable[[str, Any], None]] = {
+    "log_extra": lambda column, values: _log.debug("reward column %s: %s", column, values),
+    "log_metric": lambda name, value: _log.debug("reward metric %s: %s", name, value),
+}
 
 
 class RewardError(RuntimeError):
@@ -29,7 +45,12 @@ def load(
 ) -> Callable[[Prompt, Sequence[str]], list[Score]]:
     """The function behind its name. Chats arrive as lists of {"role", "content"} and completions as one assistant
     message each, other prompts and completions as str; kept columns are repeated for every completion. An argument the
-    function does not name is not passed, unless it has **kwargs. Async functions are run to their end.
+    function does not name is not passed, unless it has **kwargs. Async functions are run to their end, in one event
+    loop. log_extra and log_metric write to the log at level DEBUG; completion_ids, trainer_state and environments are
+    for trainers: a function that cannot do without them is refused.
+
+    A name without colon is that of an entry point of the group `aisp_dist.rewards`, which a package declares by
+    `[project.entry-points."aisp_dist.rewards"]` and `NAME = "module:function"`.
 
     None means not applicable; NaN and infinities are quarantined. Raises ConfigError where there is no such function or
     it needs an argument that is not among prompts, completions and `columns`; the returned function raises RewardError
@@ -46,18 +67,26 @@ def load(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    if missing := sorted(required - {"prompts", "completions", *columns}):
+    if taken := sorted({"prompts", "completions", *_TRAINING, *_LOGS} & set(columns)):
+        raise ConfigError(
+            f"{key}: prompts.keep has {', '.join(taken)}, which have another meaning in TRL's signature; rename them"
+        )
+    for argument in sorted(required & _TRAINING.keys()):
+        raise ConfigError(f"{key}: {settings.function} needs {argument}, {_TRAINING[argument]}; give it a default")
+    if missing := sorted(required - {"prompts", "completions", *_LOGS, *columns}):
         raise ConfigError(
             f"{key}: {settings.function} needs {', '.join(missing)}, but there are prompts, completions and "
             f"prompts.keep ({', '.join(columns) or 'none'}); keep that column or give a default"
         )
 
+    loop = asyncio.Runner()  # one for all calls: clients that the function keeps belong to their loop
+
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
-        arguments = _arguments(prompt, responses)
+        arguments: dict[str, Any] = {**_LOGS, **_arguments(prompt, responses)}
         try:
             values = function(**{k: v for k, v in arguments.items() if open_ended or k in accepted})
             if inspect.isawaitable(values):
-                values = asyncio.run(_result(values))
+                values = loop.run(_result(values))
             values = list(values)
         except (Exception, SystemExit) as error:
             raise RewardError(f"{name}: {settings.function} raised {type(error).__name__}: {error}") from error
@@ -71,9 +100,25 @@ def load(
 def digest(settings: FunctionReward, base_dir: Path | None = None) -> str:
     """128 bits over the source file that defines the function and its name; what that file imports is not covered. The
     module is found, not run. Raises ConfigError."""
-    place, _, attribute = settings.function.rpartition(":")
+    place, _, attribute = _resolve(settings.function).rpartition(":")
     data = _source(settings.function, place, base_dir).read_bytes()
     return hashlib.blake2b(attribute.encode() + b"\0" + data, digest_size=16).hexdigest()
+
+
+def _resolve(function: str) -> str:
+    """module:function of an entry point; other names as they are."""
+    if ":" in function:
+        return function
+    known = entry_points(group=_GROUP)
+    found = sorted({entry.value for entry in known.select(name=function)})
+    if len(found) != 1:
+        names = ", ".join(sorted(known.names)) or "none"
+        what = f"is declared by several packages ({', '.join(found)})" if found else f"is no entry point ({names})"
+        raise ConfigError(
+            f"function {function!r}: {what} of the group {_GROUP}; name file.py:function, module:function or one "
+            "that is installed"
+        )
+    return found[0].partition(" ")[0]  # without [extras]
 
 
 def _source(function: str, place: str, base_dir: Path | None) -> Path:
@@ -96,7 +141,7 @@ def _source(function: str, place: str, base_dir: Path | None) -> Path:
 
 
 def _import(key: str, function: str, base_dir: Path | None) -> Callable[..., Any]:
-    place, _, attribute = function.rpartition(":")
+    place, _, attribute = _resolve(function).rpartition(":")
     file = _source(function, place, base_dir)
     try:
         if place.endswith(".py"):
@@ -113,7 +158,10 @@ def _import(key: str, function: str, base_dir: Path | None) -> Callable[..., Any
             module = importlib.import_module(place)
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{key}: importing {place!r} raised {type(error).__name__}: {error}; mend it") from error
-    found = getattr(module, attribute, None)
+    try:
+        found = attrgetter(attribute)(module)
+    except AttributeError:
+        found = None
     if not callable(found):
         what = "nothing called" if found is None else "no function but a value under"
         raise ConfigError(f"{key}: {place!r} has {what} {attribute!r}; name a function that is there")

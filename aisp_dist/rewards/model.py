@@ -16,17 +16,23 @@ from aisp_dist import checkpoints
 from aisp_dist.config import ConfigError, ModelReward
 from aisp_dist.records import Message, Prompt, Score
 from aisp_dist.render import Unrenderable, as_chat, encode_chat, starts_with_bos
+from aisp_dist.rewards import self_test, templates
 from aisp_dist.rewards.prefix import Classifier, Ids, alike
+
+# Heads by another name than transformers', of models whose own class is theirs in all but that: openbmb/UltraRM-13b
+# (Llama) and openbmb/Eurus-RM-7b (Mistral) read the last token by a regression_head without bias.
+HEADS = {r"^regression_head\.": "score."}
 
 
 def load(name: str, settings: ModelReward, device: str | None = None) -> Callable[[Prompt, Sequence[str]], list[Score]]:
     """The model behind its name, as a function from a prompt and its responses to the model's logits.
 
-    The text is the tokenizer's own chat template over the prompt's messages (a plain text is one user message) and the
-    response. Input longer than max_tokens, or than the model's positions, loses tokens from the left of the prompt,
-    BOS aside; a response that does not fit by itself is quarantined, and so is NaN. Micro-batches follow from the
-    set of responses in the call alone, so the same call gives the same bits and a permuted call permuted ones.
-    Raises ConfigError: not loadable, not exactly one output, weights of the head missing, no chat template.
+    The text is the chat template, the tokenizer's own or settings.chat_template, over the prompt's messages (a plain
+    text is one user message) and the response. Input longer than max_tokens, or than the model's positions, loses
+    tokens from the left of the prompt, BOS aside; a response that does not fit by itself is quarantined, and so is NaN.
+    Micro-batches follow from the set of responses in the call alone, so the same call gives the same bits and a
+    permuted call permuted ones. Raises ConfigError: not loadable, not exactly one output, weights of the head missing,
+    no chat template, or a defect that the self-test finds.
     """
     key = f"rewards.{name}.model"
     tokenizer, model = _checkpoint(key, settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -40,9 +46,9 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
         return encode_chat(tokenizer, messages, {}, add_generation_prompt=False, fix=fix)
 
     def tokens(prompt: Prompt, response: str) -> Ids | Score:
-        messages = as_chat(prompt.content)
+        *messages, _ = whole = chat(settings, prompt, response)
         try:
-            ids = encode((*messages, ("assistant", response)))
+            ids = encode(whole)
             excess = len(ids) - max_length
             if excess <= 0:
                 return tuple(ids)
@@ -58,7 +64,12 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
             )
         return tuple(ids[:head] + ids[head + excess :])
 
-    encode((("user", "a"), ("assistant", "b")))  # a missing template shows before any prompt is spent
+    try:  # a missing template shows before any prompt is spent
+        encode((("user", "a"), ("assistant", "b")))
+    except Unrenderable as error:
+        raise ConfigError(f"rewards.{name}.chat_template: {error}; give one that can show a question") from None
+    if settings.self_test:
+        self_test.examine(name, tokenizer, encode, tokens, classifier, settings.batch_rows, max_length)
 
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
         found = {response: tokens(prompt, response) for response in dict.fromkeys(responses)}
@@ -70,6 +81,20 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
     return score
 
 
+def chat(settings: ModelReward, prompt: Prompt, response: str) -> tuple[Message, ...]:
+    """The messages that the model is shown."""
+    messages = as_chat(prompt.content)
+    kept = [m for m in messages if settings.system == "keep" or m[0] != "system"]
+    return (*kept, ("assistant", response))
+
+
+def template(tokenizer: Any, settings: ModelReward) -> Any:
+    """The tokenizer, with the configured chat template in the place of its own."""
+    if settings.chat_template:
+        tokenizer.chat_template = templates.read(settings.chat_template)
+    return tokenizer
+
+
 def _score(value: float) -> Score:
     return Score(value) if math.isfinite(value) else Score(None, f"the reward is {value}")
 
@@ -78,7 +103,7 @@ def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]
     path = checkpoints.locate(key, settings.model, "reward")
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+        tokenizer = template(AutoTokenizer.from_pretrained(path, **common), settings)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=1,
@@ -86,12 +111,14 @@ def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # to name them below
             output_loading_info=True,
+            key_mapping=HEADS,
             **common,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigError(
             f"{key}: {settings.model!r} cannot be loaded as a sequence classifier ({str(error).splitlines()[0]}); give "
-            "a directory or reachable hub id with safetensors weights"
+            "a directory or reachable hub id with safetensors weights (pickled ones can run code: convert them "
+            "elsewhere by from_pretrained and save_pretrained)"
         ) from error
     # transformers fills what a checkpoint lacks with random numbers.
     if loading["mismatched_keys"]:

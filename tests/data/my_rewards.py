@@ -35,7 +35,7 @@ def texts(completions):
     return ["1.0" for _ in completions]
 
 
-def needs_tokens(completions, completion_ids):
+def needs_colour(completions, colour):
     return [0.0 for _ in completions]
 
 

@@ -1,0 +1,150 @@
+"""Requests to a model behind HTTP: key, limits, retries. Owns which failures are the server's and which are about one
+request; knows neither rewards nor judges."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import httpx
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from aisp_dist.config import ConfigError
+from aisp_dist.config.rewards import Endpoint
+
+_BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
+_ABOUT_THE_REQUEST = (400, 413, 422)  # too long, refused by a filter, malformed
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Unavailable(RuntimeError):
+    """The server gave no answer, whatever was asked: a fault of the infrastructure, never about a text."""
+
+
+class Rejected(Unavailable):
+    """The server answers that the key, the model or the address is wrong."""
+
+
+class _Again(Unavailable):
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after  # seconds that the server asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a request has no usable answer."""
+
+    reason: str
+
+
+class Client:
+    """A server, for any number of threads. Raises ConfigError where the variable with the API key is not set."""
+
+    def __init__(self, key: str, settings: Endpoint) -> None:
+        self.settings = settings
+        headers = {}
+        if settings.api_key_env:
+            if not (secret := os.environ.get(settings.api_key_env)):
+                raise ConfigError(
+                    f"{key}.api_key_env: {settings.api_key_env} is not set where this runs; export it there"
+                )
+            if not secret.isascii() or not secret.isprintable():
+                raise ConfigError(f"{key}.api_key_env: what {settings.api_key_env} holds is no API key; mend it")
+            headers["Authorization"] = f"Bearer {secret}"
+        self._http = httpx.Client(
+            headers=headers, timeout=settings.timeout, limits=httpx.Limits(max_connections=settings.max_parallel)
+        )
+        self._turn = threading.Lock()
+        self._next = 0.0
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """Results in the order of the items, `max_parallel` at a time. Raises what the first of them raises."""
+        with ThreadPoolExecutor(self.settings.max_parallel) as threads:
+            return list(threads.map(function, items))
+
+    def post(self, url: str, body: dict[str, Any]) -> Any:
+        """The JSON of an answer, or Refused where it is about this request. Raises Unavailable: no connection, 429 or
+        5xx after all retries; Rejected."""
+        retrying = Retrying(
+            stop=stop_after_attempt(self.settings.retries + 1),
+            wait=_wait,
+            retry=retry_if_exception_type(_Again),
+            reraise=True,
+        )
+        try:
+            answer: httpx.Response = retrying(self._once, url, body)
+        except _Again as error:  # of a type that crosses processes
+            raise Unavailable(f"{url}: {error}, {self.settings.retries + 1} times") from None
+        if answer.status_code in _ABOUT_THE_REQUEST:
+            return Refused(f"the server answers {answer.status_code}: {' '.join(answer.text.split())[:300]}")
+        if not answer.is_success:
+            raise Rejected(f"{url} answers {answer.status_code} {answer.reason_phrase}; look at url, model and key")
+        try:
+            return answer.json()
+        except ValueError:
+            return Refused("the answer is no JSON")
+
+    def chat(self, messages: list[dict[str, str]]) -> str | Refused:
+        """What the model says to these messages, greedily. Raises as `post`."""
+        answer = self.post(*self.chat_request(messages))
+        return answer if isinstance(answer, Refused) else said(answer)
+
+    def chat_request(self, messages: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
+        """Address and body of OpenAI's chat completions."""
+        body = {"model": self.settings.model, "messages": messages, "max_tokens": self.settings.max_tokens}
+        return f"{self.settings.url}/chat/completions", body | {"temperature": 0} | self.settings.body
+
+    def _once(self, url: str, body: dict[str, Any]) -> httpx.Response:
+        self._wait_for_turn()
+        try:
+            answer = self._http.post(url, json=body)
+        except httpx.TransportError as error:
+            raise _Again(f"no answer ({type(error).__name__})") from None
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise _Again(f"it answers {answer.status_code}", _retry_after(answer.headers.get("Retry-After")))
+        return answer
+
+    def _wait_for_turn(self) -> None:
+        if self.settings.requests_per_minute is None:
+            return
+        with self._turn:
+            at = max(self._next, time.monotonic())
+            self._next = at + 60 / self.settings.requests_per_minute
+        time.sleep(max(0.0, at - time.monotonic()))
+
+
+def said(answer: Any) -> str | Refused:
+    """The text of a chat completion."""
+    try:
+        text = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        text = None
+    return text if isinstance(text, str) else Refused("the answer is no chat completion with a text")
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    after = error.after if isinstance(error, _Again) else None
+    return _BACKOFF(state) if after is None else after
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number or a date."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,121 @@
+"""A reward behind HTTP: a chat model that is asked for a number, or a reward model that a server runs. Owns the wire
+formats and what an answer must be; what a lost connection means is endpoint.py's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aisp_dist.config import ConfigError, HttpReward
+from aisp_dist.endpoint import Client, Refused, Rejected
+from aisp_dist.records import Prompt, Score
+
+_NUMBER = re.compile(
+    r"[^\w-]*(?:(?:score|rating|reward|answer)[^\w-]+)?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?[\s.*]*", re.I
+)
+_PROBES = ("How many legs has a spider?", "A spider has eight legs."), ("Name a colour.", "Blue is a colour.")
+
+
+def load(name: str, settings: HttpReward) -> Callable[[Prompt, Sequence[str]], list[Score]]:
+    """The server behind its address, asked once for each distinct response, `max_parallel` at a time; scores come in
+    the order of the responses.
+
+    chat: the rubric as one user message; the reply must be one number on the scale (`7`, `Score: 7`, `7/10`).
+    classify: vLLM's POST /classify beside the API's /v1, with `input` (the rubric filled in) or `messages`, and with
+    `use_activation: false`, which makes data[0].probs the raw logit. A server older than that field must be started
+    with --override-pooler-config '{"softmax": false}'; one that answers probabilities all the same is refused.
+    classify_sglang: SGLang's POST /classify of a server started with --is-embedding: raw `embedding` of one number.
+    (SGLang's /v1/classify is no use: it answers the softmax, which is 1 for one class.)
+    What cannot be read is a quarantined score. Raises ConfigError for a missing key, a server that rejects url, model
+    or key, and probabilities; here and later endpoint.Unavailable where it does not answer.
+    """
+    client = Client(f"rewards.{name}", settings)
+    root = settings.url.removesuffix("/v1")
+
+    def ask(prompt: Prompt, response: str, **more: Any) -> float | Refused:
+        if settings.protocol == "chat":
+            text = client.chat([{"role": "user", "content": _fill(settings, prompt, response)}])
+            return text if isinstance(text, Refused) else number(text, settings.scale)
+        body: dict[str, Any] = {"model": settings.model}
+        if settings.protocol == "classify_sglang":
+            body |= {"text": [_fill(settings, prompt, response)]}
+        elif settings.rubric is not None:
+            body |= {"input": [_fill(settings, prompt, response)], "use_activation": False}
+        else:
+            chat = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else [
+                {"role": role, "content": text} for role, text in prompt.content
+            ]  # fmt: skip
+            chat.append({"role": "assistant", "content": response})
+            body |= {"messages": chat, "add_generation_prompt": False, "use_activation": False}
+        answer = client.post(f"{root}/classify", body | settings.body | more)
+        return answer if isinstance(answer, Refused) else _logit(answer, settings.protocol)
+
+    def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        distinct = list(dict.fromkeys(responses))
+        answers = client.map(lambda response: ask(prompt, response), distinct)
+        found = dict(zip(distinct, answers, strict=True))
+        return [
+            Score(None, a.reason) if isinstance(a, Refused) else Score(a) for a in map(found.__getitem__, responses)
+        ]
+
+    try:
+        _probe(name, settings, ask)
+    except Rejected as error:
+        raise ConfigError(f"rewards.{name}: {error}") from None
+    return score
+
+
+def number(text: str, scale: tuple[float, float]) -> float | Refused:
+    """The one number of a reply, if it is on the scale."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or (match[2] and float(match[2]) != scale[1]):
+        return Refused(f"the judge's reply is not one number: {text[:200]!r}")
+    value = float(match[1])
+    if not scale[0] <= value <= scale[1]:
+        return Refused(f"the judge's {value:g} is not from {scale[0]:g} to {scale[1]:g}")
+    return value
+
+
+def _probe(name: str, settings: HttpReward, ask: Callable[..., float | Refused]) -> None:
+    """One request shows a wrong address; classifiers show whether their numbers are probabilities."""
+    prompts = [(Prompt("", 0, (("user", question),)), answer) for question, answer in _PROBES]
+    if settings.protocol == "chat":
+        ask(*prompts[0])
+        return
+    raw = [ask(*prompt) for prompt in prompts]
+    if refused := next((x for x in raw if isinstance(x, Refused)), None):
+        raise ConfigError(f"rewards.{name}: {settings.model!r} gives no score: {refused.reason}; is it a reward model?")
+    squashed = all(x == 1.0 for x in raw)  # the softmax of one class
+    if settings.protocol == "classify" and all(0 <= x <= 1 for x in raw if isinstance(x, float)):
+        squashed |= [ask(*prompt, use_activation=True) for prompt in prompts] == raw  # a sigmoid, whatever is asked
+    if squashed:
+        raise ConfigError(
+            f"rewards.{name}: {settings.url} answers probabilities ({raw[0]}), and a reward is a raw logit; use a vLLM "
+            "whose /classify knows use_activation, or start the server without its activation"
+        )
+
+
+def _fill(settings: HttpReward, prompt: Prompt, response: str) -> str:
+    """The rubric; of a chat of several messages, each begins with its role."""
+    content = prompt.content
+    if not isinstance(content, str):
+        one = len(content) == 1 and content[0][0] == "user"
+        content = content[0][1] if one else "\n\n".join(f"{role}: {text}" for role, text in content)
+    fields = {"{prompt}": content, "{response}": response}
+    assert settings.rubric is not None
+    return re.sub(r"\{(prompt|response)\}", lambda match: fields[match[0]], settings.rubric)
+
+
+def _logit(answer: Any, protocol: str) -> float | Refused:
+    try:
+        value = answer["data"][0]["probs"] if protocol == "classify" else answer[0]["embedding"]
+    except (KeyError, IndexError, TypeError):
+        return Refused(f"the answer is not that of a classifier: {str(answer)[:200]}")
+    values = value if isinstance(value, list) else [value]
+    if len(values) != 1:
+        return Refused(f"the model has {len(values)} outputs; a reward model has exactly one")
+    if isinstance(values[0], bool) or not isinstance(values[0], (int, float)):
+        return Refused(f"the reward is {values[0]!r}")
+    return float(values[0]) if math.isfinite(values[0]) else Refused(f"the reward is {values[0]}")

@@ -1,0 +1,78 @@
+"""Small finished outputs, searched for real in this process: a tiny model, a function reward, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from aisp_dist import manifest, prompts, rewards
+from aisp_dist.align import align
+from aisp_dist.engine.decode import Engine
+from aisp_dist.engine.model import load
+from aisp_dist.lease import Lease
+from aisp_dist.records import Prompt
+from aisp_dist.render import render
+from jobs import prepare, settings
+
+REWARDS = (
+    "def vowels(completions, **_):\n"
+    "    texts = [c[-1]['content'] for c in completions]\n"
+    "    return [sum(letter in 'aeiou' for letter in text) - len(text) / 9 for text in texts]\n"
+    "def words(completions, **_):\n    return [float(len(c[-1]['content'].split())) for c in completions]\n"
+)
+AISP = {"kind": "aisp", "num_samples": 4, "num_iterations": 3, "sigma2": 0.3}
+BEST_OF_N = {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "sampling": {"gaussian": 0.3}}
+
+
+def project(folder: Path, count: int = 6) -> Path:
+    """A folder with a model, prompts and rewards."""
+    folder.mkdir(exist_ok=True)
+    tiny.save("llama", folder / "model")
+    lines = [{"name": f"p{i}", "prompt": f"Say {'so ' * (i % 3)}{i}", "note": {"n": i}} for i in range(count)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def output(folder: Path, name: str, method: dict[str, Any] = AISP, seed: int = 0, **changes: Any) -> Path:
+    """A finished output of a project. changes: sections of the configuration."""
+    values = {
+        "output": str(folder / name),
+        "seed": seed,
+        "prompts": {"source": str(folder / "prompts.jsonl"), "id_column": "name", "keep": ["note"]},
+        "generator": {"model": str(folder / "model"), "max_new_tokens": 12, "batch_rows": 32},
+        "rewards": {
+            "main": {"kind": "function", "function": "rewards.py:vowels"},
+            "words": {"kind": "function", "function": "rewards.py:words", "use": "report"},
+        },
+        "method": method,
+        "save": {"candidates": "all", "rows_per_file": 4},
+    }
+    prepared = prepare.prepare(settings.check(settings.merge(values, changes)), folder)
+    manifest.write_run(prepared.output, prepared.record())
+    run, lease = prepared.located, Lease.take(prepared.output)
+    store = replace(prepared.table(), lease=lease).store()
+    engine = Engine(load(run.generator, "cpu"), 32, run.generator.max_new_tokens)
+    score = {name: rewards.load(name, reward, folder, columns=["note"]) for name, reward in run.rewards.items()}
+
+    async def rollout(round):
+        return engine.run([round])[0]
+
+    async def scored(name, prompt, texts):
+        return score[name](prompt, texts)
+
+    async def nll(id, tokens, answers):
+        return [engine.nll(tokens, answer) for answer in answers]
+
+    for line in store.plan(prompts.read(run.prompts)):
+        assert isinstance(line, Prompt)
+        tokens = render(line, run.prompts, engine.lm.tokenizer, run.prompts.max_tokens)
+        store.add(asyncio.run(align(run, line, tokens, rollout, scored, nll)))
+    store.finish()
+    lease.release()
+    return folder / name

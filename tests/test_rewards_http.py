@@ -1,0 +1,210 @@
+"""HTTP rewards against a real server: scores in the order of responses, faults that are never scores, garbage that is
+quarantined."""
+
+import math
+import pickle
+import time
+
+import pytest
+from judge_server import chat, serving
+from pydantic import ValidationError
+
+from actors.cluster import is_fault
+from aisp_dist.config import ConfigError, HttpReward
+from aisp_dist.endpoint import Unavailable, _retry_after
+from aisp_dist.records import Prompt, Score
+from aisp_dist.rewards import load
+
+PROMPT = Prompt("p", 0, (("system", "S"), ("user", "Hi {response}")))
+RESPONSES = ["a", "bbb", "", "a", "{prompt}"]
+RUBRIC = "Q: {prompt} A: {response}"
+
+
+@pytest.fixture
+def server():
+    with serving() as told:
+        yield told
+
+
+def settings(told, **more):
+    return HttpReward(**{"url": told.url, "model": "rm", "rubric": RUBRIC, "retries": 2} | more)
+
+
+def made(told, **more):
+    score = load("http", settings(told, **more))
+    told.seen.clear(), told.headers.clear()
+    return score
+
+
+def text_of(body):
+    return body["messages"][0]["content"]
+
+
+def vllm(logit, activation=lambda x: 1 / (1 + math.exp(-x))):
+    def answer(path, body):
+        text = body["input"][0] if "input" in body else body["messages"][-1]["content"]
+        x = logit(text)
+        probs = [x if body.get("use_activation") is False else activation(x)]
+        return {"object": "list", "data": [{"index": 0, "label": "LABEL_0", "probs": probs, "num_classes": 1}]}
+
+    return answer
+
+
+def test_scores_come_in_the_order_of_the_responses_and_equal_ones_are_asked_once(server):
+    server.answer = lambda path, body: chat(str(1 + len(text_of(body).partition(" A: ")[2])))
+    server.delay = lambda body: 0.2 if text_of(body).endswith("A: a") else 0.0
+    score = made(server)
+    assert score(PROMPT, RESPONSES) == [Score(2.0), Score(4.0), Score(1.0), Score(2.0), Score(9.0)]
+    assert len(server.seen) == 4 and {path for path, _ in server.seen} == {"/v1/chat/completions"}
+    assert "Q: system: S\n\nuser: Hi {response} A: {prompt}" in [text_of(body) for _, body in server.seen]
+    assert score(PROMPT, []) == []
+
+
+@pytest.mark.parametrize("reply", ["7", " 7.0\n", "Score: 7", "**7**", "7/10", "Rating = 7 / 10."])
+def test_one_number_is_a_score(server, reply):
+    server.answer = lambda path, body: chat(reply)
+    assert made(server)(PROMPT, ["x"]) == [Score(7.0)]
+
+
+@pytest.mark.parametrize("reply", ["", "seven", "7 or 8", "0", "11", "7/5", "nan", "-7", "1. It is bad"])
+def test_what_is_not_one_number_on_the_scale_is_quarantined(server, reply):
+    server.answer = lambda path, body: chat(reply if text_of(body).endswith("bad") else "7")
+    good, bad = made(server)(PROMPT, ["good", "bad"])
+    assert good == Score(7.0) and bad.value is None and "the judge's" in bad.reason
+
+
+@pytest.mark.parametrize(
+    "answer", [b"not json", b"[]", b"{}", {"choices": []}, {"choices": [{"message": {"content": None}}]}]
+)
+def test_garbage_is_quarantined(server, answer):
+    score = made(server)
+    server.answer = lambda path, body: answer
+    (found,) = score(PROMPT, ["x"])
+    assert found.value is None and "the answer is no" in found.reason
+
+
+@pytest.mark.parametrize("fault", [(429, {"Retry-After": "0"}), (500, {}), (503, {}), "close"])
+def test_a_fault_that_passes_is_not_seen(server, fault):
+    score = made(server)
+    server.faults = [fault]
+    assert score(PROMPT, ["x"]) == [Score(5.0)] and len(server.seen) == 2
+
+
+@pytest.mark.parametrize("fault", [(429, {"Retry-After": "0"}), (500, {"Retry-After": "0"}), (401, {}), (404, {})])
+def test_a_fault_that_stays_is_the_infrastructures_and_never_a_score(server, fault):
+    score = made(server, retries=1)
+    server.faults = [fault] * 99
+    with pytest.raises(Unavailable, match=str(fault[0])) as error:
+        score(PROMPT, ["x", "y"])
+    assert is_fault_of(error.value)
+
+
+def test_a_server_that_is_gone_or_too_slow_is_infrastructure(server):
+    score = made(server, retries=0, timeout=0.2)
+    server.delay = lambda body: 1.0
+    with pytest.raises(Unavailable, match="ReadTimeout"):
+        score(PROMPT, ["x"])
+    with pytest.raises(Unavailable, match="ConnectError"):
+        load("http", settings(server, url="http://127.0.0.1:9/v1", retries=0))
+
+
+def is_fault_of(error):
+    """As the pool sees it: through Ray, pickled."""
+    from ray.exceptions import RayTaskError
+
+    return is_fault(RayTaskError("score", "", pickle.loads(pickle.dumps(error))))
+
+
+def test_retry_after_is_waited_for(server):
+    score = made(server)
+    server.faults = [(429, {"Retry-After": "1"})]
+    began = time.monotonic()
+    score(PROMPT, ["x"])
+    assert time.monotonic() - began >= 1
+    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and _retry_after("soon") is None
+    assert _retry_after("Wed, 21 Oct 2215 07:28:00 GMT") > 1e9
+
+
+def test_a_request_that_is_refused_is_quarantined(server):
+    score = made(server)
+    server.faults = [(400, {})]
+    (found,) = score(PROMPT, ["x"])
+    assert found.value is None and "answers 400" in found.reason
+
+
+def test_limits_hold(server):
+    server.delay = lambda body: 0.05
+    score = made(server, max_parallel=2)
+    score(PROMPT, [str(i) for i in range(8)])
+    assert server.most == 2
+    slow = made(server, requests_per_minute=600)
+    began = time.monotonic()
+    slow(PROMPT, [str(i) for i in range(6)])
+    assert time.monotonic() - began >= 0.5
+
+
+@pytest.mark.parametrize("rubric", [RUBRIC, None])
+def test_classify_gives_raw_logits(server, rubric):
+    server.answer = vllm(lambda text: len(text) - 3.5)
+    score = made(server, protocol="classify", rubric=rubric)
+    extra = len("Q: system: S\n\nuser: Hi {response} A: ") if rubric else 0
+    assert [s.value for s in score(PROMPT, RESPONSES)] == [len(r) + extra - 3.5 for r in RESPONSES]
+    path, body = server.seen[0]
+    assert path == "/classify" and body["use_activation"] is False and ("input" in body) == bool(rubric)
+    if not rubric:
+        assert [m["role"] for m in body["messages"]] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("squash", [lambda x: 1.0, lambda x: 1 / (1 + math.exp(-x))])
+def test_probabilities_are_refused(server, squash):
+    server.answer = vllm(lambda text: squash(len(text) / 50), lambda x: x)  # whatever is asked
+    with pytest.raises(ConfigError, match="rewards.http: .* answers probabilities"):
+        load("http", settings(server, protocol="classify"))
+
+
+def test_a_raw_logit_between_zero_and_one_is_none(server):
+    server.answer = vllm(lambda text: 0.25)
+    assert made(server, protocol="classify")(PROMPT, ["x"]) == [Score(0.25)]
+
+
+def test_sglang(server):
+    server.answer = lambda path, body: [{"embedding": [len(body["text"][0]) / 2], "meta_info": {}}]
+    (found,) = made(server, protocol="classify_sglang")(Prompt("p", 0, "q"), ["abc"])
+    assert found == Score(len("Q: q A: abc") / 2) and server.seen[0][0] == "/classify"
+
+
+@pytest.mark.parametrize("probs", [[0.5, 2.0], [], ["x"], [None], [float("nan")], "x"])
+def test_what_is_no_single_logit_is_quarantined(server, probs):
+    server.answer = vllm(lambda text: 3.0)
+    score = made(server, protocol="classify")
+    server.answer = lambda path, body: {"data": [{"probs": probs}]}
+    (found,) = score(PROMPT, ["x"])
+    assert found.value is None and found.reason
+
+
+def test_a_wrong_address_or_model_is_said_before_the_run(server):
+    server.faults = [(404, {})]
+    with pytest.raises(ConfigError, match="rewards.http: .*404"):
+        load("http", settings(server))
+    server.answer = lambda path, body: {"data": [{"probs": [0.1, 0.9]}]}
+    with pytest.raises(ConfigError, match="2 outputs"):
+        load("http", settings(server, protocol="classify"))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"url": "host:8000"}, "not of the form http"),
+        ({"url": "http://me:hunter2@h/v1"}, "not of the form http"),
+        ({"url": "http://h:99999/v1"}, "not of the form http"),
+        ({"rubric": "{prompt}"}, r"has no \{response\}"),
+        ({"rubric": "{response}"}, r"has no \{prompt\}"),
+        ({"rubric": None}, "rubric: missing"),
+        ({"scale": (3, 3)}, "not below"),
+        ({"api_key_env": "sk-hunter2"}, "not the name of an environment variable"),
+        ({"body": {"messages": []}}, "may not be set"),
+    ],
+)
+def test_static_faults(more, words):
+    with pytest.raises(ValidationError, match=words):
+        HttpReward(**{"url": "http://h/v1", "model": "m", "rubric": RUBRIC} | more)

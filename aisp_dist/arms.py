@@ -18,14 +18,14 @@ AISP, TOP_P, GAUSSIAN, SHUFFLED, RANDOM, BASE = (
 
 
 def arms(run: Run) -> dict[str, Method]:
-    """The methods that compare runs: those of compare.arms, or the usual ones, with the configuration's own among them.
-    What it does not say (the nucleus of an AISP configuration, say) is the method's default. Raises ConfigError for
-    arms that spend another number of samples; one answer a prompt is what some methods are, and is let be."""
-    found = _usual(run)
-    if run.compare.arms is not None:
-        found = {name: method for name, method in run.compare.arms.items() if method is not None}
-        if run.method not in found.values():
-            found = {run.method.kind: run.method} | found
+    """The methods that compare runs: the usual ones, the configuration's own among them, and those of compare.arms
+    beside or in place of them. What the configuration does not say (the nucleus of an AISP one, say) is the method's
+    default. Raises ConfigError for arms that spend another number of samples; one answer a prompt is what some methods
+    are, and is let be."""
+    named = _usual(run) | run.compare.arms
+    found = {name: method for name, method in named.items() if method is not None}
+    if not found:
+        raise ConfigError("compare.arms: every arm is null; leave one")
     sizes = {name: m.num_samples * m.num_iterations for name, m in found.items()}
     other = {name: n for name, n in sizes.items() if n not in (1, max(sizes.values()))}
     if other:

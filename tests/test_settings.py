@@ -63,6 +63,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "prompts.column": "q",
     "prompts.id_column": "id",
     "prompts.shuffle_seed": 4,
+    "prompts.skip": 2,
     "prompts.limit": 7,
     "prompts.format": "raw",
     "prompts.begin": "Human:",
@@ -101,6 +102,17 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "runtime.generators.num_gpus": 1.0,
     "runtime.generators.num_cpus": 2.0,
     "runtime.generators.accelerator": "H100",
+    "compare.prompts": 5,
+    "compare.seeds": 3,
+    "compare.arms": {"one": None},
+    "compare.cases": {"small": {"prompts": {"limit": 3}}},
+    "tune.prompts": 3,
+    "tune.trials": 2,
+    "tune.search": "tpe",
+    "tune.nll_weight": 0.5,
+    "tune.max_nll": 0.2,
+    **{f"tune.grids.{name}": [0.2, 0.5] for name in ("sigma2", "lambda", "ess", "alpha", "temperature", "top_p")},
+    **{f"tune.grids.{name}": [0.2, 0.5] for name in ("weight", "step_size")},
     "method.num_samples": 4,
     "method.num_iterations": 3,
     "method.sigma2": 0.1,
@@ -221,6 +233,12 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--method.num_samples", "0"], "method.num_samples: .*greater than or equal to 1"),
         (["--method.lambda", "-2"], "method.lambda: lambda is -2; it must be positive"),
         (["--method.lambda.ess", "1.5"], "method.lambda.ess: .*less than 1"),
+        (
+            ["--tune.grids.alpha", "[1.5]"],
+            r"tune.grids: alpha is \[1.5\]; give at least one value, each once, above 0 and",
+        ),
+        (["--tune.grids.sigma2", "[]"], r"tune.grids: sigma2 is \[\]; give at least one value"),
+        (["--compare.arms", '{"a": {"kind": "beam"}}'], "compare.arms.a: kind is 'beam'"),
         (["--method.spend.min_gain", "1"], "method.spend: target and plateau are null"),
         (["--method.spend", '{"target": 1, "max_iterations": 9}'], "max_iterations is 9 without plateau"),
         (["--method.noise", "pink"], "method.noise: .*'pink'"),
@@ -270,7 +288,7 @@ def test_unreadable_files_are_named(tmp_path):
 def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
     before = read(tmp_path).row_settings()
     for key in VALUES:
-        free = key.startswith(("save.", "runtime.")) or key in ("output", "prompts.limit", "rewards.main.use")
+        free = key.startswith(("save.", "runtime.", "compare.", "tune.")) or key in ("output", "prompts.limit", "rewards.main.use")
         free |= key.startswith("rewards.") and key.rpartition(".")[2] in FREE_REWARD
         value = VALUES[key]
         flag = value if isinstance(value, str) else json.dumps(value)

@@ -15,10 +15,10 @@ class Compare(Section):
 
     prompts: int = doc("compare on the first so many prompts", 64, ge=1)
     seeds: int = doc("repeat every arm with so many seeds", 1, ge=1)
-    arms: dict[str, Method | None] | None = doc(
-        "methods by name, all with the same number of samples (those of one answer a prompt aside); null: best-of-n "
-        "twice, AISP, AISP with rewards shuffled, random pick. An arm that is null is left out",
-        None,
+    arms: dict[str, Method | None] = doc(
+        "methods by name, beside the usual arms or, by the same name, in their place; null leaves one out. All have the "
+        "same number of samples, those of one answer a prompt aside",
+        {},
     )
     cases: dict[str, dict[str, Any]] = doc(
         "settings by name, laid over the whole configuration as a later --config file would be; one comparison each", {}

@@ -248,8 +248,8 @@ def scored(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
     """Verdicts on a reward, with a fault made once it is loaded and its own probe is done."""
 
     def run(settings: Any, where: Any = None, name: str = "", wrong: Any = None) -> dict[str, str]:
-        def load() -> Any:
-            score = rewards.load("main", settings, project, "cpu")
+        def load(asked: Any) -> Any:
+            score = rewards.load("main", asked, project, "cpu")
             if where:
                 monkeypatch.setattr(where, name, wrong)
             return score
@@ -302,7 +302,7 @@ def test_scores_that_are_no_numbers(reward):
 
 def test_a_template_that_writes_bos_twice(project, reward):
     tiny_chat.classifier(project / "twice", tiny_chat.tokenizer("{{ bos_token }}" + tiny_chat.TEMPLATE))
-    assert reward(folder="twice") == {"input"}
+    assert reward(folder="twice") == {"self-test", "input"}
 
 
 @pytest.mark.parametrize(("sign", "verdict"), [(1.0, "ok"), (-1.0, "note")])

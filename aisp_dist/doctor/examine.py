@@ -44,7 +44,7 @@ def examine(run: Run, base_dir: Path, steps: int, say: Say) -> Iterator[Check]:
             free()
             say(f"reward {name}: loading and scoring")
             place = device(run.replicas(name))
-            load = partial(rewards.load, name, settings, base_dir, str(place), run.prompts.keep)
+            load = partial(rewards.load, name, base_dir=base_dir, device=str(place), columns=run.prompts.keep)
             yield from scoring.check(name, settings, place, load, requests)
     finally:
         torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from aisp_dist.endpoint import Unavailable
 from aisp_dist.records import Prompt
 from aisp_dist.render import encode_chat
 from aisp_dist.rewards import RewardError, RewardFn, model
-from aisp_dist.rewards.self_test import PAIRS, bos_counts, bos_wanted
+from aisp_dist.rewards.self_test import PAIRS, Defect, bos_counts, bos_wanted
 
 Request = tuple[Prompt, list[str]]
 
@@ -25,13 +25,17 @@ _ENOUGH = 9  # pairs
 
 
 def check(
-    name: str, settings: Reward, place: torch.device, load: Callable[[], RewardFn], requests: Sequence[Request]
+    name: str, settings: Reward, place: torch.device, load: Callable[[Reward], RewardFn], requests: Sequence[Request]
 ) -> Iterator[Check]:
     """Every check of a reward. Of a function it is whether it repeats itself."""
     is_model = isinstance(settings, ModelReward)
     pairs = [(Prompt(question, 0, question), list(answers)) for question, *answers in PAIRS]
     asked = [*requests, *pairs] if is_model else [*requests[:2]]
-    score = load()
+    try:
+        score = load(settings)
+    except Defect as error:
+        yield Check(f"{name} self-test", "FAILED", str(error), "`aisp align` would refuse to run")
+        score = load(settings.model_copy(update={"self_test": False}))
     try:
         scores = [score(*request) for request in asked]
         turn = -1 if is_model else 1  # after other requests, and turned round

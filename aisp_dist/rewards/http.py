@@ -11,6 +11,7 @@ from typing import Any
 from aisp_dist.config import ConfigError, HttpReward
 from aisp_dist.endpoint import Client, Refused, Rejected
 from aisp_dist.records import Prompt, Score
+from aisp_dist.render import as_chat
 
 _NUMBER = re.compile(
     r"[^\w-]*(?:(?:score|rating|reward|answer)[^\w-]+)?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?[\s.*]*", re.I
@@ -24,8 +25,8 @@ def load(name: str, settings: HttpReward) -> Callable[[Prompt, Sequence[str]], l
 
     chat: the rubric as one user message; the reply must be one number on the scale (`7`, `Score: 7`, `7/10`).
     classify: vLLM's POST /classify beside the API's /v1, with `input` (the rubric filled in) or `messages`, and with
-    `use_activation: false`, which makes data[0].probs the raw logit. A server older than that field must be started
-    with --override-pooler-config '{"softmax": false}'; one that answers probabilities all the same is refused.
+    `use_activation: false`, which makes data[0].probs the raw logit. A server that does not know that field
+    must be started with --pooler-config '{"use_activation": false}'; one that answers probabilities is refused.
     classify_sglang: SGLang's POST /classify of a server started with --is-embedding: raw `embedding` of one number.
     (SGLang's /v1/classify is no use: it answers the softmax, which is 1 for one class.)
     What cannot be read is a quarantined score. Raises ConfigError for a missing key, a server that rejects url, model
@@ -44,10 +45,8 @@ def load(name: str, settings: HttpReward) -> Callable[[Prompt, Sequence[str]], l
         elif settings.rubric is not None:
             body |= {"input": [_fill(settings, prompt, response)], "use_activation": False}
         else:
-            chat = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else [
-                {"role": role, "content": text} for role, text in prompt.content
-            ]  # fmt: skip
-            chat.append({"role": "assistant", "content": response})
+            messages = (*as_chat(prompt.content), ("assistant", response))
+            chat = [{"role": role, "content": text} for role, text in messages]
             body |= {"messages": chat, "add_generation_prompt": False, "use_activation": False}
         answer = client.post(f"{root}/classify", body | settings.body | more)
         return answer if isinstance(answer, Refused) else _logit(answer, settings.protocol)

@@ -34,6 +34,10 @@ PAIRS = [  # question, better answer, worse answer
 ]
 
 
+class Defect(ConfigError):
+    """What the self-test found."""
+
+
 def examine(
     name: str,
     tokenizer: Any,
@@ -43,11 +47,11 @@ def examine(
     batch_rows: int,
     max_length: int,
 ) -> None:
-    """Raises ConfigError with the first defect. encode: a whole chat; tokens: what the model is given of a prompt and a
+    """Raises Defect, the first that there is. encode: a whole chat; tokens: what the model is given of a prompt and a
     response, at most max_length of them."""
 
-    def fail(finding: str) -> ConfigError:
-        return ConfigError(
+    def fail(finding: str) -> Defect:
+        return Defect(
             f"rewards.{name}: its self-test found that {finding}; mend the model's files or chat_template "
             "(self_test: false runs it as it is)"
         )

@@ -24,6 +24,7 @@ from aisp_dist.records import (
     Round,
     Sampling,
     Score,
+    TokenReward,
     Trajectory,
 )
 from aisp_dist.rewards.combine import Frozen, combine
@@ -97,7 +98,8 @@ async def _search(
         curve: list[float | None] = []
         while (proposal := method.propose(state)) is not None:
             k = proposal.iteration
-            drawn = await rollout(ask(k, 0, proposal.num_samples, proposal.sampling, proposal.trace))
+            reader = prompt if isinstance(proposal.sampling.guide, TokenReward) else None
+            drawn = await rollout(ask(k, 0, proposal.num_samples, proposal.sampling, proposal.trace, reader))
             new, frozen = await scored(k, drawn.trajectories, frozen)
             for candidate in new:  # strictly greater: the earliest of equals wins
                 if candidate.reward is not None and candidate.reward > best_reward:

@@ -6,7 +6,7 @@ How a prompt travels:  Prompt -> Round -> Rollout (Trajectory ...) -> Scores -> 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = tuple[str, str]  # (role, content)
@@ -129,7 +129,7 @@ class Round(_Record):
     stop: int
     sampling: Sampling
     trace: tuple[Weights, ...] = ()
-    prompt: Prompt | None = None
+    prompt: Prompt | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

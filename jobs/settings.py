@@ -94,6 +94,9 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, a
             and not (flags and isinstance(was, Mapping) and value.get("kind", was.get("kind")) == was.get("kind"))
         )
         both = isinstance(value, Mapping) and isinstance(was, Mapping)
+        if at == "rewards" and value is None:  # as a case leaves one out
+            out.pop(key, None)
+            continue
         out[key] = merge(was or {}, value, flags, here) if both and not whole else value
     return out
 

@@ -288,7 +288,11 @@ def test_unreadable_files_are_named(tmp_path):
 def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
     before = read(tmp_path).row_settings()
     for key in VALUES:
-        free = key.startswith(("save.", "runtime.", "compare.", "tune.")) or key in ("output", "prompts.limit", "rewards.main.use")
+        free = key.startswith(("save.", "runtime.", "compare.", "tune.")) or key in (
+            "output",
+            "prompts.limit",
+            "rewards.main.use",
+        )
         free |= key.startswith("rewards.") and key.rpartition(".")[2] in FREE_REWARD
         value = VALUES[key]
         flag = value if isinstance(value, str) else json.dumps(value)

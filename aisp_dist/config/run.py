@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from aisp_dist.config.base import Section, doc
 from aisp_dist.config.compare import Compare, Tune
-from aisp_dist.config.methods import Aisp, Method
+from aisp_dist.config.methods import Aisp, Args, Method
 from aisp_dist.config.rewards import FREE, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 
@@ -101,6 +101,14 @@ class Run(Section):
     def whole(self) -> Run:
         if not any(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("rewards: none has use: select, so nothing could choose a best answer; add one")
+        if isinstance(self.method, Args):
+            remote = [n for n, reward in self.rewards.items() if reward.use == "select" and reward.kind == "http"]
+            if remote or self.combine == "standardized":
+                what = f"rewards.{remote[0]} of kind http" if remote else "combine: standardized"
+                raise ValueError(
+                    f"method: args asks for rewards at every token, inside the generator, which {what} cannot serve; "
+                    "give rewards of kind model or function, and combine: weighted_sum"
+                )
         unknown = sorted(set(self.runtime.rewards) - set(self.rewards))
         if unknown:
             raise ValueError(f"runtime.rewards: {', '.join(unknown)} is not among rewards ({', '.join(self.rewards)})")

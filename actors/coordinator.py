@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.figures import Figures, gauges
 from actors.pool import Pool
-from aisp_dist import prompts, render
+from aisp_dist import prompts, render, thinking
 from aisp_dist.align import align
 from aisp_dist.config import BatchedAisp, ConfigError, Run
 from aisp_dist.lease import Lease, LeaseLost, read_owners
@@ -255,7 +255,10 @@ class Coordinator:
         except render.Unrenderable as error:
             return Failed(line, str(error))
         try:
-            return await align(run, line, tokens, self._rollout, self._score, self._nll)
+            settings = run.generator
+            strips = settings.thinking == "strip"
+            thinks = strips and thinking.opens(self.tokenizer.decode(tokens), settings.thinking_tags)
+            return await align(run, line, tokens, self._rollout, self._score, self._nll, thinks)
         finally:
             for pool in self.pools.values():
                 pool.forget(line.id)

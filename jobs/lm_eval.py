@@ -8,7 +8,7 @@ import argparse
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> int:
             log_samples=options.log_samples,
             confirm_run_unsafe_code=options.unsafe_code,
         )
-        found[arm] = answers.spent(arm) | results
+        found[arm] = {"spent": answers.spent(arm)} | results
         for task, lines in samples.items():
             text = "".join(f"{_json(line)}\n" for line in lines)
             place.write(f"samples/{folder(arm)}/{task}.jsonl", text.encode())
@@ -152,15 +152,20 @@ class Answers:
         rows = self.rows[group.name][self.greedy if arm == arms.BASE else arm]
         return [comparison.words_of(rows[line["id"]][column]) for line in group.lines]
 
-    def spent(self, arm: str) -> dict[str, float]:
-        """Means over all prompts: samples drawn, tokens of the answer, its reward."""
+    def spent(self, arm: str) -> dict[str, dict[str, float]]:
+        """By task, means over its prompts: samples drawn, tokens of the answer, its reward (NaN where none is)."""
         prefix = "base_" if arm == arms.BASE else ""
         rows = [row for group in self.rows.values() for row in group[self.greedy if prefix else arm].values()]
-        rewards = [row[f"{prefix}reward"] for row in rows if row[f"{prefix}reward"] is not None]
+        by_task: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_task.setdefault(row["id"].split("/")[0], []).append(row)
         return {
-            "samples": 1.0 if prefix else sum(row["samples_spent"] for row in rows) / len(rows),
-            "tokens": sum(row[f"{prefix}num_tokens"] for row in rows) / len(rows),
-            "reward": sum(rewards) / len(rewards) if rewards else float("nan"),
+            task: {
+                "samples": 1.0 if prefix else _mean(row["samples_spent"] for row in rows),
+                "tokens": _mean(row[f"{prefix}num_tokens"] for row in rows),
+                "reward": _mean(row[f"{prefix}reward"] for row in rows if row[f"{prefix}reward"] is not None),
+            }
+            for task, rows in by_task.items()
         }
 
     def _draw(self, group: Group) -> dict[str, dict[str, dict[str, Any]]]:
@@ -191,6 +196,11 @@ def _rows(arm: str, output: Place) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in output.dataset("data").to_table(columns=columns).to_pylist()}
 
 
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else float("nan")
+
+
 def _json(value: Any, **options: Any) -> str:
     from lm_eval.utils import handle_non_serializable
 
@@ -206,9 +216,10 @@ def _table(found: Mapping[str, Any], gold_column: str | None) -> str:
         for arm, result in found.items():
             value, stderr = scores[arm][task, metric]
             name = f"{arm} (oracle)" if gold_column and arm != arms.BASE else arm
-            spent = [f"{result['samples']:g}", f"{result['tokens']:.1f}", f"{result['reward']:.3f}"]
+            of = result["spent"].get(task)  # a group of tasks has none of its own
+            spent = [f"{of['samples']:g}", f"{of['tokens']:.1f}", f"{of['reward']:.3f}"] if of else [""] * 3
             rows.append([task, metric, name, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", *spent])
-    end = ["samples, tokens and reward: a prompt's mean over all tasks of the arm"]
+    end = ["samples, tokens and reward: means over the task's prompts"]
     if gold_column:
         end.append(f"oracle: the rewards saw the gold answers as {gold_column!r}; an upper bound, not a result")
     return "\n".join([*comparison.aligned(rows), *end])

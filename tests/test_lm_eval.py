@@ -14,13 +14,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray_head
+import rows
 import yaml
 from lm_eval.api.instance import Instance
 
 from aisp_dist import tasks
 from aisp_dist.alpaca_eval import alpaca_eval
 from aisp_dist.config import ConfigError
+from aisp_dist.place import Place
 from jobs import lm_eval
+from jobs.cli import Exit
 
 ROOT = Path(__file__).parent.parent
 REWARDS = """
@@ -142,12 +145,12 @@ def test_a_verifier_with_the_gold_answer_is_the_metric_and_says_so(cluster, proj
     assert {row["gold"] for row in pq.read_table(data).to_pylist()} == {"friend"}
 
 
-@pytest.mark.ray
-def test_a_prompt_without_an_answer_ends_the_command_with_the_reason(cluster, project):
-    (project / "run.yaml").write_text(yaml.safe_dump(RUN | {"prompts": {"max_tokens": 40}}))
-    done = run(project, cluster, "--tasks", "friend_local", "--limit", "2", "--arms", "base", code=3)
-    assert "friend_local/0/0" in done.stderr and "prompts.max_tokens" in done.stderr and not done.stdout
-    assert not (project / "out" / "lm-eval" / "results.json").exists()
+def test_a_prompt_without_an_answer_ends_the_command_with_the_reason(tmp_path):
+    output = rows.write(tmp_path / "out", rows.prompts(8))
+    failed = pq.read_table(tmp_path / "out" / "failed").to_pylist()
+    with pytest.raises(Exit, match=f"aisp: {len(failed)} prompts have no answer") as caught:
+        lm_eval._rows("aisp", Place.at(output))
+    assert caught.value.code == 3 and failed[0]["id"] in str(caught.value) and failed[0]["reason"] in str(caught.value)
 
 
 def instances(count: int) -> list[Instance]:
@@ -265,11 +268,11 @@ def test_gold_needs_a_function_and_a_missing_extra_is_named(project, monkeypatch
 def test_alpaca_eval_takes_one_question_and_its_answer():
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     answer = [{"role": "assistant", "content": "Because."}]
-    rows = [
+    table = [
         {"id": "a", "prompt": turns, "completion": answer, "dataset": "koala"},
         {"id": "b", "prompt": "How?", "completion": "So."},
     ]
-    assert alpaca_eval(rows, "demo+aisp") == [
+    assert alpaca_eval(table, "demo+aisp") == [
         {"dataset": "koala", "instruction": "Why?", "output": "Because.", "generator": "demo+aisp"},
         {"dataset": "unknown", "instruction": "How?", "output": "So.", "generator": "demo+aisp"},
     ]

@@ -236,7 +236,7 @@ def text(result: Comparison) -> str:
         quality = ("" if v is None else f"{v:.2f}" for v in (arm.std, arm.auc))
         costs = ("" if v is None else f"{v:.0f}" for v in (arm.model_tokens, arm.reward_calls, arm.seconds))
         spend.append([arm.name, *quality, "" if ours else f"{arm.won:.0%}", f"{arm.num_tokens:.0f}", *costs])
-    out = [*_aligned(reach), "", *_aligned(spend)]
+    out = [*aligned(reach), "", *aligned(spend)]
     out.append(
         "std: of the mean reward over seeds; area: best reward so far over the samples; the last three: a prompt's"
     )
@@ -260,7 +260,7 @@ def _short(cell: Interval) -> str:
     return f"{cell.mean:.2f} [{cell.low:.2f}, {cell.high:.2f}]"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))

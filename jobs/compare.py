@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> int:
     for name, case in wanted.items():
         if name:
             print(f"\n{name}")
-        _compare(case, base_dir, _root(run) / _folder(name) if name else _root(run))
+        _compare(case, base_dir, _root(run) / folder(name) if name else _root(run))
     return 0
 
 
@@ -80,14 +80,14 @@ def prepare_all(
 ) -> dict[str, list[Prepared]]:
     """An output for every arm and seed, in folders of `output`, checked. Traces are kept: the comparison reads them."""
     limit = prompts if run.prompts.limit is None else min(prompts, run.prompts.limit)
-    folders = [_folder(arm) for arm in found]
+    folders = [folder(arm) for arm in found]
     if twice := {f for f in folders if folders.count(f) > 1}:
         raise ConfigError(f"compare.arms: two arms would both be written to {min(twice)!r}; give them other names")
 
     def prepared(arm: str, method: Method, seed: int) -> Prepared:
         changed = {
             "method": method,
-            "output": str(output / (_folder(arm) + (f"-seed{seed}" if seed else ""))),
+            "output": str(output / (folder(arm) + (f"-seed{seed}" if seed else ""))),
             "seed": run.seed + seed,
             "prompts": run.prompts.model_copy(update={"limit": limit}),
             "save": run.save.model_copy(update={"trace": True}),
@@ -135,7 +135,7 @@ def _brings(method: Method) -> str | None:
     return method.value if isinstance(method, ReControl) else "rewards" if isinstance(method, Args) else None
 
 
-def _folder(name: str) -> str:
+def folder(name: str) -> str:
     return re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-") or "arm"
 
 

@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> int:
     against = outputs.open_output(Place.at(options.against)) if options.against else None
     outputs.check_trials(trials)
     for output in trials if against is None else [*trials, against]:
-        outputs.check_finished(output, _inputs(dict(output.record)))
+        outputs.check_finished(output, inputs(dict(output.record)))
     wanted = _rewards(options, trials[0].run)
     generator = None if options.no_model else outputs.generator(trials[0])
 
@@ -100,7 +100,7 @@ def _judge(options: Any) -> JudgeSettings | None:
     return judge
 
 
-def _inputs(record: dict[str, Any]) -> int | None:
+def inputs(record: dict[str, Any]) -> int | None:
     """How many inputs a run has; None, said, where its source is gone."""
     try:
         lines = verify.inputs(record)

@@ -21,9 +21,9 @@ from jobs import prepare, settings
 
 REWARDS = (
     "def vowels(completions, **_):\n"
-    "    texts = [c[-1]['content'] for c in completions]\n"
+    "    texts = [c if isinstance(c, str) else c[-1]['content'] for c in completions]\n"
     "    return [sum(letter in 'aeiou' for letter in text) - len(text) / 9 for text in texts]\n"
-    "def words(completions, **_):\n    return [float(len(c[-1]['content'].split())) for c in completions]\n"
+    "def words(completions, **_):\n    return [float(len(str(c).split())) for c in completions]\n"
 )
 AISP = {"kind": "aisp", "num_samples": 4, "num_iterations": 3, "sigma2": 0.3}
 BEST_OF_N = {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "sampling": {"gaussian": 0.3}}

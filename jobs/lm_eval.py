@@ -1,0 +1,229 @@
+"""`aisp lm-eval CONFIG --tasks gsm8k`: tasks of lm-evaluation-harness, answered by every arm at the same number of
+samples. Every arm's answers to one generation setting are an ordinary output under lm-eval/, in a folder named by what
+was asked: an interrupted command resumes, and a repeated one draws nothing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aisp_dist import arms, comparison, schema
+from aisp_dist.config import BestOfN, ConfigError, FunctionReward, Method, Prompts, Run
+from aisp_dist.place import Place
+from jobs import cli, prepare, settings
+from jobs.compare import Filling, folder
+from jobs.progress import say
+
+if TYPE_CHECKING:
+    from aisp_dist.tasks import Group
+
+
+def main(args: Sequence[str]) -> int:
+    options, run, base_dir = settings.read(_parser(), args)
+    names = list(dict.fromkeys(filter(None, (options.tasks or "").split(","))))
+    if not names:
+        raise ConfigError("--tasks: give names of lm-eval's tasks, as in --tasks gsm8k,ifeval")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    wanted = _wanted(run, options.arms)
+    if options.gold_column and not any(isinstance(r, FunctionReward) for r in run.rewards.values()):
+        raise ConfigError("--gold-column: none of the rewards is a function, which alone could read it; leave it out")
+    if "://" in run.output:
+        raise ConfigError(f"output: {run.output} is no directory, and prompts are read from one; give a local output")
+    schema.schemas("raw", {options.gold_column: "string"} if options.gold_column else {})
+    prepare.check(run.model_copy(update={"prompts": Prompts()}), base_dir)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval needs lm-evaluation-harness: pip install 'aisp-dist[tasks]'")
+    if options.unsafe_code:
+        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # what the metric code_eval asks for beside lm-eval's consent
+
+    from aisp_dist import tasks
+
+    built = tasks.load(names, options.include_path, options.unsafe_code)
+    chat, cap = options.apply_chat_template, options.cap_new_tokens
+    asking = tasks.Asking(run.generator.max_new_tokens, cap, chat, options.gold_column, say)
+    if run.prompts.system and not chat:
+        say("prompts.system belongs to chats; it is left out without --apply-chat-template")
+    answers = Answers(run, base_dir, options, wanted)
+    found: dict[str, Any] = {}
+    place = answers.output
+    for arm in wanted:
+        lm = tasks.Answering(asking, tasks.by_name(built), partial(answers, arm))
+        results, samples = tasks.evaluate(
+            built,
+            lm,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            log_samples=options.log_samples,
+            confirm_run_unsafe_code=options.unsafe_code,
+        )
+        found[arm] = {"spent": answers.spent(arm)} | results
+        for task, lines in samples.items():
+            text = "".join(f"{_json(line)}\n" for line in lines)
+            place.write(f"samples/{folder(arm)}/{task}.jsonl", text.encode())
+    oracle = {"oracle": f"rewards were given the gold answer as {options.gold_column}"} if options.gold_column else {}
+    config = run.model_dump(mode="json", by_alias=True)
+    place.write("results.json", _json(oracle | {"arms": found, "config": config}, indent=2).encode())
+    print(_table(found, options.gold_column))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parse = settings.parser("lm-eval", cli.VERBS["lm-eval"])
+    parse.add_argument("--tasks", help="names of generate_until tasks, groups or tags, with commas between")
+    parse.add_argument("--include-path", metavar="DIR", help="directory with task definitions of your own")
+    parse.add_argument("--limit", type=int, help="only the first so many documents of every task")
+    parse.add_argument("--num-fewshot", type=int, help="solved examples before every question; the task's own number")
+    parse.add_argument("--apply-chat-template", action="store_true", help="ask as a chat, examples as its turns")
+    parse.add_argument(
+        "--arms",
+        default="base,best-of-n,aisp",
+        help="base (greedy), best-of-n (of top-p samples), aisp, or others of `aisp compare`, as its folders name them",
+    )
+    parse.add_argument(
+        "--cap-new-tokens",
+        action="store_true",
+        help="let generator.max_new_tokens be the most; else it is only for tasks that name no max_gen_toks",
+    )
+    parse.add_argument(
+        "--gold-column",
+        metavar="NAME",
+        help="hand the gold answer to function rewards as this column: an upper bound by an oracle, not a result",
+    )
+    parse.add_argument("--log-samples", action="store_true", help="write every document, answer and score, by arm")
+    parse.add_argument("--unsafe-code", action="store_true", help="allow tasks that run what the model wrote")
+    return parse
+
+
+def _wanted(run: Run, names: str) -> dict[str, Method | None]:
+    """The arms asked for, base without a method of its own. Raises ConfigError for one that there is not."""
+    found = {arms.BASE: None} | arms.arms(run)
+    short = {folder(arm): arm for arm in found} | ({"best-of-n": arms.TOP_P} if arms.TOP_P in found else {})
+    wanted: dict[str, Method | None] = {}
+    for name in filter(None, names.split(",")):
+        if name not in short:
+            raise ConfigError(f"--arms: {name!r} is not among {', '.join(short)}")
+        wanted[short[name]] = found[short[name]]
+    if not wanted:
+        raise ConfigError(f"--arms: name at least one of {', '.join(short)}")
+    return wanted
+
+
+def _asked(run: Run, lines: Prompts, options: argparse.Namespace, stop: tuple[str, ...], max_new_tokens: int) -> Run:
+    """The run over other prompts: what decides how these become tokens is the configuration's, what chooses them not.
+    The gold answer is the only column that rewards can see, and only where it is asked for."""
+    chat = {"format": "chat", "system": run.prompts.system, "template_kwargs": run.prompts.template_kwargs}
+    prompts = {
+        "max_tokens": run.prompts.max_tokens,
+        "overlong": run.prompts.overlong,
+        "keep": (options.gold_column,) if options.gold_column else (),
+        **(chat if options.apply_chat_template else {"format": "raw"}),
+    }
+    generator = run.generator.model_copy(update={"stop": stop, "max_new_tokens": max_new_tokens})
+    return run.model_copy(update={"prompts": lines.model_copy(update=prompts), "generator": generator})
+
+
+class Answers:
+    """What the arms answer. A group is drawn for all arms on one session when the first arm asks for it; base takes
+    the greedy answers that another arm's output has beside its own, and alone draws one sample a prompt for them."""
+
+    def __init__(
+        self, run: Run, base_dir: Path, options: argparse.Namespace, wanted: Mapping[str, Method | None]
+    ) -> None:
+        self.run, self.base_dir, self.options = run, base_dir, options
+        drawn = {arm: method for arm, method in wanted.items() if method is not None}
+        self.drawn: dict[str, Method] = drawn or {arms.BASE: BestOfN(num_samples=1, num_iterations=1)}
+        self.greedy = arms.AISP if arms.AISP in self.drawn else next(iter(self.drawn))
+        self.output = Place.at(run.output, run.runtime.storage_options) / "lm-eval"
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def __call__(self, arm: str, group: Group) -> list[str]:
+        """One text for each line of the group. Raises Exit for a prompt without an answer."""
+        if group.name not in self.rows:
+            self.rows[group.name] = self._draw(group)
+        column = "base_completion" if arm == arms.BASE else "completion"
+        rows = self.rows[group.name][self.greedy if arm == arms.BASE else arm]
+        return [comparison.words_of(rows[line["id"]][column]) for line in group.lines]
+
+    def spent(self, arm: str) -> dict[str, dict[str, float]]:
+        """By task, means over its prompts: samples drawn, tokens of the answer, its reward (NaN where none is)."""
+        prefix = "base_" if arm == arms.BASE else ""
+        rows = [row for group in self.rows.values() for row in group[self.greedy if prefix else arm].values()]
+        by_task: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_task.setdefault(row["id"].split("/")[0], []).append(row)
+        return {
+            task: {
+                "samples": 1.0 if prefix else _mean(row["samples_spent"] for row in rows),
+                "tokens": _mean(row[f"{prefix}num_tokens"] for row in rows),
+                "reward": _mean(row[f"{prefix}reward"] for row in rows if row[f"{prefix}reward"] is not None),
+            }
+            for task, rows in by_task.items()
+        }
+
+    def _draw(self, group: Group) -> dict[str, dict[str, dict[str, Any]]]:
+        place = self.output / group.name
+        if place.read("prompts.jsonl") != group.jsonl:
+            place.write("prompts.jsonl", group.jsonl)
+        lines = Prompts(source=f"{place.uri}/prompts.jsonl", id_column="id")
+        run = _asked(self.run, lines, self.options, group.stop, group.max_new_tokens)
+        prepared = {}
+        for arm, method in self.drawn.items():
+            own = {"method": method, "output": str(place / folder(arm))}
+            prepared[arm] = prepare.prepare(run.model_copy(update=own), self.base_dir)
+        with Filling() as filling:
+            for arm, plan in prepared.items():
+                filling.fill(arm, plan)
+        return {arm: _rows(arm, plan.output) for arm, plan in prepared.items()}
+
+
+def _rows(arm: str, output: Place) -> dict[str, dict[str, Any]]:
+    failed = output.dataset("failed").to_table(columns=["id", "reason"]).to_pylist() if output.names("failed") else []
+    if failed:
+        raise cli.Exit(
+            3,
+            f"{arm}: {len(failed)} prompts have no answer, so there is no score; {failed[0]['id']}: "
+            f"{failed[0]['reason']} ({output}/failed)",
+        )
+    columns = ["id", "samples_spent", *(b + n for b in ("", "base_") for n in ("completion", "num_tokens", "reward"))]
+    return {row["id"]: row for row in output.dataset("data").to_table(columns=columns).to_pylist()}
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else float("nan")
+
+
+def _json(value: Any, **options: Any) -> str:
+    from lm_eval.utils import handle_non_serializable
+
+    return json.dumps(value, default=handle_non_serializable, **options)
+
+
+def _table(found: Mapping[str, Any], gold_column: str | None) -> str:
+    from aisp_dist.tasks import metrics
+
+    rows = [["task", "metric", "arm", "value", "stderr", "samples", "tokens", "reward"]]
+    scores = {arm: {row[:2]: row[2:] for row in metrics(result)} for arm, result in found.items()}
+    for task, metric in dict.fromkeys(key for arm in scores.values() for key in arm):
+        for arm, result in found.items():
+            value, stderr = scores[arm][task, metric]
+            name = f"{arm} (oracle)" if gold_column and arm != arms.BASE else arm
+            of = result["spent"].get(task)  # a group of tasks has none of its own
+            spent = [f"{of['samples']:g}", f"{of['tokens']:.1f}", f"{of['reward']:.3f}"] if of else [""] * 3
+            rows.append([task, metric, name, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", *spent])
+    end = ["samples, tokens and reward: means over the task's prompts"]
+    if gold_column:
+        end.append(f"oracle: the rewards saw the gold answers as {gold_column!r}; an upper bound, not a result")
+    return "\n".join([*comparison.aligned(rows), *end])
+
+
+if __name__ == "__main__":
+    cli.run("lm-eval")

@@ -1,7 +1,8 @@
-"""The README's measured parts, from files: `record` keeps a comparison, `table` writes it into the README, `picture`
-draws a command's output as an SVG.
+"""The README's measured parts, from files: `record` keeps figures and writes them into the README, `picture` draws a
+command's output as an SVG.
 
-    aisp compare configs/quickstart.yaml --prompts 48 --seeds 3 --output OUT && python .github/figures.py record OUT
+    python .github/figures.py record mini outputs/mini/compare "aisp compare configs/paper/mini.yaml"
+    python .github/figures.py record students outputs/distill "python configs/distill/proof.py"
     aisp align configs/quickstart.yaml | python .github/figures.py picture
 """
 
@@ -16,32 +17,43 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README, FIGURES = HERE.parent / "README.md", HERE / "figures.json"
-BEGIN, END = "<!-- measured: .github/figures.json -->", "<!-- end of measured -->"
 
 
-def table(figures: dict) -> str:
-    arms = figures["comparison"]["arms"]
-    held_out = list(arms[0]["held_out"])
-    heads = [
-        "",
-        "samples",
-        "reward",
-        "AISP minus it",
-        *(f"held-out {name}" for name in held_out),
-        "NLL / token",
-        "diversity",
-    ]
+def mini(folder: Path) -> dict:
+    return {case.name: json.loads((case / "comparison.json").read_text()) for case in sorted(folder.iterdir())}
+
+
+def mini_table(cases: dict) -> list[str]:
+    out = []
+    for name, case in cases.items():
+        (held_out,) = {n for arm in case["arms"] for n in arm["held_out"]}
+        heads = [name, "samples", "reward", "AISP minus it", f"held-out {held_out}", "NLL / token", "diversity"]
+        heads += ["tokens drawn", "reward calls"]
+        out += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for arm in case["arms"]:
+            versus = "" if arm["name"] == case["main"] else interval(arm["versus"])
+            costs = ["" if arm[n] is None else f"{arm[n]:,.0f}" for n in ("model_tokens", "reward_calls")]
+            cells = [arm["name"], f"{arm['samples']:g}", interval(arm["reward"]), versus]
+            cells += [interval(arm["held_out"][held_out]), interval(arm["nll"]), f"{arm['diversity'][0]:.2f}", *costs]
+            out.append("| " + " | ".join(cells) + " |")
+        out.append("")
+    return out[:-1]
+
+
+def students(folder: Path) -> list:
+    return json.loads((folder / "students.json").read_text())["rows"]
+
+
+def students_table(rows: list) -> list[str]:
+    heads = list(rows[0])
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for arm in arms:
-        versus = "" if arm["name"] == "aisp" else interval(arm["versus"])
-        cells = [arm["name"], f"{arm['samples']:g}", interval(arm["reward"]), versus]
-        cells += [interval(arm["held_out"][name]) for name in held_out]
-        lines.append("| " + " | ".join([*cells, interval(arm["nll"]), f"{arm['diversity'][0]:.2f}"]) + " |")
-    where = (
-        f"`{figures['command']}`, {arms[0]['prompts']} prompts, commit {figures['commit']}, {figures['date']}, "
-        f"{figures['hardware']}. In brackets: 95 % bootstrap intervals over prompts."
-    )
-    return "\n".join([*lines, "", where])
+    for row in rows:
+        cells = [v if isinstance(v, str) else interval(v) if isinstance(v, list) else f"{v:.2f}" for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+PARTS = {"mini": (mini, mini_table), "students": (students, students_table)}
 
 
 def interval(values: list) -> str:
@@ -49,17 +61,25 @@ def interval(values: list) -> str:
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def record(output: Path) -> None:
-    run = json.loads((output / "compare" / "aisp" / "run.json").read_text())
+def marks(part: str) -> tuple[str, str]:
+    return f"<!-- measured: {part} -->", f"<!-- end of {part} -->"
+
+
+def table(part: str, kept: dict) -> str:
+    where = f"`{kept['command']}`, commit {kept['commit']}, {kept['date']}, {kept['hardware']}."
+    where += " In brackets: 95 % bootstrap intervals over prompts."
+    return "\n".join([*PARTS[part][1](kept["figures"]), "", where])
+
+
+def record(part: str, folder: Path, command: str) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
-    figures = {
-        "command": "aisp compare "
-        + " ".join(a for a in run["command"][1:] if str(output) not in a and a != "--output"),
+    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    figures[part] = {
+        "command": command,
         "date": datetime.date.today().isoformat(),
         "commit": commit.strip(),
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
-        "versions": run["versions"],
-        "comparison": json.loads((output / "compare" / "comparison.json").read_text()),
+        "figures": PARTS[part][0](folder),
     }
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
     write()
@@ -67,8 +87,11 @@ def record(output: Path) -> None:
 
 def write() -> None:
     text = README.read_text()
-    before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + "\n" + table(json.loads(FIGURES.read_text())) + "\n" + END + rest.split(END)[1])
+    for part, kept in json.loads(FIGURES.read_text()).items():
+        begin, end = marks(part)
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + table(part, kept) + "\n" + end + rest.split(end)[1]
+    README.write_text(text)
 
 
 def picture() -> None:
@@ -84,8 +107,8 @@ def picture() -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["record", output]:
-            record(Path(output).resolve())
+        case ["record", part, folder, command] if part in PARTS:
+            record(part, Path(folder).resolve(), command)
         case ["table"]:
             write()
         case ["picture"]:

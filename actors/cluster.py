@@ -123,7 +123,7 @@ async def start_pools(
         for i in range(shard[0], group.replicas, shard[1]):
             if group.role == "generator":
                 name, cls = f"generator-{i}{suffix}", cast(type, Generator)
-                args: tuple[Any, ...] = (run.generator, name, group.threads)
+                args: tuple[Any, ...] = (run, base_dir, name, group.threads)
             else:
                 name, cls = f"scorer-{group.role}-{i}{suffix}", Scorer
                 args = (group.role, run.rewards[group.role], base_dir, run.prompts.keep, name, group.threads)

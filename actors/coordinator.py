@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from actors.figures import Figures, gauges
 from actors.pool import Pool
-from aisp_dist import prompts, render
+from aisp_dist import prompts, render, thinking
 from aisp_dist.align import align
-from aisp_dist.config import ConfigError, Run
+from aisp_dist.config import BatchedAisp, ConfigError, Run
 from aisp_dist.lease import Lease, LeaseLost, read_owners
 from aisp_dist.place import Place
 from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Score
@@ -91,7 +91,10 @@ class Table:
 
 
 def window(run: Run) -> int:
-    """Prompts in flight for each generator: twice what fills its rows, so that scoring overlaps decoding."""
+    """Prompts in flight for each generator: twice what fills its rows, so that scoring overlaps decoding; of Batched
+    AISP its batch."""
+    if isinstance(run.method, BatchedAisp):
+        return run.method.num_prompts
     return max(2, -(-2 * run.generator.batch_rows // run.method.num_samples))
 
 
@@ -252,7 +255,10 @@ class Coordinator:
         except render.Unrenderable as error:
             return Failed(line, str(error))
         try:
-            return await align(run, line, tokens, self._rollout, self._score, self._nll)
+            settings = run.generator
+            strips = settings.thinking == "strip"
+            thinks = strips and thinking.opens(self.tokenizer.decode(tokens), settings.thinking_tags)
+            return await align(run, line, tokens, self._rollout, self._score, self._nll, thinks)
         finally:
             for pool in self.pools.values():
                 pool.forget(line.id)

@@ -10,9 +10,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from aisp_dist.config import Generator as Settings
+from aisp_dist.config import Run
 from aisp_dist.records import Rollout, Round
 
 
@@ -24,8 +25,8 @@ class Generator:
     the callers repeat their rounds elsewhere.
     """
 
-    def __init__(self, settings: Settings, name: str, threads: int) -> None:
-        self.settings, self.name, self.threads = settings, name, threads
+    def __init__(self, run: Run, base_dir: Path, name: str, threads: int) -> None:
+        self.run, self.base_dir, self.name, self.threads = run, base_dir, name, threads
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.waiting: dict[Round, list[asyncio.Future[Rollout]]] = {}
         self.turns = 0  # of the engine's thread
@@ -41,15 +42,18 @@ class Generator:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from aisp_dist.engine import decode, model
+        from aisp_dist.engine import decode, guide, model
 
+        settings = self.run.generator
         torch.set_num_threads(self.threads)
         disable_progress_bar()  # noise in job logs
-        lm = await asyncio.to_thread(model.load, self.settings)
-        self.engine = decode.Engine(lm, self.settings.batch_rows, self.settings.max_new_tokens, self.settings.stop)
+        lm = await asyncio.to_thread(model.load, settings)
+        guided = await asyncio.to_thread(guide.load, self.run, self.base_dir, lm.device)
+        sizes = settings.batch_rows, settings.max_new_tokens
+        self.engine = decode.Engine(lm, *sizes, settings.stop, guide=guided)
         self.began = time.monotonic()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
-        what = f"{self.settings.model}, {lm.dtype}, {len(self.engine.rows)} rows, {self.threads} threads"
+        what = f"{settings.model}, {lm.dtype}, {len(self.engine.rows)} rows, {self.threads} threads"
         print(f"{self.name}: {what}, context {lm.context_length or 'unlimited'}", file=sys.stderr)
         return lm.context_length
 

@@ -4,13 +4,15 @@ the same lines run on a toy problem in a test, in one process, and under Ray. No
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
+from array import array
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from aisp_dist import methods
+from aisp_dist import methods, thinking
 from aisp_dist.config import Run
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import (
@@ -24,6 +26,7 @@ from aisp_dist.records import (
     Round,
     Sampling,
     Score,
+    TokenReward,
     Trajectory,
 )
 from aisp_dist.rewards.combine import Frozen, combine
@@ -39,11 +42,18 @@ class RowError(Exception):
 
 
 async def align(
-    run: Run, prompt: Prompt, prompt_tokens: tuple[int, ...], rollout: RolloutFn, score: ScoreFn, nll: NllFn
+    run: Run,
+    prompt: Prompt,
+    prompt_tokens: tuple[int, ...],
+    rollout: RolloutFn,
+    score: ScoreFn,
+    nll: NllFn,
+    thinks: bool = False,
 ) -> Result:
-    """Search one prompt to the end. RowError becomes a Failed; every other exception is a fault and passes through."""
+    """Search one prompt to the end. thinks: the rendered prompt has opened a block of thinking. RowError becomes a
+    Failed; every other exception is a fault and passes through."""
     try:
-        return await _search(run, prompt, prompt_tokens, rollout, score, nll)
+        return await _search(run, prompt, prompt_tokens, rollout, score, nll, thinks)
     except RowError as error:
         return Failed(prompt, str(error))
 
@@ -60,7 +70,13 @@ async def _together(*calls: Awaitable[Any]) -> list[Any]:
 
 
 async def _search(
-    run: Run, prompt: Prompt, prompt_tokens: tuple[int, ...], rollout: RolloutFn, score: ScoreFn, nll: NllFn
+    run: Run,
+    prompt: Prompt,
+    prompt_tokens: tuple[int, ...],
+    rollout: RolloutFn,
+    score: ScoreFn,
+    nll: NllFn,
+    thinks: bool,
 ) -> Done:
     method = methods.bind(run.method)
     key = prompt_key(run.seed, prompt.id)
@@ -68,22 +84,26 @@ async def _search(
     held_out = [name for name in run.rewards if name not in selecting]
 
     async def scored(iteration: int, drawn: Sequence[Trajectory], frozen: Frozen) -> tuple[list[Candidate], Frozen]:
-        texts = [t.text for t in drawn]
-        answers = await _together(*(score(name, prompt, texts) for name in selecting))
-        raw = dict(zip(selecting, answers, strict=True))
+        texts = [_answer(run, t.text, thinks) for t in drawn]
+        said = [text for text in texts if isinstance(text, str)]
+        answers = (
+            await _together(*(score(name, prompt, said) for name in selecting)) if said else [[] for _ in selecting]
+        )
+        given = {name: iter(scores) for name, scores in zip(selecting, answers, strict=True)}
+        raw = {n: [next(scores) if isinstance(t, str) else t for t in texts] for n, scores in given.items()}
         combined, frozen = combine(selecting, run.combine, raw, frozen)
         return [
             Candidate(
                 iteration=iteration,
                 sample=t.sample,
-                text=t.text,
+                text=text if isinstance(text, str) else t.text,
                 token_ids=t.token_ids,
                 finish_reason=t.finish_reason,
                 reward=total.value,
                 rewards=tuple((name, raw[name][i].value) for name in selecting),
                 reason=total.reason,
             )
-            for i, (t, total) in enumerate(zip(drawn, combined, strict=True))
+            for i, (t, text, total) in enumerate(zip(drawn, texts, combined, strict=True))
         ], frozen
 
     ask = partial(Round, run.seed, prompt.id, prompt_tokens)
@@ -97,7 +117,8 @@ async def _search(
         curve: list[float | None] = []
         while (proposal := method.propose(state)) is not None:
             k = proposal.iteration
-            drawn = await rollout(ask(k, 0, proposal.num_samples, proposal.sampling, proposal.trace))
+            reader = prompt if isinstance(proposal.sampling.guide, TokenReward) else None
+            drawn = await rollout(ask(k, 0, proposal.num_samples, proposal.sampling, proposal.trace, reader))
             new, frozen = await scored(k, drawn.trajectories, frozen)
             for candidate in new:  # strictly greater: the earliest of equals wins
                 if candidate.reward is not None and candidate.reward > best_reward:
@@ -112,13 +133,15 @@ async def _search(
     if best is None:
         raise RowError(f"no candidate has a finite reward; the first says: {candidates[0].reason}")
     (base,), _ = await scored(BASE_ITERATION, base_drawn.trajectories, frozen)
+    answered = isinstance(_answer(run, base_drawn.trajectories[0].text, thinks), str)
+    shown = [best.text, base.text][: 1 + answered]
     losses, *reports = await _together(
         nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids]),
-        *(score(name, prompt, [best.text, base.text]) for name in held_out),
+        *(score(name, prompt, shown) for name in held_out),
     )
-    judged = list(zip(held_out, reports, strict=True))
+    judged = [(name, [*(s.value for s in scores), None]) for name, scores in zip(held_out, reports, strict=True)]
     best, base = (
-        replace(c, rewards=(*c.rewards, *((name, values[i].value) for name, values in judged)))
+        replace(c, rewards=(*c.rewards, *((name, values[i]) for name, values in judged)))
         for i, c in enumerate((best, base))
     )
     return Done(
@@ -133,4 +156,15 @@ async def _search(
         curve=tuple(curve),
         candidates=tuple(candidates),
         trace=state,
+        prompt_hash=hashlib.blake2b(array("q", prompt_tokens).tobytes(), digest_size=8).hexdigest(),
     )
+
+
+def _answer(run: Run, text: str, thinks: bool) -> str | Score:
+    """What rewards are to see of a response; why they see nothing where it has no answer."""
+    if run.generator.thinking == "keep":
+        return text
+    try:
+        return thinking.answer(text, run.generator.thinking_tags, thinks)
+    except thinking.Unfinished as error:
+        return Score(None, str(error))

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from aisp_dist import demo
 from aisp_dist.config import ConfigError
@@ -40,6 +41,19 @@ def locate(key: str, name: str, role: Role) -> str:
             "convert it with save_pretrained"
         )
     return str(path.resolve())
+
+
+def value_network(key: str, name: str) -> dict[str, Any]:
+    """value.json of a directory that `aisp train-value` wrote. Raises ConfigError."""
+    file = Path(name).expanduser() / "value.json"
+    try:
+        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return about | {"published": about["published"], "digests": about["digests"], "model": about["model"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{key}: {name!r} holds no value network ({type(error).__name__}: {error}); name a directory that "
+            "`aisp train-value` wrote"
+        ) from None
 
 
 def cached(place: str, revision: str | None) -> Path | None:

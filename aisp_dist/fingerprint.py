@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_dist import checkpoints
-from aisp_dist.config import FunctionReward, ModelReward, Prompts, Reward, Run
+from aisp_dist.config import ConfigError, FunctionReward, Method, ModelReward, Prompts, ReControl, Reward, Run
 from aisp_dist.rewards import function, templates
 from aisp_dist.sources import is_local
 
@@ -24,11 +24,24 @@ def locate(run: Run, base_dir: Path) -> Run:
     own = templates.file("generator.chat_template", base.chat_template, base_dir) if base.chat_template else None
     return run.model_copy(
         update={
+            "method": _locate_method(run.method),
             "generator": base.model_copy(update={"model": place, "chat_template": own}),
             "rewards": {name: locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()},
             "prompts": locate_prompts(run.prompts),
         }
     )
+
+
+def _locate_method(method: Method) -> Method:
+    if not isinstance(method, ReControl):
+        return method
+    about = checkpoints.value_network("method.value", method.value)
+    if about["published"] != method.published:
+        raise ConfigError(
+            f"method.published: {method.published}, but {method.value!r} was trained with --published "
+            f"{about['published']}; set it to that, or train another"
+        )
+    return method.model_copy(update={"value": str(Path(method.value).expanduser().resolve())})
 
 
 def locate_reward(name: str, reward: Reward, base_dir: Path) -> Reward:
@@ -62,6 +75,14 @@ def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
                 digests[f"rewards.{name}.chat_template"] = _hash(templates.read(reward.chat_template).encode())
         elif isinstance(reward, FunctionReward):  # what a server runs is known by its address and the model's name
             digests[f"rewards.{name}"] = function.digest(reward, base_dir)
+    if isinstance(method := located.method, ReControl):
+        about = checkpoints.value_network("method.value", method.value)
+        if about["digests"]["generator.model"] != digests["generator.model"]:
+            raise ConfigError(
+                f"method.value: {method.value!r} was trained for the base model {about['model']!r}, whose weights are "
+                f"not those of {run.generator.model!r}; train one for it by `aisp train-value`"
+            )
+        digests["method.value"] = checkpoints.digest("method.value", method.value, None)
     return run.row_settings() | {"digests": digests}
 
 

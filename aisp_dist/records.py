@@ -6,7 +6,7 @@ How a prompt travels:  Prompt -> Round -> Rollout (Trajectory ...) -> Scores -> 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = tuple[str, str]  # (role, content)
@@ -129,7 +129,7 @@ class Round(_Record):
     stop: int
     sampling: Sampling
     trace: tuple[Weights, ...] = ()
-    prompt: Prompt | None = None
+    prompt: Prompt | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,8 @@ class Score(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A scored trajectory. `reward` is the combined one; None where quarantined, with the reason."""
+    """A scored trajectory. `reward` is the combined one; None where quarantined, with the reason. text: what rewards
+    saw; where thinking is stripped it is only in the tokens."""
 
     iteration: int
     sample: int
@@ -201,6 +202,7 @@ class Done:
     base: the greedy, uncontrolled answer; never eligible as best. best: the selected candidate, with the report-only
     rewards filled in too. nll / base_nll: base-model negative log-likelihood per token, in nats.
     curve: best reward so far after each iteration (None while nothing finite was seen).
+    prompt_hash: of the prompt's token ids, so that a template or tokenizer that changes shows.
     """
 
     prompt: Prompt
@@ -214,6 +216,7 @@ class Done:
     curve: tuple[float | None, ...]
     candidates: tuple[Candidate, ...] = ()
     trace: tuple[Iteration, ...] = ()
+    prompt_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)

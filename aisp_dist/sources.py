@@ -230,14 +230,16 @@ def _dataset(name: str, settings: Prompts, wanted: list[str]) -> Iterator[Line]:
             data = datasets.load_from_disk(name)
             data = data[settings.split] if isinstance(data, datasets.DatasetDict) else data
         else:
-            data = datasets.load_dataset(name, settings.subset, split=settings.split, revision=settings.revision)
+            how = {"split": settings.split, "revision": settings.revision, "streaming": settings.streaming}
+            data = datasets.load_dataset(name, settings.subset, **how)
     except Exception as error:  # whatever the hub, the network or a foreign file says
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConfigError(
             f"prompts.source: {name!r} (subset {settings.subset}, split {settings.split}) is no file here and cannot "
             f"be loaded as a dataset ({what}); give an existing path, or a hub id that is reachable or cached"
         ) from error
-    _require(wanted, data.column_names, repr(name))
+    columns = data.column_names or list(next(iter(data), {}))  # a stream may not know them before its first row
+    _require(wanted, columns, repr(name))
     rows = data.select_columns(wanted)
     return (Line(0, number, row) for number, row in enumerate(rows, 1))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.figures import Figures
 from aisp_dist import arms, comparison, manifest
-from aisp_dist.config import ConfigError, Method, Run
+from aisp_dist.config import Args, ConfigError, Method, ReControl, Run
 from aisp_dist.place import Place
 from jobs import cli, cost, prepare, session, settings
 from jobs.prepare import Prepared
@@ -98,13 +98,15 @@ def prepare_all(
 
 
 class Filling:
-    """Fills outputs one after the other on one session, which is there once it is needed: all have the same models.
-    figures, seconds, actors: of what was drawn now."""
+    """Fills outputs one after the other on one session, which is there once it is needed: all have the same models. A
+    method that brings something of its own into the generators begins another. figures, seconds, actors: of what was
+    drawn now."""
 
     def __init__(self) -> None:
         self.figures, self.seconds, self.actors = Figures(), 0.0, 1
         self.stack = ExitStack()
         self.session: session.Session | None = None
+        self.brought: str | None = None
 
     def __enter__(self) -> Filling:
         return self
@@ -116,14 +118,21 @@ class Filling:
         """An output that is whole already costs nothing. Raises Exit, ConfigError."""
         if manifest.read_run(prepared.output) is not None and prepared.table().whole():
             return
-        if self.session is None:
-            self.session = self.stack.enter_context(session.Session(prepared, say))
+        brings = _brings(prepared.located.method)
+        if self.session is None or (brings and brings != self.brought):
+            self.stack.close()
+            self.session, self.brought = self.stack.enter_context(session.Session(prepared, say)), brings
         with Progress(prepared.output, prepared.located, title=f"{title}: ") as progress:
             self.session.relabel(prepared, prepared.table(), progress)
         if progress.now is not None:
             self.figures += progress.now
             self.actors = int(progress.now.alive.get("generator", 1))
         self.seconds += progress.seconds
+
+
+def _brings(method: Method) -> str | None:
+    """What generators load beside the base model for this method."""
+    return method.value if isinstance(method, ReControl) else "rewards" if isinstance(method, Args) else None
 
 
 def folder(name: str) -> str:

@@ -17,7 +17,17 @@ from pydantic import ValidationError, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
-from aisp_dist.config import ConfigError, Reward, RewardReplicas, Run, Runtime, Section
+from aisp_dist.config import (
+    ConfigError,
+    FunctionReward,
+    ModelReward,
+    Reward,
+    RewardReplicas,
+    Run,
+    Runtime,
+    Section,
+)
+from aisp_dist.rewards import templates
 
 _KINDS = ("method", "rewards.*", "compare.arms.*")  # discriminated by `kind`
 _UNIONS = ("method.lambda", "method.noise", "method.decode", "method.sampling", "save.candidates")
@@ -68,6 +78,21 @@ def cases(run: Run) -> dict[str, Run]:
     return found or {"": run}
 
 
+def anchored(run: Run, base_dir: Path) -> Run:
+    """The run with the paths that are relative to its file made absolute, so that its file may be anywhere."""
+    rewards: dict[str, Reward] = {}
+    for name, reward in run.rewards.items():
+        if isinstance(reward, FunctionReward) and reward.function.rpartition(":")[0].endswith(".py"):
+            reward = reward.model_copy(update={"function": str(base_dir / reward.function)})
+        elif isinstance(reward, ModelReward):
+            template = templates.locate(f"rewards.{name}.chat_template", reward.chat_template, base_dir)
+            reward = reward.model_copy(update={"chat_template": template})
+        rewards[name] = reward
+    own = run.generator.chat_template
+    generator = run.generator.model_copy(update={"chat_template": str(base_dir / own) if own else None})
+    return run.model_copy(update={"rewards": rewards, "generator": generator})
+
+
 def load_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -94,6 +119,9 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, a
             and not (flags and isinstance(was, Mapping) and value.get("kind", was.get("kind")) == was.get("kind"))
         )
         both = isinstance(value, Mapping) and isinstance(was, Mapping)
+        if at == "rewards" and value is None:  # as a case leaves one out
+            out.pop(key, None)
+            continue
         out[key] = merge(was or {}, value, flags, here) if both and not whole else value
     return out
 

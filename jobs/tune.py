@@ -26,7 +26,8 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument("--arms", help="names of the arms to tune, with commas (all of compare's with settings to tune)")
     options, run, base_dir = settings.read(parse, args)
     given = {n: v for n in ("prompts", "trials", "search") if (v := getattr(options, n)) is not None}
-    values = run.model_dump(mode="json", by_alias=True, exclude={"runtime": {"storage_options"}})
+    secrets = {"runtime": {"storage_options"}}
+    values = settings.anchored(run, base_dir).model_dump(mode="json", by_alias=True, exclude=secrets)
     run = settings.check(values | {"tune": values["tune"] | given}).model_copy(update={"runtime": run.runtime})
     if run.compare.cases:
         raise ConfigError("compare.cases: one case is tuned at a time; give a configuration without cases")

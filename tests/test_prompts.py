@@ -163,6 +163,37 @@ def test_directories_of_datasets(tmp_path):
         all_of(folder, split="nowhere")
 
 
+def test_a_stream_gives_what_the_whole_does(tmp_path):
+    rows = [{"prompt": f"ask {i}", "topic": i} for i in range(7)]
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / "train.parquet")
+    whole, streamed = (
+        list(prompts.read(Prompts(source=str(tmp_path / "set"), keep=("topic",), streaming=s, skip=2, limit=4)))
+        for s in (False, True)
+    )
+    assert whole == streamed and [p.content[0][1] for p in whole] == [f"ask {i}" for i in (2, 3, 4, 5)]
+    with pytest.raises(ConfigError, match="no column 'nope'"):
+        list(prompts.read(Prompts(source=str(tmp_path / "set"), column="nope", streaming=True)))
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3, 99])
+def test_what_is_skipped_changes_no_id(tmp_path, skip):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"ask {i}"}) + "\n" for i in range(5)))
+    settings = Prompts(source=str(tmp_path / "p.jsonl"), shuffle_seed=1)
+    some = settings.model_copy(update={"skip": skip})
+    whole, rest = list(prompts.read(settings)), list(prompts.read(some))
+    assert [p.id for p in rest] == [p.id for p in whole[skip:]] and [p.source_index for p in rest] == list(
+        range(len(rest))
+    )
+    assert prompts.count(some) == len(rest)
+
+
+def test_a_prompt_of_a_megabyte_and_one_with_nul_come_through(tmp_path):
+    texts = ["x" * (1 << 20), "a\0b", "\u2028 \U0001f600"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    assert [p.content[0][1] for p in prompts.read(Prompts(source=str(tmp_path / "p.jsonl")))] == texts
+
+
 def test_a_glob_reads_files_in_name_order_and_names_lines_without_their_root(tmp_path):
     for name, part in (("b/x.jsonl", ROWS[10:]), ("a/x.jsonl", ROWS[:10])):
         (tmp_path / name).parent.mkdir()

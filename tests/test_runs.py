@@ -257,15 +257,70 @@ def test_real_posts_through_a_real_story_model(cluster, project, real_data):
     assert "every input is there exactly once" in aisp("verify", "out", cwd=project, env=cluster).stdout
 
 
-def test_compare_prints_every_arm_at_equal_samples(cluster, project):
-    done = aisp("compare", "run.yaml", "--prompts", "4", cwd=project, env=cluster)
-    found = json.loads((project / "out" / "compare" / "comparison.json").read_text())
-    assert [arm["name"] for arm in found["arms"]] == [
-        "base", "best-of-n top-p", "best-of-n gaussian", "aisp", "aisp, rewards shuffled",
-    ]  # fmt: skip
-    assert {arm["samples"] for arm in found["arms"][1:]} == {24}
-    assert all("minus" in arm["held_out"] for arm in found["arms"])
+def test_compare_runs_every_method_and_repeats_nothing(cluster, project):
+    """All methods on one configuration; a case of its own models beside it; the second time nothing is drawn."""
+    train = ["run.yaml", "--out", "value", "--prompts", "10", "--width", "8", "--epochs", "2", "--compare.prompts", "2"]
+    aisp("train_value", *train, cwd=project, env=cluster)
+    others = {
+        "batched": {"kind": "batched_aisp", "num_prompts": 4, "budget": 24},
+        "args": {"kind": "args", "num_candidates": 3},
+        "re-control": {"kind": "re_control", "value": "value", "steps": 3},
+        "best-of-n gaussian": None,
+    }
+    tiny.save("llama", project / "tiny")
+    small = {"generator": {"model": "tiny", "max_new_tokens": 8}, "compare": {"arms": dict.fromkeys(others)}}
+    write(project, compare={"prompts": 3, "arms": others, "cases": {"same": {}, "other model": small}})
+    done = aisp("compare", "run.yaml", cwd=project, env=cluster)
+    root = project / "out" / "compare"
+    found = json.loads((root / "same" / "comparison.json").read_text())
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    usual = {"base", "best-of-n top-p", "aisp", "aisp, rewards shuffled", "random pick"}
+    assert found["main"] == "aisp" and set(arms) == usual | set(others) - {"best-of-n gaussian"}
+    once = {"base", "random pick", "args", "re-control"}
+    assert {name: arm["samples"] for name, arm in arms.items()} == {n: 1 if n in once else 24 for n in arms}
+    assert all("minus" in arm["held_out"] and arm["prompts"] == 3 for arm in found["arms"])
+    tokens = arms["args"]["model_tokens"]
+    assert arms["args"]["reward_calls"] == pytest.approx(3 * tokens + 1) and arms["aisp"]["reward_calls"] == 24
+    assert arms["re-control"]["reward_calls"] == 1 and arms["random pick"]["auc"] is None
+    assert all(arm["seconds"] > 0 for name, arm in arms.items() if name != "base")
+    other = json.loads((root / "other-model" / "comparison.json").read_text())["arms"]
+    assert {arm["name"] for arm in other} == set(arms) - set(others), "the case has left these out"
     assert "full run: 12 prompts, 288 samples" in done.stdout
+    kept = tables(root / "same" / "best-of-n-top-p")["candidates/part-000000.parquet"]
+    drawn = {row["id"]: {(c["iteration"], c["sample"]): c["text"] for c in row["candidates"]} for row in kept}
+    for row in tables(root / "same" / "random-pick")["data/part-000000.parquet"]:  # best-of-n's (0, 0), where kept
+        assert drawn[row["id"]].get((0, 0), row["completion"][0]["content"]) == row["completion"][0]["content"]
+    for folder in ("args", "re-control", "batched"):
+        assert "exactly once" in aisp("verify", str(root / "same" / folder), cwd=project, env=cluster).stdout
+    before = {file: file.stat().st_mtime_ns for file in root.rglob("*.parquet")}
+    again = aisp("compare", "run.yaml", cwd=project, env=cluster)
+    assert "joined the Ray cluster" not in again.stderr and "full run" not in again.stdout
+    assert before == {file: file.stat().st_mtime_ns for file in root.rglob("*.parquet")}
+
+
+def test_tune_spends_the_same_on_every_arm_and_its_configuration_is_compared_next(cluster, project):
+    write(project, compare={"prompts": 8}, tune={"prompts": 2, "trials": 2, "search": "tpe"})
+    flags = ["run.yaml", "--method.num_iterations", "2", "--arms", "aisp,best-of-n top-p"]
+    aisp("tune", *flags, cwd=project, env=cluster)
+    found = json.loads((project / "out/tune/trials.json").read_text())["arms"]
+    assert [(arm["arm"], [t["samples"] for t in arm["trials"]]) for arm in found] == [
+        ("aisp", [32, 32]), ("best-of-n top-p", [32, 32]),
+    ]  # fmt: skip
+    asked = {
+        row["prompt"][0]["content"]
+        for f in (project / "out/tune").glob("*/data/*.parquet")
+        for row in pq.read_table(f).to_pylist()
+    }
+    assert asked == set(QUESTIONS[8:10]), "those after the ones that compare takes"
+    tuned = yaml.safe_load((project / "out/tune/tuned.yaml").read_text())
+    assert tuned["method"]["sigma2"] == found[0]["best"]["sigma2"]
+    assert "aisp, rewards shuffled" in tuned["compare"]["arms"]
+    before = (project / "out/tune/trials.json").read_bytes()
+    again = aisp("tune", *flags, cwd=project, env=cluster)
+    assert "joined the Ray cluster" not in again.stderr and (project / "out/tune/trials.json").read_bytes() == before
+    aisp("validate", "out/tune/tuned.yaml", cwd=project, env=cluster)
+    said = aisp("tune", *flags, "--tune.prompts", "5", cwd=project, env=cluster, code=2).stderr
+    assert "tune.prompts: 5, but after the first 8 inputs, which compare takes, there are 4" in said
 
 
 def test_ray_job_submit(cluster, undisturbed, project):

@@ -60,6 +60,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "prompts.subset": "s",
     "prompts.revision": "r",
     "prompts.split": "test",
+    "prompts.streaming": True,
     "prompts.column": "q",
     "prompts.id_column": "id",
     "prompts.shuffle_seed": 4,
@@ -82,6 +83,8 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "generator.batch_rows": 8,
     "generator.max_new_tokens": 9,
     "generator.stop": ["x"],
+    "generator.thinking": "strip",
+    "generator.thinking_tags": ["[", "]"],
     "generator.trust_remote_code": True,
     "save.trace": False,
     "save.rows_per_file": 5,
@@ -288,7 +291,11 @@ def test_unreadable_files_are_named(tmp_path):
 def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
     before = read(tmp_path).row_settings()
     for key in VALUES:
-        free = key.startswith(("save.", "runtime.", "compare.", "tune.")) or key in ("output", "prompts.limit", "rewards.main.use")
+        free = key.startswith(("save.", "runtime.", "compare.", "tune.")) or key in (
+            "output",
+            "prompts.limit",
+            "rewards.main.use",
+        )
         free |= key.startswith("rewards.") and key.rpartition(".")[2] in FREE_REWARD
         value = VALUES[key]
         flag = value if isinstance(value, str) else json.dumps(value)

@@ -16,8 +16,8 @@ class Compare(Section):
     prompts: int = doc("compare on the first so many prompts", 64, ge=1)
     seeds: int = doc("repeat every arm with so many seeds", 1, ge=1)
     arms: dict[str, Method | None] = doc(
-        "methods by name, beside the usual arms or, by the same name, in their place; null leaves one out. All have the "
-        "same number of samples, those of one answer a prompt aside",
+        "methods by name, beside the usual arms or, by the same name, in their place; null leaves one out. All have "
+        "the same number of samples, those of one answer a prompt aside",
         {},
     )
     cases: dict[str, dict[str, Any]] = doc(

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from aisp_dist.config.base import Section, doc
 from aisp_dist.config.compare import Compare, Tune
-from aisp_dist.config.methods import Aisp, Method
+from aisp_dist.config.methods import Aisp, Args, Method
 from aisp_dist.config.rewards import FREE, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 
@@ -23,6 +23,7 @@ class Prompts(Section):
     subset: str | None = doc("hub dataset configuration name", None)
     revision: str | None = doc("hub dataset revision; a commit, for a run that may be resumed later", None)
     split: str = doc("hub dataset split", "train")
+    streaming: bool = doc("read a hub dataset row by row over the network, for one that the disk does not hold", False)
     column: str = doc("column with the prompt: text, or messages with role and content", "prompt")
     id_column: str | None = doc("column with your own id of a prompt; unique", None)
     keep: tuple[str, ...] = doc("columns carried into the output and handed to function rewards", ())
@@ -56,7 +57,18 @@ class Generator(Section):
     batch_rows: int = doc("rows decoded together; part of the fingerprint, since bits can depend on it", 64, ge=1)
     max_new_tokens: int = doc("tau, the longest response in tokens", 128, ge=1, lt=1 << 31)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = doc("strings that end a response; cut from it", ())
+    thinking: Literal["keep", "strip"] = doc(
+        "strip: rewards and the completion have a reasoning model's answer without its thinking", "keep"
+    )
+    thinking_tags: tuple[str, str] = doc("what a block of thinking stands between", ("<think>", "</think>"))
     trust_remote_code: bool = doc("run code that comes with the checkpoint", False)
+
+    @field_validator("thinking_tags")
+    @classmethod
+    def tags(cls, value: tuple[str, str]) -> tuple[str, str]:
+        if not all(value) or value[0] == value[1]:
+            raise ValueError(f"{list(value)}: give two different texts, the opening and the closing one")
+        return value
 
 
 class TopBottom(Section):
@@ -101,6 +113,19 @@ class Run(Section):
     def whole(self) -> Run:
         if not any(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("rewards: none has use: select, so nothing could choose a best answer; add one")
+        if isinstance(self.method, Args):
+            if self.generator.thinking == "strip":
+                raise ValueError(
+                    "generator.thinking: args scores texts that are not finished, whose thinking cannot be told from "
+                    "the answer; set it to keep"
+                )
+            remote = [n for n, reward in self.rewards.items() if reward.use == "select" and reward.kind == "http"]
+            if remote or self.combine == "standardized":
+                what = f"rewards.{remote[0]} of kind http" if remote else "combine: standardized"
+                raise ValueError(
+                    f"method: args asks for rewards at every token, inside the generator, which {what} cannot serve; "
+                    "give rewards of kind model or function, and combine: weighted_sum"
+                )
         unknown = sorted(set(self.runtime.rewards) - set(self.rewards))
         if unknown:
             raise ValueError(f"runtime.rewards: {', '.join(unknown)} is not among rewards ({', '.join(self.rewards)})")

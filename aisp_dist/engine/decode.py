@@ -16,6 +16,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,9 +24,11 @@ from aisp_dist import noise
 from aisp_dist.engine import attention, memory
 from aisp_dist.engine.blocks import Blocks
 from aisp_dist.engine.control import Control, cost, rebuild
+from aisp_dist.engine.guide import Guide, Unscored, choose
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.step import ENDED, FINITE, STEP, Batch, Replay, Seat
-from aisp_dist.records import Finish, Rollout, Round, Trajectory
+from aisp_dist.records import Ascent, Finish, Rollout, Round, TokenReward, Trajectory
+from aisp_dist.rewards import RewardError
 
 _STRIDE = 8  # steps of a GPU before the host looks: rows that end in between wait for it
 _HEAD_ROWS = 256  # positions per head product in nll, to bound the logits
@@ -79,6 +82,7 @@ class Engine:
     response; one that is a special token of the tokenizer ends it as an end token does. idle_tokens: prompts without a
     round in flight stay prefilled, the most recently used first, up to this many tokens in all (default: 16,384 on a
     CPU; on a GPU until their pages are needed). prompt_tokens: of all prompts held; default: as many as memory takes.
+    guide: what rounds with a guide are moved by; all that ascend are to do so alike.
     """
 
     def __init__(
@@ -89,13 +93,14 @@ class Engine:
         stop: Sequence[str] = (),
         idle_tokens: int | None = None,
         prompt_tokens: int | None = None,
+        guide: Guide | None = None,
     ) -> None:
-        self.lm, self.max_new_tokens = lm, max_new_tokens
+        self.lm, self.max_new_tokens, self.guide = lm, max_new_tokens, guide or Guide()
         special = {t.content: i for i, t in lm.tokenizer.added_tokens_decoder.items() if t.special}
         self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
         self.stop = tuple(s for s in stop if s not in special)
         self.rows: list[Row | None] = [None] * (batch_rows + -batch_rows % attention.TILE)
-        self.batch = Batch(lm, len(self.rows), max_new_tokens, self.end_ids)
+        self.batch = Batch(lm, len(self.rows), max_new_tokens, self.end_ids, self.guide.value)
         self.kv = memory.store(lm, len(self.rows), max_new_tokens, prompt_tokens)
         kept = 1 << 14 if isinstance(self.kv, Blocks) else self.kv.capacity
         self.idle_tokens = kept if idle_tokens is None else idle_tokens
@@ -108,6 +113,7 @@ class Engine:
         self._jobs: list[_Job] = []
         self._finished: list[tuple[Round, Rollout]] = []
         self._broken: list[DecodeError] = []
+        self._unscored: list[DecodeError] = []  # of the step that is being taken
 
     @property
     def busy(self) -> bool:
@@ -134,6 +140,11 @@ class Engine:
         self._admit()
         if any(self.rows):
             self._decode()
+            for error in self._unscored:
+                self._broken.append(error)
+                for job in [job for job in self._jobs if job.round == error.round]:
+                    self._leave(job)
+            self._unscored.clear()
             self._retire()
         return self._hand_out()
 
@@ -183,6 +194,9 @@ class Engine:
             raise ValueError(
                 f"prompt tokens {low} to {high} leave the model's vocabulary of {vocab}; use its tokenizer"
             )
+        guide, own = round.sampling.guide, self.guide
+        if (isinstance(guide, Ascent) and not own.value) or (isinstance(guide, TokenReward) and not own.judge):
+            raise ValueError(f"the round asks for {guide}, and the engine was made without what it needs")
         if not 0 <= round.start < round.stop:
             raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")
         if round.sampling.sigma2 or round.sampling.decode:
@@ -248,18 +262,36 @@ class Engine:
             if not self._forget():
                 _, slot = max((row.age, slot) for slot, row in enumerate(self.rows) if row)
                 self._suspend(slot)
-        rows = [row for row in self.rows if row]
-        kind = {
-            "controlled": any(row.job.round.sampling.sigma2 for row in rows),
-            "drawn": any(row.job.round.sampling.decode for row in rows),
+        samplings = [row.job.round.sampling for row in self.rows if row]
+        kind: dict[str, Any] = {
+            "controlled": any(sampling.sigma2 for sampling in samplings),
+            "drawn": any(sampling.decode for sampling in samplings),
+            "ascent": next((s.guide for s in samplings if isinstance(s.guide, Ascent)), None),
         }
-        for _ in range(self.stride):
-            if self.replay:
+        chosen = any(isinstance(sampling.guide, TokenReward) for sampling in samplings)
+        steps = 1 if chosen else self.stride  # the host is part of such a step
+        for _ in range(steps):
+            if self.replay and not chosen:
                 self.replay(**kind)
             else:
-                first = self.stride == 1 and not any(row.length for row in rows)
-                self.batch.step(self.kv.attend, first=first, **kind)
-        self.steps += self.stride
+                first = self.stride == 1 and not any(row.length for row in self.rows if row)
+                self.batch.step(self.kv.attend, first=first, choose=self._choose if chosen else None, **kind)
+        self.steps += steps
+
+    def _choose(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
+        """The tokens, with those of rows that a reward chooses in place. One without a reward is broken."""
+        assert self.guide.judge is not None
+        token_B = token_B.clone()
+        for slot, row in enumerate(self.rows):
+            if row and isinstance(row.job.round.sampling.guide, TokenReward):
+                tokens: list[int] = self.batch.tokens_BT[slot, : row.length].tolist()
+                try:
+                    token_B[slot] = choose(
+                        self.guide.judge, self.lm, self.end_ids, row.job.round, row.sample, tokens, logits_BV[slot]
+                    )
+                except (Unscored, RewardError) as error:
+                    self._unscored.append(DecodeError(row.job.round, str(error)))
+        return token_B
 
     def _suspend(self, slot: int) -> None:
         if row := self.rows[slot]:

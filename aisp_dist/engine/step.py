@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from aisp_dist import noise
 from aisp_dist.engine.attention import Pass
 from aisp_dist.engine.lm import LM
-from aisp_dist.records import Sampling, TopP
+from aisp_dist.records import Ascent, Sampling, TopP
 
 if TYPE_CHECKING:
     from aisp_dist.engine.pages import Pages
+    from aisp_dist.value import Value
+
+Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V], tokens [B] -> tokens [B]
 
 # Columns of the table of rows. step: t of the token that a row gets next, from 1; of its last one once it has ended.
 # length: tokens of its prompt. plan, control: its lines in Plans and Controls. key0, key1, word: its noise.
@@ -67,9 +70,11 @@ class Plans:
             self.sigma_F[at] = 0.0 if sampling.mean else math.sqrt(sampling.sigma2)
             self.draws_F[at] = sampling.decode is not None
             self.p_F[at], self.temperature_F[at] = draw.p, draw.temperature
+            self.ascends_F[at] = isinstance(sampling.guide, Ascent)
         return self.lines[sampling]
 
     def _make(self, capacity: int) -> None:
+        self.ascends_F = torch.zeros(capacity, dtype=torch.bool, device=self.device)
         self.feed_FT, self.gain_FT = torch.zeros(2, capacity, self.num_steps, device=self.device)
         self.keep_F, self.sigma_F = torch.zeros(2, capacity, device=self.device)
         self.draws_F = torch.zeros(capacity, dtype=torch.bool, device=self.device)
@@ -95,10 +100,12 @@ class Controls:
 
 
 class Batch:
-    """The state of all rows. end_ids: tokens that end a response."""
+    """The state of all rows. end_ids: tokens that end a response. value: what RE-Control ascends."""
 
-    def __init__(self, lm: LM, num_rows: int, num_steps: int, end_ids: frozenset[int]) -> None:
-        self.lm, self.num_steps = lm, num_steps
+    def __init__(
+        self, lm: LM, num_rows: int, num_steps: int, end_ids: frozenset[int], value: Value | None = None
+    ) -> None:
+        self.lm, self.num_steps, self.value = lm, num_steps, value
         device, dim = lm.device, lm.hidden_size
         self.plans, self.controls = Plans(num_steps, device), Controls(num_rows // 4, num_steps, dim, device)
         self.rows_BF = torch.tensor([_EMPTY] * num_rows, device=device)
@@ -123,13 +130,32 @@ class Batch:
         self.rows_BF[slots] = torch.tensor(_EMPTY, device=self.rows_BF.device)
 
     @torch.inference_mode()
-    def step(self, attend: Callable[[torch.Tensor], Pass], *, first: bool, controlled: bool, drawn: bool) -> None:
+    def step(
+        self,
+        attend: Callable[[torch.Tensor], Pass],
+        *,
+        first: bool,
+        controlled: bool,
+        drawn: bool,
+        ascent: Ascent | None = None,
+        choose: Choose | None = None,
+    ) -> None:
         """One token for every row that has not ended. attend: the pass, given the rows' places in their suffixes.
-        first: all rows are at their first step. controlled, drawn: some are under control, some draw their tokens."""
+        first: all rows are at their first step. controlled, drawn: some are under control, some draw their tokens.
+        ascent: how some climb the value network. choose: the host's choice of tokens for some, given all logits."""
         z_BD = self.states(attend, first)
         z_BD = self.control(z_BD.float()) if controlled else z_BD.float()
+        if ascent is not None:
+            z_BD = self.ascend(z_BD, ascent)
         logits_BV = self.lm.logits(z_BD)
-        self.record(*self.select(logits_BV, drawn))
+        token_B, finite_B = self.select(logits_BV, drawn)
+        self.record(choose(logits_BV, token_B) if choose else token_B, finite_B)
+
+    def ascend(self, z_BD: torch.Tensor, ascent: Ascent) -> torch.Tensor:
+        """z [B, D] of the rows that climb, moved up the value network; the others' as it is."""
+        assert self.value is not None
+        climbs_B = self.plans.ascends_F[self.rows_BF[:, PLAN]]
+        return torch.where(climbs_B[:, None], self.value.ascend(z_BD, ascent.steps, ascent.step_size), z_BD)
 
     def states(self, attend: Callable[[torch.Tensor], Pass], first: bool) -> torch.Tensor:
         """z [B, D]: the stored z_0 for rows at their first step, a pass of the decoder for the others."""
@@ -202,17 +228,17 @@ class Replay:
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self.memory = torch.cuda.graph_pool_handle()  # one for all: nothing in it outlives a step
 
-    def __call__(self, *, controlled: bool, drawn: bool) -> None:
+    def __call__(self, **how: Any) -> None:
         batch = self.batch
         sizes = len(batch.controls.m_ATD), len(batch.plans.sigma_F), self.pages.tables.shape
-        kind = controlled, drawn, *sizes  # tables that grow move, and a graph remembers places
+        kind = *how.items(), *sizes  # tables that grow move, and a graph remembers places
         if kind not in self.graphs:
-            batch.step(self.pages.attend, first=False, controlled=controlled, drawn=drawn)
+            batch.step(self.pages.attend, first=False, **how)
             self.graphs[kind] = None
             return
         graph = self.graphs[kind]
         if graph is None:
             graph = self.graphs[kind] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.memory):
-                batch.step(self.pages.attend, first=False, controlled=controlled, drawn=drawn)
+                batch.step(self.pages.attend, first=False, **how)
         graph.replay()

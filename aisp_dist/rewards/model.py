@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from aisp_dist.config import ConfigError, ModelReward
 from aisp_dist.records import Message, Prompt, Score
 from aisp_dist.render import Unrenderable, as_chat, encode_chat, starts_with_bos
 from aisp_dist.rewards import self_test, templates
-from aisp_dist.rewards.prefix import Classifier, Ids, alike
+from aisp_dist.rewards.prefix import Chain, Classifier, Ids, alike
 
 # Heads by another name than transformers', of models whose own class is theirs in all but that: openbmb/UltraRM-13b
 # (Llama) and openbmb/Eurus-RM-7b (Mistral) read the last token by a regression_head without bias.
 HEADS = {r"^regression_head\.": "score."}
+
+_CHAINS = 64  # texts that grow at a time; one that was let go is read again
 
 
 def load(name: str, settings: ModelReward, device: str | None = None) -> Callable[[Prompt, Sequence[str]], list[Score]]:
@@ -71,13 +74,24 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
     if settings.self_test:
         self_test.examine(name, tokenizer, encode, tokens, classifier, settings.batch_rows, max_length)
 
-    def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+    def score(prompt: Prompt, responses: Sequence[str], chain: Chain | None = None) -> list[Score]:
         found = {response: tokens(prompt, response) for response in dict.fromkeys(responses)}
         rows = sorted({ids for ids in found.values() if isinstance(ids, tuple)}, key=lambda ids: (len(ids), ids))
         with one_at_a_time:
-            logits = dict(zip(rows, classifier.logits(rows, settings.batch_rows), strict=True))
+            logits = dict(zip(rows, classifier.logits(rows, settings.batch_rows, chain), strict=True))
         return [ids if isinstance(ids, Score) else _score(logits[ids]) for ids in map(found.__getitem__, responses)]
 
+    chains: OrderedDict[Hashable, Chain] = OrderedDict()
+
+    def growing(text: Hashable, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        """Scores of the ways a text may go on, `text` its name: what it begins with is kept from call to call."""
+        chain = chains.setdefault(text, Chain())
+        chains.move_to_end(text)
+        while len(chains) > _CHAINS:
+            chains.popitem(last=False)
+        return score(prompt, responses, chain)
+
+    score.growing = growing  # type: ignore[attr-defined]
     return score
 
 

@@ -76,6 +76,25 @@ class Extend:
 
 
 @dataclass(frozen=True, eq=False)
+class _Growth(Extend):
+    """Of one row without padding, and keeps its keys and values by layer."""
+
+    grown: dict[int, KV] = field(default_factory=dict)
+
+    def __call__(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.grown[layer.index] = k[0].clone(), v[0].clone()
+        return super().__call__(layer, q, k, v)
+
+
+@dataclass(eq=False)
+class Chain:
+    """A text that grows: its tokens so far and the pass over them."""
+
+    tokens: Ids = ()
+    shared: Extend = field(default_factory=Extend)
+
+
+@dataclass(frozen=True, eq=False)
 class _Recorded(Extend):
     layers: list[Layer] = field(default_factory=list)
 
@@ -93,6 +112,8 @@ class Classifier:
         self.model = model
         model.config.get_text_config().use_cache = False
         self._prefixes: dict[Ids, Extend] = {}  # the most recently used last
+        self.tokens = 0  # that have passed through it, padding too
+        self.windows = False
         own = model.config._attn_implementation
         try:
             reason = self._probe()
@@ -105,10 +126,11 @@ class Classifier:
             _log.warning("%s scores every response with its whole prompt: %s", type(model).__name__, reason)
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[Ids], batch_rows: int) -> list[float]:
-        """fp32 logits of distinct rows, `batch_rows` at a time in their order."""
+    def logits(self, rows: Sequence[Ids], batch_rows: int, chain: Chain | None = None) -> list[float]:
+        """fp32 logits of distinct rows, `batch_rows` at a time in their order. chain: what they begin with is kept
+        there, and only what has come to it since is computed."""
         pad = self._set_pad(rows)
-        shared = self._shared(rows) if self.shares else None
+        shared = (self._grown(rows, chain) if chain else self._shared(rows)) if self.shares else None
         step = batch_rows if pad is not None else 1
         batches = [rows[start : start + step] for start in range(0, len(rows), step)]
         return [x for b in batches for x in self._forward(b, pad, shared).logits.float().squeeze(-1).tolist()]
@@ -123,13 +145,31 @@ class Classifier:
 
     def _shared(self, rows: Sequence[Ids]) -> Extend:
         """The pass over what all rows begin with, short of one token of each row's own."""
-        length = min(alike(min(rows), max(rows)), min(map(len, rows)) - 1) if len(rows) > 1 else 0
-        tokens = rows[0][:length] if rows else ()
+        tokens = _begin(rows) if len(rows) > 1 else ()
         shared = self._prefixes.pop(tokens, None) or self._prefill(tokens)
         self._prefixes[tokens] = shared
         while sum(map(len, self._prefixes)) > _KEPT_TOKENS:
             del self._prefixes[next(iter(self._prefixes))]
         return shared
+
+    def _grown(self, rows: Sequence[Ids], chain: Chain) -> Extend:
+        """As `_shared`, from what the chain has: cut where the rows differ from it, and extended by what is new."""
+        tokens, kept = _begin(rows), chain.shared
+        same = alike(chain.tokens, tokens)
+        if same < len(chain.tokens) and self.windows:  # a sliding layer has let go of what would be seen again
+            same = 0
+        if not same:
+            chain.tokens, chain.shared = tokens, self._prefill(tokens)
+            return chain.shared
+        if cut := len(chain.tokens) - same:
+            kept = Extend(same, [(k[:, :-cut], v[:, :-cut]) for k, v in kept.kv])
+        if new := tokens[same:]:
+            growth = _Growth(same, kept.kv)
+            self._run(growth, [new], same, len(new))
+            both = [(kv, growth.grown[i]) for i, kv in enumerate(kept.kv)]
+            kept = Extend(len(tokens), [(torch.cat([a, b], 1), torch.cat([c, d], 1)) for (a, c), (b, d) in both])
+        chain.tokens, chain.shared = tokens, kept
+        return kept
 
     def _prefill(self, tokens: Ids) -> Extend:
         if not tokens:
@@ -154,6 +194,7 @@ class Classifier:
     def _run(self, attend: attention.Pass, ids: Sequence[Ids], start: int, length: int, **more: bool) -> Any:
         """The model's output for tokens at positions from `start` on; the first `length` are not all padding."""
         ids_BT = torch.tensor(ids, device=self.model.device)
+        self.tokens += ids_BT.numel()
         positions_T = start + torch.arange(ids_BT.shape[1], device=ids_BT.device).clamp(max=length - 1)
         with attention.running(attend):
             return self.model(  # the mask is for no one, but without one some models warn of padding
@@ -182,6 +223,7 @@ class Classifier:
         self.model.set_attn_implementation(attention.NAME)
         recorded = _Recorded(length, self._prefill(tokens[:length]).kv)
         ours = self._forward(rows, pad, recorded, output_hidden_states=True)
+        self.windows = any(layer.window is not None for layer in recorded.layers)
         if wrong := attention.misfit(recorded.layers, self.model.config.get_text_config()):
             return wrong
         both = ((ours.hidden_states[-1].float(), 0), (theirs.hidden_states[-1].float(), length))
@@ -193,6 +235,11 @@ class Classifier:
         if not (states <= tolerance and scores <= tolerance):  # NaN neither
             return f"with its prefix computed apart, hidden states differ by {states:.2g} and scores by {scores:.2g}"
         return None
+
+
+def _begin(rows: Sequence[Ids]) -> Ids:
+    """What all rows begin with, short of one token of each row's own."""
+    return rows[0][: min(alike(min(rows), max(rows)), min(map(len, rows)) - 1)] if rows else ()
 
 
 def alike(first: Sequence[int], second: Sequence[int]) -> int:

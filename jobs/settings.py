@@ -31,6 +31,7 @@ from aisp_dist.rewards import templates
 
 _KINDS = ("method", "rewards.*", "compare.arms.*")  # discriminated by `kind`
 _UNIONS = ("method.lambda", "method.noise", "method.decode", "method.sampling", "save.candidates")
+_TAGS = "'aisp', 'batched_aisp', 'best_of_n', 'args' or 're_control'", "'model', 'function' or 'http'"
 
 
 def parser(verb: str, about: str, config: bool = True) -> argparse.ArgumentParser:
@@ -170,7 +171,7 @@ def check(values: Mapping[str, Any]) -> Run:
             elif fault["type"] == "missing":
                 message = "missing; it has no default"
             elif fault["type"].startswith("union_tag"):
-                expected = fault.get("ctx", {}).get("expected_tags", "'aisp', 'best_of_n', 'model' or 'function'")
+                expected = fault.get("ctx", {}).get("expected_tags", _TAGS[key.startswith("rewards.")])
                 message = (
                     f"kind is {found.get('kind') if isinstance(found, Mapping) else found!r}; it must be {expected}"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,26 @@ if not Path("/dev/nvidiactl").exists():  # no GPU: Triton's kernels by its inter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: one worker takes all that starts Ray, in turn and first; a file is one worker's."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+    items.sort(key=lambda item: not _starts_ray(item.path))  # the longest first
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """For `-n 2`: one worker takes all files that start Ray, in turn; of the others a file is one worker's."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "ray" if _starts_ray(Path(str(config.rootpath), file)) else file
+
+    return ByFile(config, log)
+
+
+@cache
+def _starts_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,9 @@ def cloud(axes: Axes, arms: Mapping[str, tuple[np.ndarray, np.ndarray]], look: M
 
 
 def histograms(axes: Axes, arms: Mapping[str, np.ndarray], look: Mapping[str, Look]) -> None:
-    edges = np.histogram_bin_edges(np.concatenate(list(arms.values())), min(30, 4 + len(next(iter(arms.values()))) // 4))
+    edges = np.histogram_bin_edges(
+        np.concatenate(list(arms.values())), min(30, 4 + len(next(iter(arms.values()))) // 4)
+    )
     for name, values in arms.items():
         filled: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45, "color": look[name].color}
         axes.hist(values, edges, **filled)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -76,7 +75,10 @@ def _settings(source: Source) -> list[tuple[str, str]]:
         ("Prompts", f"{len(source.shared)} of {run.prompts.source}{lost}"),
         ("Base model", run.generator.model),
         ("Rewards", rewards),
-        ("Arms", ", ".join(f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in source.arms.items())),
+        (
+            "Arms",
+            ", ".join(f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in source.arms.items()),
+        ),
         ("Samples", f"{source.budget(source.main)} a prompt"),
         ("Tokens", f"at most {run.generator.max_new_tokens} an answer"),
     ]
@@ -88,7 +90,14 @@ def _cell(cell: Sequence[float]) -> str:
 
 def _table(source: Source) -> list[list[str]]:
     names = list(dict.fromkeys(name for arm in source.figures for name in arm["held_out"]))
-    head = ["", "samples", "reward", f"{source.main} minus it", "wins of it", *(f"held out: {n}" for n in names)]
+    head = [
+        "",
+        "samples",
+        "reward",
+        f"{source.main} minus it",
+        f"won by {source.main}",
+        *(f"held out: {n}" for n in names),
+    ]
     head += ["NLL / token", "diversity", "tokens", "std over seeds", "area", "drawn tokens", "reward calls", "seconds"]
     rows = [head]
     for arm in source.figures:
@@ -98,8 +107,9 @@ def _table(source: Source) -> list[list[str]]:
         row += [_cell(arm["held_out"][name]) if name in arm["held_out"] else "" for name in names]
         row += [_cell(arm["nll"]), f"{arm['diversity'][0]:.3f}", f"{arm['num_tokens']:.1f}"]
         row += ["" if arm[name] is None else f"{arm[name]:.3f}" for name in ("std", "auc")]
-        rows.append(row + ["" if arm[n] is None else f"{arm[n]:.0f}" for n in ("model_tokens", "reward_calls", "seconds")])
-    rows[0][4] = f"won by {source.main}"
+        rows.append(
+            row + ["" if arm[n] is None else f"{arm[n]:.0f}" for n in ("model_tokens", "reward_calls", "seconds")]
+        )
     return rows
 
 
@@ -113,7 +123,9 @@ def _curve(source: Source, arm: str, name: str) -> np.ndarray:
 
 def _iterations(source: Source, name: str, least: int = 2) -> Lines:
     curves = {arm: _curve(source, arm, name) for arm in source.arms}
-    return {a: (np.arange(1, c.shape[1] + 1), c) for a, c in curves.items() if c.shape[1] >= least and np.isfinite(c).any()}
+    return {
+        a: (np.arange(1, c.shape[1] + 1), c) for a, c in curves.items() if c.shape[1] >= least and np.isfinite(c).any()
+    }
 
 
 def _ends(drawn: Lines) -> str:
@@ -130,7 +142,11 @@ def _line_panel(drawn: Lines, look: Mapping[str, Look], x: str, y: str, title: s
 
 
 def _progress(source: Source, look: Mapping[str, Look]) -> Section:
-    titles = {"mean": "Mean of the iteration's samples", "best": "Best of the iteration's samples", "so far": "Best so far"}
+    titles = {
+        "mean": "Mean of the iteration's samples",
+        "best": "Best of the iteration's samples",
+        "so far": "Best so far",
+    }
     found = {name: _iterations(source, name) for name in titles}
     panels = [_line_panel(d, look, "iteration", "reward", titles[n]) for n, d in found.items() if d]
     text = "A search that learns raises the mean of what it draws; one that only draws more does not. "
@@ -195,38 +211,46 @@ def _tradeoff(source: Source, look: Mapping[str, Look]) -> Section:
     def told(of: Mapping[str, Any]) -> str:
         return "; ".join(f"{name} at {x[0]:.3f} with reward {y[0]:.3f}" for name, (x, y) in of.items()) + "."
 
-    drawn = panel(lambda axes: figures.points(axes, nll, look), "NLL per token, base model", "reward", "Reward against NLL")
+    drawn = panel(
+        lambda axes: figures.points(axes, nll, look), "NLL per token, base model", "reward", "Reward against NLL"
+    )
     panels = [Panel(drawn, f"Reward against NLL: {told(nll)}")]
     text = "Up is more reward, left is closer to the base model: an arm above and to the left of another is better in "
     text += "both. Bars are 95 % intervals over prompts."
     if kl:
-        drawn = panel(lambda axes: figures.points(axes, kl, look), "KL to the base model, nats", "reward", "Reward against KL")
+        drawn = panel(
+            lambda axes: figures.points(axes, kl, look), "KL to the base model, nats", "reward", "Reward against KL"
+        )
         panels.append(Panel(drawn, f"Reward against KL: {told(kl)}"))
     else:
         text += " Reward against KL needs `aisp evaluate` on each output."
-    panels += [_lengths(source, look)]
+    lengths, said = _lengths(source, look)
+    panels.append(lengths)
+    text += said
     return Section("What it trades", text, panels, arms=list(nll))
 
 
-def _lengths(source: Source, look: Mapping[str, Look]) -> Panel:
+def _lengths(source: Source, look: Mapping[str, Look]) -> tuple[Panel, str]:
     pairs = {BASE: _pair(source, source.main, True), source.main: _pair(source, source.main)}
     every = -(-len(source.shared) // _POINTS)
-    told = {name: _correlation(*pair) for name, pair in pairs.items()}
-    title = "Reward against length, r = " + ", ".join(f"{r:.2f} ({name})" for name, r in told.items())
     drawn = {name: (x[::every], y[::every]) for name, (x, y) in pairs.items()}
-    svg = panel(lambda axes: figures.cloud(axes, drawn, look), "tokens of the answer", "reward", "Reward against length")
-    return Panel(svg, f"{title}; one point a prompt.")
+    svg = panel(
+        lambda axes: figures.cloud(axes, drawn, look), "tokens of the answer", "reward", "Reward against length"
+    )
+    told = " and ".join(f"{_correlation(*pair)} for {name}" for name, pair in pairs.items())
+    said = f"Reward and length correlate by {told}"
+    return Panel(svg, f"{said}; one point for each of {len(drawn[BASE][0])} prompts."), f" {said}."
 
 
 def _pair(source: Source, arm: str, base: bool = False) -> tuple[np.ndarray, np.ndarray]:
     return source.values(arm, "tokens", base), source.values(arm, "reward", base)
 
 
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+def _correlation(x: np.ndarray, y: np.ndarray) -> str:
     there = np.isfinite(x) & np.isfinite(y)
     if there.sum() < 2 or not np.ptp(x[there]) or not np.ptp(y[there]):
-        return float("nan")
-    return float(np.corrcoef(x[there], y[there])[0, 1])
+        return "nothing (one of them does not vary)"
+    return f"{np.corrcoef(x[there], y[there])[0, 1]:.2f}"
 
 
 def _distribution(source: Source, look: Mapping[str, Look]) -> Section:
@@ -304,8 +328,8 @@ def _sensitivity(source: Source, look: Mapping[str, Look]) -> Section:
             y = np.array([trial["reward"] for trial in trials], dtype=float)
             panels.append(_tried(figures.plain(name), setting, x, y, entry["best"][setting], how))
     text = f"Reward of every trial of `aisp tune` on {source.trials['tune']['prompts']} other prompts by one setting "
-    text += "at a time, the others varying with it; bars are 95 % intervals, the level line marks the chosen value."
-    return Section("Sensitivity", text.replace("level line marks", "upright line marks"), panels)
+    text += "at a time, the others varying with it; bars are 95 % intervals, the upright line marks the chosen value."
+    return Section("Sensitivity", text, panels)
 
 
 def _tried(name: str, setting: str, x: np.ndarray, y: np.ndarray, best: float, how: Look) -> Panel:

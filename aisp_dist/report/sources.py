@@ -79,7 +79,9 @@ def read(places: Sequence[Place]) -> Source:
     found: dict[str, list[Output]] = {}
     for place, there in comparisons.items():
         folder = place.uri.rsplit("/", 1)[-1]
-        arms = {folder: [place]} if there is None else {arm: _all(there[0], f) for arm, f in there[1]["outputs"].items()}
+        arms = (
+            {folder: [place]} if there is None else {arm: _all(there[0], f) for arm, f in there[1]["outputs"].items()}
+        )
         for arm, seeds in arms.items():
             name = arm if arm not in found else f"{arm} ({folder})"
             if name in found:
@@ -151,7 +153,9 @@ def _check(found: Mapping[str, Sequence[Output]]) -> None:
     for name, seeds in found.items():
         for output in seeds:
             outputs.check_finished(output, None)
-            mine, theirs = ({r: x.weight for r, x in o.run.rewards.items() if x.use == "select"} for o in (first, output))
+            mine, theirs = (
+                {r: x.weight for r, x in o.run.rewards.items() if x.use == "select"} for o in (first, output)
+            )
             if mine != theirs or first.run.combine != output.run.combine:
                 raise ConfigError(
                     f"{name} was selected by {theirs} ({output.run.combine}), {first_name} by {mine} "
@@ -260,5 +264,3 @@ def _figures(source: Source) -> list[Json]:
 
 def _mean(values: Sequence[np.ndarray]) -> float:
     return float(np.mean([np.nanmean(one) for one in values]))
-
-

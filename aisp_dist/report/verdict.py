@@ -26,7 +26,7 @@ def verdict(figures: Sequence[Json], main: str, budgets: Mapping[str, int], cont
     """figures: of the arms, as in comparison.json. budgets: samples of a prompt by arm. controls: arms that saw
     shuffled rewards."""
     by_name = {arm["name"]: arm for arm in figures}
-    ours, base = by_name[main], by_name[BASE]
+    base = by_name[BASE]
     same = [n for n in by_name if n not in (main, BASE, *controls) and budgets[n] == budgets[main]]
     if same:
         rival = max(same, key=lambda name: by_name[name]["reward"][0])
@@ -42,7 +42,7 @@ def verdict(figures: Sequence[Json], main: str, budgets: Mapping[str, int], cont
         ]
     other = by_name[rival]
     says += _agreement(main, rival, other)
-    return Verdict(tuple(says), tuple(_warnings(main, rival, ours, by_name, controls)), rival)
+    return Verdict(tuple(says), tuple(_warnings(main, same, by_name, controls)), rival)
 
 
 def _wins(main: str, samples: int, sides: Mapping[str, Sequence[str]]) -> str:
@@ -84,33 +84,32 @@ def _agreement(main: str, rival: str, other: Json) -> list[str]:
     return says
 
 
-def _warnings(
-    main: str, rival: str, ours: Json, by_name: Mapping[str, Json], controls: Collection[str]
-) -> list[str]:
-    other, found = by_name[rival], []
+def _warnings(main: str, same: Sequence[str], by_name: Mapping[str, Json], controls: Collection[str]) -> list[str]:
+    found = []
+    others = [by_name[name] for name in (*same, *controls) if name != main]
     for name in controls:
         if name != main and _side(by_name[name]["versus"]) != "higher":
             found.append(
                 f"The gain over the control {name} is {_cell(by_name[name]['versus'])}, which is not above zero: a "
                 "search that saw shuffled rewards does as well, so the gain is not shown to come from the rewards."
             )
-    gains = _side(other["versus"]) == "higher"
-    for name, cell in other["held_out_versus"].items():
-        if gains and _side(cell) != "higher":
+    for score in by_name[BASE]["held_out_versus"]:
+        gained = [(arm["name"], arm["held_out_versus"][score]) for arm in others if _side(arm["versus"]) == "higher"]
+        if open_ := [f"{name} ({_cell(cell)})" for name, cell in gained if _side(cell) != "higher"]:
             found.append(
-                f"The held-out reward {name} does not support the gain over {rival}: the difference is {_cell(cell)}. "
-                "The search may exploit its own reward."
+                f"The held-out reward {score} does not support the gain over {_listed(open_)}: the search may exploit "
+                "its own reward."
             )
-    for name, cell in by_name[BASE]["held_out_versus"].items():
-        if rival != BASE and _side(cell) != "higher":
-            found.append(f"By the held-out reward {name}, {main} is not shown to beat one base answer: {_cell(cell)}.")
-    if _side(other["nll_versus"]) == "higher" and rival != BASE:
+        cell = by_name[BASE]["held_out_versus"][score]
+        if _side(cell) != "higher":
+            found.append(f"By the held-out reward {score}, {main} is not shown to beat one base answer: {_cell(cell)}.")
+    if far := [f"{a['name']} ({_cell(a['nll_versus'])})" for a in others if _side(a["nll_versus"]) == "higher"]:
         found.append(
-            f"The answers of {main} lie further from the base model than those of {rival}, by "
-            f"{_cell(other['nll_versus'])} nats per token: read some of them."
+            f"The answers of {main} are less likely to the base model than those of {_listed(far)}, in nats per token: "
+            "a high reward for unlikely text is what an exploited reward looks like. Read some of them below."
         )
-    if ours["prompts"] < _FEW:
-        found.append(f"Only {ours['prompts']} prompts: these intervals are too narrow to decide on.")
+    if by_name[main]["prompts"] < _FEW:
+        found.append(f"Only {by_name[main]['prompts']} prompts: these intervals are too narrow to decide on.")
     return found
 
 
@@ -127,7 +126,7 @@ def _is(cell: Sequence[float]) -> str:
 
 def _cell(cell: Sequence[float]) -> str:
     mean, low, high = cell
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{mean:+.3f}\u00a0[{low:+.3f},\u00a0{high:+.3f}]"
 
 
 def _listed(names: Sequence[str]) -> str:

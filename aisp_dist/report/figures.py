@@ -23,7 +23,7 @@ _INK = "#0a0b0c"  # stands for the page's text colour, which replaces it
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#8a8a8a"
 _MARKERS, _LINES = "osD^vPX*", ("-", "--", "-.", ":")
-_STYLE = {
+_STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     "svg.fonttype": "none",
     "svg.hashsalt": "aisp",
@@ -100,7 +100,7 @@ def whole(axes: Axes) -> None:
 def points(axes: Axes, arms: Mapping[str, tuple[Sequence[float], Sequence[float]]], look: Mapping[str, Look]) -> None:
     """arms: x and y as mean, low, high."""
     for name, (x, y) in arms.items():
-        error = {"xerr": [[x[0] - x[1]], [x[2] - x[0]]], "yerr": [[y[0] - y[1]], [y[2] - y[0]]]}
+        error: Any = {"xerr": [[x[0] - x[1]], [x[2] - x[0]]], "yerr": [[y[0] - y[1]], [y[2] - y[0]]]}
         how = look[name]
         axes.errorbar(x[0], y[0], **error, fmt=how.marker, color=how.color, markersize=6, linewidth=1.2, capsize=2)
 
@@ -111,7 +111,7 @@ def cloud(axes: Axes, arms: Mapping[str, tuple[np.ndarray, np.ndarray]], look: M
 
 
 def histograms(axes: Axes, arms: Mapping[str, np.ndarray], look: Mapping[str, Look]) -> None:
-    edges = np.histogram_bin_edges(
+    edges: Any = np.histogram_bin_edges(
         np.concatenate(list(arms.values())), min(30, 4 + len(next(iter(arms.values()))) // 4)
     )
     for name, values in arms.items():

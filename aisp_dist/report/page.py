@@ -141,6 +141,11 @@ def _line_panel(drawn: Lines, look: Mapping[str, Look], x: str, y: str, title: s
     return Panel(panel(draw, x, y, title), f"{title}, {y} over {x}: {_ends(drawn)}.")
 
 
+def _measured(source: Source) -> dict[str, Any]:
+    """evaluation.json by arm, where there is one."""
+    return {arm: seeds[0].evaluation for arm, seeds in source.arms.items() if seeds[0].evaluation}
+
+
 def _progress(source: Source, look: Mapping[str, Look]) -> Section:
     titles = {
         "mean": "Mean of the iteration's samples",
@@ -205,7 +210,7 @@ def _batched(source: Source, look: Mapping[str, Look]) -> Section | None:
 
 def _tradeoff(source: Source, look: Mapping[str, Look]) -> Section:
     nll = {arm["name"]: (arm["nll"], arm["reward"]) for arm in source.figures}
-    measured = {name: seeds[0].evaluation for name, seeds in source.arms.items() if seeds[0].evaluation}
+    measured = _measured(source)
     kl = {n: (e["kl"]["estimate"], nll[n][1]) for n, e in measured.items() if e.get("kl")}
 
     def told(of: Mapping[str, Any]) -> str:
@@ -273,7 +278,7 @@ def _distribution(source: Source, look: Mapping[str, Look]) -> Section:
     title = f"Prompts that {figures.plain(source.main)} wins"
     panels.append(Panel(panel(wins, "share of prompts, by reward", "", title), alt))
     text = "Lines in the histogram are means."
-    judged = {n: s[0].evaluation["win_rate"] for n, s in source.arms.items() if (s[0].evaluation or {}).get("win_rate")}
+    judged = {n: e["win_rate"] for n, e in _measured(source).items() if e.get("win_rate")}
     for name, rate in judged.items():
         text += f" By the judge, {name} wins {rate['win']:.0%} against {rate['against']}, ties {rate['tie']:.0%}."
     if not judged:
@@ -283,12 +288,13 @@ def _distribution(source: Source, look: Mapping[str, Look]) -> Section:
 
 def _control(source: Source, look: Mapping[str, Look]) -> Section:
     moving = {"ess": "Effective samples", "kl": "KL of the control"}
-    panels, shown = [], []
+    panels: list[Panel] = []
+    shown: list[str] = []
     for name, title in moving.items():
         drawn = {a: d for a, d in _iterations(source, name).items() if source.method(a).kind.endswith("aisp")}
         shown += drawn
         panels += [_line_panel(drawn, look, "iteration", "ESS" if name == "ess" else "nats", title)] if drawn else []
-    measured = {n: s[0].evaluation for n, s in source.arms.items() if s[0].evaluation}
+    measured = _measured(source)
     flips = {n: [one["rate"] for one in e["flips"]] for n, e in measured.items() if e.get("flips")}
     if flips:
         drawn = {n: (np.arange(1, len(r) + 1), np.array(r)[:, 0][None]) for n, r in flips.items()}

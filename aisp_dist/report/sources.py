@@ -159,7 +159,7 @@ def _check(found: Mapping[str, Sequence[Output]]) -> None:
             if mine != theirs or first.run.combine != output.run.combine:
                 raise ConfigError(
                     f"{name} was selected by {theirs} ({output.run.combine}), {first_name} by {mine} "
-                    f"({first.run.combine}): their rewards are not the same quantity; give outputs with the same rewards"
+                    f"({first.run.combine}): their rewards differ; give outputs with the same rewards"
                 )
 
 

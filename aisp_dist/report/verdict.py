@@ -37,8 +37,8 @@ def verdict(figures: Sequence[Json], main: str, budgets: Mapping[str, int], cont
     else:
         rival = BASE
         says = [
-            f"No other method with {budgets[main]} samples a prompt is shown, so this says nothing of who wins at equal "
-            f"samples; against one greedy answer of the base model, {main} {_is(base['versus'])} in reward."
+            f"No other method with {budgets[main]} samples a prompt is shown, so nobody wins at equal samples; "
+            f"against one greedy answer of the base model, {main} {_is(base['versus'])} in reward."
         ]
     other = by_name[rival]
     says += _agreement(main, rival, other)

@@ -22,6 +22,7 @@ from aisp_dist.place import Place
 from aisp_dist.report import page, samples, sources
 from aisp_dist.report.verdict import verdict
 from jobs import cli, evaluate
+from jobs.report import main as report_main
 
 ARMS = {"aisp": ["aisp", "aisp-seed1"], "best": ["best", "best-seed1"], "shuffled": ["shuffled", "shuffled-seed1"]}
 HOSTILE = "</script><img src=x onerror=alert(1)> <!-- & \" ' $\\frac{1}$ \u2028 \u202e \0 🦜 é ]]>"
@@ -86,6 +87,14 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def shown(made, tmp_path_factory):
+    """The page of that comparison, as a file, by the command."""
+    path = tmp_path_factory.mktemp("shown") / "page.html"
+    assert report_main([str(made), "--out", str(path)]) == 0
+    return path
+
+
 @pytest.fixture
 def copied(made, tmp_path):
     return shutil.copytree(made, tmp_path / "copy")
@@ -101,18 +110,14 @@ def read(path) -> Page:
     return Page(path.read_text("utf-8"))
 
 
-def test_the_page_says_what_comparison_json_says(made, capsys, tmp_path):
-    assert report(capsys, made, "--out", tmp_path / "page.html") == (0, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-    shown = {
-        row[0]: dict(zip(head, row, strict=True))
-        for head, *rows in [read(tmp_path / "page.html").rows[:5]]
-        for row in rows
-    }
+def test_the_page_says_what_comparison_json_says(made, shown):
+    assert [path.name for path in shown.parent.iterdir()] == ["page.html"]
+    head, *rows = read(shown).rows[:5]
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     arms = json.loads((made / "comparison.json").read_text())["arms"]
-    assert list(shown) == ["base", *ARMS] == [arm["name"] for arm in arms]
+    assert list(table) == ["base", *ARMS] == [arm["name"] for arm in arms]
     for arm in arms:
-        row = shown[arm["name"]]
+        row = table[arm["name"]]
         cells = {"reward": arm["reward"], "NLL / token": arm["nll"], "held out: words": arm["held_out"]["words"]}
         cells |= {} if arm["name"] == "aisp" else {"aisp minus it": arm["versus"]}
         for name, cell in cells.items():
@@ -141,8 +146,8 @@ def test_figures_of_separate_outputs_are_those_that_compare_computes(made):
                 )
 
 
-def test_nothing_is_fetched_and_every_figure_is_told(made):
-    text = page.render(sources.read([Place.at(made)]), 200).decode()
+def test_nothing_is_fetched_and_every_figure_is_told(shown):
+    text = shown.read_text("utf-8")
     assert not re.search(r"(?i)https?:|//[a-z]|@import|url\((?!#)|import\(|fetch\(", text)
     found = Page(text)
     assert not found.open
@@ -156,9 +161,8 @@ def test_nothing_is_fetched_and_every_figure_is_told(made):
     assert "nan" not in found.text.lower().split()
 
 
-def test_the_browser_holds_the_answers_of_the_outputs(made):
-    source = sources.read([Place.at(made)])
-    data = json.loads(Page(page.render(source, 200).decode()).data)
+def test_the_browser_holds_the_answers_of_the_outputs(made, shown):
+    data = json.loads(read(shown).data)
     assert data["arms"] == ["base", *ARMS] and data["arms"][data["main"]] == "aisp" and data["left_out"] == 0
     for arm, (name, _) in ARMS.items():
         rows = {row["id"]: row for row in pq.read_table(made / name / "data").to_pylist()}
@@ -182,14 +186,16 @@ def test_shown_prompts_are_both_ends_and_evenly_between(total, count):
         assert set(range(third)) | set(range(total - third, total)) <= set(places.tolist())
 
 
-def test_the_page_is_bounded_by_samples(made, capsys, tmp_path):
-    for count in (1, 3, 8):
-        assert report(capsys, made, "--samples", count, "--out", tmp_path / f"{count}.html")[0] == 0
-        found = read(tmp_path / f"{count}.html")
-        data = json.loads(found.data)
-        assert len(data["prompts"]) == count and data["left_out"] == 8 - count
-        assert (f"{8 - count} more are left out" in found.text) == (count < 8)
-    assert (tmp_path / "8.html").stat().st_size < 1_000_000
+def test_the_page_is_bounded_by_samples(made, shown, capsys, tmp_path):
+    assert shown.stat().st_size < 1_000_000
+    assert report(capsys, made, "--samples", 3, "--out", tmp_path / "few.html") == (0, "")
+    found = read(tmp_path / "few.html")
+    assert "5 more are left out" in found.text and "are left out" not in read(shown).text
+    few, all_ = (json.loads(one.data) for one in (found, read(shown)))
+    gains = [p["answers"][few["main"]]["reward"] - p["answers"][few["rival"]]["reward"] for p in all_["prompts"]]
+    assert gains == sorted(gains, reverse=True)
+    assert (few["left_out"], all_["left_out"]) == (5, 0)
+    assert [few["prompts"][i]["id"] for i in (0, 2)] == [all_["prompts"][i]["id"] for i in (0, 7)]
     assert samples._short("x" * 30_000) == "x" * 20_000 + " … (10000 more characters are in the output)"
     assert report(capsys, made, "--samples", 0)[0] == 2
 
@@ -201,7 +207,10 @@ def test_hostile_texts_and_names_are_harmless(copied, capsys):
             row | {"base_completion": HOSTILE, "completion": [{"role": "assistant", "content": HOSTILE}]}
             for row in table.to_pylist()
         ]
-        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+        footer = pq.read_metadata(path).metadata
+        with pq.ParquetWriter(path, table.schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=table.schema))
+            writer.add_key_value_metadata({key: value for key, value in footer.items() if key != b"ARROW:schema"})
     name = "<b onclick=x>$\\undefined_1$ & _é\x01"
     (copied / "aisp").rename(copied / name)
     (copied / "best").rename(copied / "_$x$<script>")
@@ -233,7 +242,9 @@ def test_trials_of_a_tuning_are_drawn(copied):
 def test_other_budgets_prompts_or_rewards_are_refused(made, capsys, tmp_path):
     folder = finished.project(tmp_path / "other", count=8)
     finished.output(folder, "small", {**AISP, "num_samples": 2})
-    finished.output(folder, "weighted", AISP, rewards={"main": {"weight": 2.0}})
+    finished.output(
+        folder, "weighted", AISP, rewards={"main": {"kind": "function", "function": "rewards.py:vowels", "weight": 2.0}}
+    )
     finished.output(folder, "fewer", AISP, prompts={"limit": 5})
     shutil.copytree(made / "aisp", folder / "aisp")
     for name, told in {"small": "small has 6", "weighted": "'main': 2.0", "fewer": "prompts.limit"}.items():
@@ -256,28 +267,54 @@ def arm(name, reward, held=0.0, nll=0.0, prompts=100, width=0.1):
 
 
 @pytest.mark.parametrize(
-    ("best", "shuffled", "says", "warns"),
+    ("best", "shuffled", "says", "held", "warns"),
     [
-        (arm("best", 1.0, 1.0), arm("shuffled", 1.0, 1.0), "aisp wins at 8", []),
-        (arm("best", -1.0, -1.0), arm("shuffled", 1.0, 1.0), "aisp does not win at 8", []),
-        (arm("best", 0.0, 0.0), arm("shuffled", 1.0, 1.0), "There is no clear winner at 8", []),
-        (arm("best", 1.0, 1.0), arm("shuffled", 0.05, 1.0), "aisp wins", ["The gain over the control shuffled"]),
-        (arm("best", 1.0, 0.0), arm("shuffled", 1.0, 1.0), "aisp wins", ["does not support the gain over best"]),
-        (arm("best", 1.0, -1.0), arm("shuffled", 1.0, 1.0), "aisp wins", ["does not support the gain over best"]),
-        (arm("best", 1.0, 1.0, nll=1.0), arm("shuffled", 1.0, 1.0), "aisp wins", ["less likely to the base model"]),
+        (arm("best", 1.0, 1.0), arm("shuffled", 1.0, 1.0), "aisp wins at 8", "agrees", []),
+        (arm("best", -1.0, -1.0), arm("shuffled", 1.0, 1.0), "aisp does not win at 8", "agrees", []),
+        (
+            arm("best", 0.0, 0.0),
+            arm("shuffled", 1.0, 1.0),
+            "There is no clear winner at 8",
+            "establishes no difference",
+            [],
+        ),
+        (
+            arm("best", 1.0, 1.0),
+            arm("shuffled", 0.05, 1.0),
+            "aisp wins",
+            "agrees",
+            ["The gain over the control shuffled"],
+        ),
+        (
+            arm("best", 1.0, 0.0),
+            arm("shuffled", 1.0, 1.0),
+            "aisp wins",
+            "does not establish it",
+            ["does not support the gain over best"],
+        ),
+        (
+            arm("best", 1.0, -1.0),
+            arm("shuffled", 1.0, 1.0),
+            "aisp wins",
+            "disagrees",
+            ["does not support the gain over best"],
+        ),
+        (
+            arm("best", 1.0, 1.0, nll=1.0),
+            arm("shuffled", 1.0, 1.0),
+            "aisp wins",
+            "agrees",
+            ["less likely to the base model"],
+        ),
     ],
 )
-def test_the_sentence_and_the_warnings_follow_from_the_figures(best, shuffled, says, warns):
+def test_the_sentence_and_the_warnings_follow_from_the_figures(best, shuffled, says, held, warns):
     figures = [arm("base", 2.0, 2.0), best, arm("aisp", 0.0), shuffled, arm("pick", 2.0, 2.0)]
     found = verdict(figures, "aisp", {"best": 8, "aisp": 8, "shuffled": 8, "pick": 1}, ["shuffled"])
     assert found.says[0].startswith(says) and found.rival == "best"
     assert [part in warning for part, warning in zip(warns, found.warnings, strict=True)] == [True] * len(warns)
-    held, nll = best["held_out_versus"]["other"][0], best["nll_versus"][0]
-    same = np.sign(held) == np.sign(best["versus"][0]) and held
-    assert ("agrees" in found.says[1]) == bool(same) and ("disagrees" in found.says[1]) == (
-        held == -1 != best["versus"][0]
-    )
-    assert ("less likely" in found.says[2]) == (nll > 0)
+    assert f"The held-out reward other {held}" in found.says[1]
+    assert ("less likely" in found.says[2]) == (best["nll_versus"][0] > 0)
 
 
 def test_few_prompts_are_warned_of():

@@ -243,7 +243,7 @@ def _lengths(source: Source, look: Mapping[str, Look]) -> tuple[Panel, str]:
         lambda axes: figures.cloud(axes, drawn, look), "tokens of the answer", "reward", "Reward against length"
     )
     told = " and ".join(f"{_correlation(*pair)} for {name}" for name, pair in pairs.items())
-    said = f"Reward and length correlate by {told}"
+    said = f"The correlation of reward and length is {told}"
     return Panel(svg, f"{said}; one point for each of {len(drawn[BASE][0])} prompts."), f" {said}."
 
 
@@ -254,7 +254,7 @@ def _pair(source: Source, arm: str, base: bool = False) -> tuple[np.ndarray, np.
 def _correlation(x: np.ndarray, y: np.ndarray) -> str:
     there = np.isfinite(x) & np.isfinite(y)
     if there.sum() < 2 or not np.ptp(x[there]) or not np.ptp(y[there]):
-        return "nothing (one of them does not vary)"
+        return "undefined, as one does not vary,"
     return f"{np.corrcoef(x[there], y[there])[0, 1]:.2f}"
 
 

@@ -1,0 +1,41 @@
+"""`aisp report OUTPUT [OUTPUT ...]`: finished outputs as one HTML file that shows itself without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from aisp_dist.config import ConfigError
+from aisp_dist.place import Place
+from jobs import cli, settings
+from jobs.status import OUTPUT
+
+
+def main(args: Sequence[str]) -> int:
+    parse = settings.parser("report", cli.VERBS["report"], config=False)
+    parse.add_argument("outputs", nargs="+", help=f"{OUTPUT}, or of `aisp compare`; several: side by side")
+    parse.add_argument("--out", metavar="FILE", help="where to write (report.html in the first output)")
+    parse.add_argument("--samples", type=int, default=200, help="prompts whose answers the page shows, at most (200)")
+    options = parse.parse_args(args)
+    if options.samples < 1:
+        raise ConfigError(f"--samples is {options.samples}; it must be at least 1")
+
+    from aisp_dist.report import page, sources
+
+    places = [Place.at(output) for output in options.outputs]
+    data = page.render(sources.read(places), options.samples)
+    place, name = places[0], "report.html"
+    if options.out:
+        folder, _, name = options.out.rpartition("/")
+        place = Place.at(folder or ("/" if options.out.startswith("/") else Path.cwd()))
+    place.write(name, data)
+    if options.out and not place.remote:
+        with suppress(OSError):  # a folder of others keeps no trace but the file
+            Path(place.uri, ".staging").rmdir()
+    print(f"written: {place}/{name} ({len(data) / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("report")

@@ -15,7 +15,7 @@ from aisp_dist.align import align
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.model import load
 from aisp_dist.lease import Lease
-from aisp_dist.records import Prompt
+from aisp_dist.records import Failed, Prompt
 from aisp_dist.render import render
 from jobs import prepare, settings
 
@@ -70,7 +70,9 @@ def output(folder: Path, name: str, method: dict[str, Any] = AISP, seed: int = 0
         return [engine.nll(tokens, answer) for answer in answers]
 
     for line in store.plan(prompts.read(run.prompts)):
-        assert isinstance(line, Prompt)
+        if not isinstance(line, Prompt):
+            store.add(Failed(line, line.reason))
+            continue
         tokens = render(line, run.prompts, engine.lm.tokenizer, run.prompts.max_tokens)
         store.add(asyncio.run(align(run, line, tokens, rollout, scored, nll)))
     store.finish()

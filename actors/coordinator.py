@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.figures import Figures, gauges
 from actors.pool import Pool
-from aisp_dist import prompts, render, thinking
+from aisp_dist import guard, prompts, render, thinking
 from aisp_dist.align import align
 from aisp_dist.config import BatchedAisp, ConfigError, Run
 from aisp_dist.lease import Lease, LeaseLost, read_owners
@@ -64,7 +64,6 @@ class Table:
     shard: tuple[int, int] = (0, 1)  # this one of so many: the parts k with k % shard[1] == shard[0]
 
     def store(self) -> Store:
-        keep = self.run.save.candidates
         return Store(
             self.output,
             self.run.save.rows_per_file,
@@ -73,7 +72,7 @@ class Table:
             self.fingerprint,
             self.fingerprint[:12],
             self.model,
-            keep if isinstance(keep, str) else keep.top_bottom,
+            self.run.save.keep,
             self.run.save.trace,
             self.lease.held if self.lease else lambda: False,
             self.shard,
@@ -116,6 +115,7 @@ class Coordinator:
         self.total: int | None = None  # of inputs, once somebody has counted them
         self.flushing: float | None = None  # since when, by the loop's time
         self.sums: Counter[str] = Counter()  # of this output, by the names of Figures
+        self.tally = guard.Tally()  # of this output, since this command began
         self.before = Figures()  # what its replicas had counted before it
 
     def __repr__(self) -> str:
@@ -145,7 +145,8 @@ class Coordinator:
         return f"first prompt, {len(tokens)} tokens: {self.tokenizer.decode(tokens)!r}"
 
     async def relabel(self, table: Table) -> None:
-        """Fill one output to the end. Raises Stopped, TooManyFailed, fleet.Fault, LeaseLost, ConfigError."""
+        """Fill one output to the end. Raises Stopped, TooManyFailed, GuardStop, fleet.Fault, LeaseLost,
+        ConfigError."""
         self.task = asyncio.ensure_future(self._relabel(table))
         try:
             await self.task
@@ -205,6 +206,7 @@ class Coordinator:
             )
         await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
         self.sums, self.before = Counter(), self._of_replicas()
+        self.tally = guard.Tally(tuple(n for n, reward in table.run.rewards.items() if reward.use == "report"))
         store = self.store = table.store()
         self.exporter = (
             self.export(table.fingerprint[:12], f"{table.shard[0]}/{table.shard[1]}") if self.export else None
@@ -304,6 +306,9 @@ class Coordinator:
             if result.best.reward is not None and result.base.reward is not None:
                 self.sums["gain"] += result.best.reward - result.base.reward  # type: ignore[assignment]
                 self.sums["gains"] += 1
+            if table.run.guard.action == "stop":
+                self.tally.add_done(result)
+                guard.judge(table.run.guard, self.tally)
             return
         log.warning("source_index %d (id %s) failed: %s", result.prompt.source_index, result.prompt.id, result.reason)
         self.reason = result.reason

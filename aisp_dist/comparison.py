@@ -39,8 +39,8 @@ class Arm:
     reward: Interval
     versus: Interval
     won: float
-    nll: Interval
-    nll_versus: Interval
+    nll: Interval | None
+    nll_versus: Interval | None
     diversity: Interval
     num_tokens: float
     held_out: dict[str, Interval]
@@ -118,16 +118,12 @@ def compare(
                 reward=interval(reward[finite]),
                 versus=interval((ours - reward)[finite]),
                 won=float(((ours > reward) + (ours == reward) / 2)[finite].mean()),
-                nll=interval(nll),
-                nll_versus=interval(our_nll - nll),
+                nll=_spread(nll),
+                nll_versus=_spread(our_nll - nll),
                 diversity=interval(mean(arm, _diversity(f"{prefix}completion"))),
                 num_tokens=float(mean(arm, _number(f"{prefix}num_tokens")).mean()),
-                held_out={n: interval(v[np.isfinite(v)]) for n, v in scores.items() if np.isfinite(v).any()},
-                held_out_versus={
-                    n: interval(difference[np.isfinite(difference)])
-                    for n, v in scores.items()
-                    if np.isfinite(difference := our_held_out[n] - v).any()
-                },
+                held_out={n: spread for n, v in scores.items() if (spread := _spread(v))},
+                held_out_versus={n: spread for n, v in scores.items() if (spread := _spread(our_held_out[n] - v))},
                 std=float(by_seed[:, finite].mean(axis=1).std(ddof=1)) if len(by_seed) > 1 else None,
                 auc=None if base else _auc(tables[name], shared),
                 model_tokens=_mean([cost.model_tokens for cost in costs if cost]),
@@ -137,6 +133,12 @@ def compare(
         )
     seen = set.union(*map(set, everything))
     return Comparison(main, tuple(arms), _loss(tables, shared, main), len(seen) - len(shared))
+
+
+def _spread(values: np.ndarray) -> Interval | None:
+    """Of the values that there are; None where there is none, as no NLL in an output whose answers were rescored."""
+    there = values[np.isfinite(values)]
+    return interval(there) if there.size else None
 
 
 def _read(output: Place, method: Method | None) -> _Table:
@@ -256,8 +258,8 @@ def text(result: Comparison) -> str:
     return "\n".join(out)
 
 
-def _short(cell: Interval) -> str:
-    return f"{cell.mean:.2f} [{cell.low:.2f}, {cell.high:.2f}]"
+def _short(cell: Interval | None) -> str:
+    return "" if cell is None else f"{cell.mean:.2f} [{cell.low:.2f}, {cell.high:.2f}]"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

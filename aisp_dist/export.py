@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from aisp_dist.comparison import words_of
 from aisp_dist.config import ConfigError
 from aisp_dist.evaluate.outputs import Output
-from aisp_dist.evaluate.texts import repetition
+from aisp_dist.metrics import repetition
 
 Kind = Literal["sft", "dpo", "kto", "reward", "prompts", "alpaca_eval"]
 KINDS: tuple[Kind, ...] = ("sft", "dpo", "kto", "reward", "prompts", "alpaca_eval")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,7 @@ def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
     digests = {"generator.model": checkpoints.digest("generator.model", base.model, base.revision)}
     if base.chat_template:
         digests["generator.chat_template"] = _hash(Path(base.chat_template).read_bytes())
-    for name, reward in located.rewards.items():
-        if isinstance(reward, ModelReward):
-            digests[f"rewards.{name}"] = checkpoints.digest(f"rewards.{name}.model", reward.model, reward.revision)
-            if reward.chat_template:
-                digests[f"rewards.{name}.chat_template"] = _hash(templates.read(reward.chat_template).encode())
-        elif isinstance(reward, FunctionReward):  # what a server runs is known by its address and the model's name
-            digests[f"rewards.{name}"] = function.digest(reward, base_dir)
+    digests |= reward_digests(located.rewards, base_dir)
     if isinstance(method := located.method, ReControl):
         about = checkpoints.value_network("method.value", method.value)
         if about["digests"]["generator.model"] != digests["generator.model"]:
@@ -84,6 +79,19 @@ def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
             )
         digests["method.value"] = checkpoints.digest("method.value", method.value, None)
     return run.row_settings() | {"digests": digests}
+
+
+def reward_digests(located: Mapping[str, Reward], base_dir: Path) -> dict[str, str]:
+    """Of located rewards: their weights, templates and functions. Raises ConfigError."""
+    digests = {}
+    for name, reward in located.items():
+        if isinstance(reward, ModelReward):
+            digests[f"rewards.{name}"] = checkpoints.digest(f"rewards.{name}.model", reward.model, reward.revision)
+            if reward.chat_template:
+                digests[f"rewards.{name}.chat_template"] = _hash(templates.read(reward.chat_template).encode())
+        elif isinstance(reward, FunctionReward):  # what a server runs is known by its address and the model's name
+            digests[f"rewards.{name}"] = function.digest(reward, base_dir)
+    return digests
 
 
 def fingerprint(parts: dict[str, Any]) -> str:

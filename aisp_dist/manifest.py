@@ -23,6 +23,10 @@ Written by aisp-dist; how is in `run.json` and `config.yaml`.
 | `failed/` | inputs without an answer, with the reason |
 | `candidates/` | kept candidates with raw scores, and the trace of the search |
 """
+_RESCORED = """
+Rescored: the answers of run {run_id} are chosen again, by the rewards in `config.yaml`, among the {candidates} kept of
+{samples} candidates. `nll` is null where another answer than before is selected.
+"""
 
 
 def write_run(place: Place, run: dict[str, Any]) -> None:
@@ -103,4 +107,6 @@ def _card(place: Place) -> bytes:
         for name, folder in TABLES.items()
         if any(file.endswith(".parquet") for file in place.names(folder))  # `datasets` refuses a config without files
     )
-    return f"---\nconfigs:\n{configs}---\n{_ABOUT}".encode()
+    rescored = (read_run(place) or {}).get("rescored")
+    about = _ABOUT + (_RESCORED.format_map(rescored) if rescored else "")
+    return f"---\nconfigs:\n{configs}---\n{about}".encode()

@@ -46,3 +46,11 @@ def diversity(text: str) -> float:
         grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         product *= len(set(grams)) / len(grams) if grams else 1.0
     return product
+
+
+def repetition(text: str) -> float:
+    """Share of 4-grams that have come before in the text: 1 - unique / all (rep-4 of Welleck et al. 2020, arXiv
+    1908.04319); 0 where there are none."""
+    words = text.split()
+    grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0

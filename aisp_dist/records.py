@@ -200,7 +200,8 @@ class Done:
     """A relabelled prompt; becomes one row of data/ and, with save.candidates, one of candidates/.
 
     base: the greedy, uncontrolled answer; never eligible as best. best: the selected candidate, with the report-only
-    rewards filled in too. nll / base_nll: base-model negative log-likelihood per token, in nats.
+    rewards filled in too. nll / base_nll: base-model negative log-likelihood per token, in nats; nll is None where
+    rescoring (rescore.py) has selected another answer than the search did, whose likelihood nobody has asked for.
     curve: best reward so far after each iteration (None while nothing finite was seen).
     prompt_hash: of the prompt's token ids, so that a template or tokenizer that changes shows.
     """
@@ -209,7 +210,7 @@ class Done:
     prompt_tokens: int
     best: Candidate
     base: Candidate
-    nll: float
+    nll: float | None
     base_nll: float
     samples_spent: int
     quarantined: int

@@ -156,9 +156,10 @@ def failed_row(failed: Failed, kind: Kind, columns: Mapping[str, ColumnType], ru
     }
 
 
-def candidates_row(done: Done, keep: Literal["all", "none"] | int, trace: bool) -> Row | None:
-    """A row of candidates/ with the candidates to keep (k: the k best and the k worst); None if nothing is kept."""
-    kept = () if keep == "none" else done.candidates if keep == "all" else _extremes(done.candidates, keep)
+def candidates_row(done: Done, keep: Literal["all", "none"] | tuple[int, int], trace: bool) -> Row | None:
+    """A row of candidates/ with the candidates to keep (a pair: so many best and so many worst); None if nothing is
+    kept."""
+    kept = () if keep == "none" else done.candidates if keep == "all" else _extremes(done.candidates, *keep)
     if not kept and not (trace and done.trace):
         return None
     return {
@@ -241,14 +242,14 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _extremes(candidates: Sequence[Candidate], k: int) -> list[Candidate]:
-    """The k best and the k worst by reward, the earlier of equals first, in order of (iteration, sample)."""
+def _extremes(candidates: Sequence[Candidate], num_best: int, num_worst: int) -> list[Candidate]:
+    """The best and the worst by reward, the earlier of equals first, in order of (iteration, sample)."""
     scored = sorted(
         ((c.iteration, c.sample, reward, c) for c in candidates if (reward := _finite(c.reward)) is not None),
         key=lambda entry: entry[:2],
     )
-    best = sorted(scored, key=lambda entry: -entry[2])[:k]
-    worst = sorted(scored, key=lambda entry: entry[2])[:k]
+    best = sorted(scored, key=lambda entry: -entry[2])[:num_best]
+    worst = sorted(scored, key=lambda entry: entry[2])[:num_worst]
     kept = {entry[:2] for entry in (*best, *worst)}
     return [candidate for iteration, sample, _, candidate in scored if (iteration, sample) in kept]
 

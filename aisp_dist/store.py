@@ -80,7 +80,7 @@ class Store:
         fingerprint: str,
         run_id: str,
         model: str,
-        candidates: Literal["all", "none"] | int,
+        candidates: Literal["all", "none"] | tuple[int, int],
         trace: bool,
         still_owner: Callable[[], bool],
         shard: tuple[int, int] = (0, 1),

@@ -1,4 +1,5 @@
-"""What a finished output says, in a screenful: counts, rewards with intervals, fluency, an example."""
+"""What a finished output says, in a screenful: counts, rewards with intervals, fluency, signs of reward hacking, an
+example."""
 
 from __future__ import annotations
 
@@ -8,15 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from aisp_dist import manifest
+from aisp_dist import guard, manifest
+from aisp_dist.config import Guard
 from aisp_dist.metrics import interval
 from aisp_dist.place import Place
 
-_COLUMNS = ("reward", "base_reward", "rewards", "base_rewards", "nll", "base_nll", "quarantined")
+_COLUMNS = ("reward", "base_reward", "rewards", "base_rewards", "nll", "base_nll", "quarantined", "samples_spent")
+_TALLIED = ["completion", "base_completion", "finish_reason", "reward", "base_reward", "num_tokens", "base_num_tokens"]
+_TALLIED += ["rewards", "base_rewards"]
 
 
-def text(output: Place, seconds: float, samples: int) -> str:
-    """The summary of an output. seconds, samples: of the command that has just ended, for its speed."""
+def text(output: Place, seconds: float, samples: int, bounds: Guard | None = None) -> str:
+    """The summary of an output. seconds, samples: of the command that has just ended, for its speed. bounds: in place
+    of those in run.json."""
     run = manifest.read_run(output)
     if run is None:
         raise FileNotFoundError(f"{output} holds no run.json")
@@ -28,6 +33,8 @@ def text(output: Place, seconds: float, samples: int) -> str:
         out.append("the input is empty, and so is the table")
     if rows.num_rows:
         out += _rewards(rows, run["config"]["rewards"])
+        out += _search(rows, run)
+        out += _guard(data, run["config"], bounds)
         out += _example(data, rows)
     if seconds and samples:
         out.append(f"{samples} samples in {seconds:.0f} s, {samples / seconds:.0f} samples/s")
@@ -66,10 +73,51 @@ def _rewards(rows: pa.Table, rewards: dict[str, Any]) -> list[str]:
             line(f"held out: {name}", base[name], best[name])
         elif len(selecting) > 1:
             line(f"  of it {name}", base[name], best[name])
-    line("base-model NLL / token", _numbers(rows["base_nll"]), _numbers(rows["nll"]))
+    nll = _numbers(rows["nll"])
+    line("base-model NLL / token", _numbers(rows["base_nll"]), nll)
+    if unknown := int(np.isnan(nll).sum()):
+        out.append(
+            f"{unknown} rows without NLL: rescoring has selected another answer, which the base model has not read"
+        )
     if quarantined := int(_numbers(rows["quarantined"]).sum()):
         out.append(f"{quarantined} candidates without a finite reward were set aside")
     return out
+
+
+def _search(rows: pa.Table, run: dict[str, Any]) -> list[str]:
+    out = []
+    method = run["config"].get("method", {})
+    if spend := method.get("spend"):
+        most = method["num_samples"] * (spend["max_iterations"] or method["num_iterations"])
+        out.append(f"samples spent: mean {_numbers(rows['samples_spent']).mean():.1f} of {most} a prompt")
+    if old := run.get("rescored"):
+        out.append(
+            f"rescored: selected among the {old['candidates']} kept of {old['samples']} candidates of {old['output']}"
+        )
+    return out
+
+
+def tally(data: ds.Dataset, config: dict[str, Any]) -> guard.Tally:
+    """The accumulator of guard.py over all rows of data/, a batch at a time."""
+    found = guard.Tally(tuple(name for name, reward in config["rewards"].items() if reward["use"] == "report"))
+    for batch in data.to_batches(columns=_TALLIED):
+        for row in batch.to_pylist():
+            said = row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
+            scores = [[(s["name"], s["value"]) for s in row[column]] for column in ("rewards", "base_rewards")]
+            found.add(
+                (said, row["base_completion"]),
+                row["finish_reason"],
+                (row["reward"], row["base_reward"]),
+                (row["num_tokens"], row["base_num_tokens"]),
+                (scores[0], scores[1]),
+            )
+    return found
+
+
+def _guard(data: ds.Dataset, config: dict[str, Any], bounds: Guard | None) -> list[str]:
+    found = tally(data, config).measures()
+    bounds = bounds or Guard.model_validate(config.get("guard", {}))
+    return [str(found), *(f"warning: {what}" for what in guard.broken(bounds, found))]
 
 
 def _example(data: ds.Dataset, rows: pa.Table) -> list[str]:

@@ -24,7 +24,7 @@ from aisp_dist.schema import Row, as_utf8
 _FOLDERS = (*TABLES.values(), ".staging")
 _NAME = re.compile(r"part-(\d{6,})(\.parquet)?")
 _DATA = ["source_index", "id", "completion", "reward", "base_reward", "reward_difference", "curve", "samples_spent"]
-_DATA += ["best_iteration", "best_sample", "run_id"]
+_DATA += ["best_iteration", "best_sample", "nll", "base_nll", "run_id"]
 _FAILED = ["source_index", "id", "reason", "run_id"]
 _CANDIDATES = ["source_index", "id", "trace.list.element.lengths"]
 _CANDIDATES += [f"candidates.list.element.{name}" for name in ("iteration", "sample", "text", "reward")]
@@ -169,6 +169,11 @@ class _Part:
         self._law("data", rows, "no completion", answered)
         self._law("data", rows, "a reward_difference other than reward - base_reward", difference)
         self._law("data", rows, "a reward other than the end of its curve", curve)
+        self._law("data", rows, "no base_nll", lambda row: row["base_nll"] is not None)
+        if "parent" not in self.run["components"]:  # rescoring knows the likelihood of what was selected before alone
+            self._law(
+                "data", rows, "no nll, which a rescored output alone may lack", lambda row: row["nll"] is not None
+            )
 
     def _candidates(self, rows: dict[int, Row], candidates: Sequence[Row]) -> None:
         self._law("candidates", candidates, "no done row", lambda kept: kept["source_index"] in rows)
@@ -181,11 +186,14 @@ class _Part:
         def best(pair: Row) -> bool:
             return all(c["reward"] is None or c["reward"] <= pair["row"]["reward"] for c in pair["kept"]["candidates"])
 
+        def selected(pair: Row) -> list[Row]:
+            where = (pair["row"]["best_iteration"], pair["row"]["best_sample"])
+            return [c for c in pair["kept"]["candidates"] if (c["iteration"], c["sample"]) == where]
+
         def same_text(pair: Row) -> bool:
-            row, turns = pair["row"], pair["row"]["completion"]
+            turns = pair["row"]["completion"]
             text = turns if isinstance(turns, str) or not turns else turns[-1]["content"]
-            where = (row["best_iteration"], row["best_sample"])
-            return all(c["text"] == text for c in pair["kept"]["candidates"] if (c["iteration"], c["sample"]) == where)
+            return all(c["text"] == text for c in selected(pair))
 
         def spent(pair: Row) -> bool:
             drawn = sum(len(iteration["lengths"]) for iteration in pair["kept"]["trace"])
@@ -193,6 +201,7 @@ class _Part:
 
         self._law("candidates", both, "another id than its data row", lambda p: p["kept"]["id"] == p["row"]["id"])
         self._law("candidates", both, "a better candidate than the one selected", best)
+        self._law("candidates", both, "no best candidate", lambda p: bool(selected(p)) or not p["kept"]["candidates"])
         self._law("candidates", both, "another text for the best candidate than the completion", same_text)
         self._law("candidates", both, "a trace of another number of samples than samples_spent", spent)
 

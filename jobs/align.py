@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from actors.coordinator import Table, TooManyFailed, window
-from aisp_dist import manifest, prompts, summary
+from aisp_dist import guard, manifest, prompts, summary
 from aisp_dist.config import ConfigError
 from jobs import cli, cost, prepare, session, settings
 from jobs.progress import Progress, say
@@ -31,8 +31,7 @@ def main(args: Sequence[str]) -> int:
         raise cli.Exit(3, str(error)) from None
     if nothing_to_do:
         say("every input has its row already: nothing to do")
-        print(summary.text(prepared.output, 0.0, 0))
-        return 0
+        return _end(prepared, 0.0, 0)
     with session.Session(prepared, say, shard) as cluster:
         say(cluster.first_prompt)
         if options.dry_run:
@@ -40,7 +39,19 @@ def main(args: Sequence[str]) -> int:
             return 0
         with Progress(prepared.output, prepared.located, shard=table.shard) as progress:
             cluster.relabel(prepared, table, progress)
-    print(summary.text(prepared.output, progress.seconds, progress.samples))
+    return _end(prepared, progress.seconds, progress.samples)
+
+
+def _end(prepared: prepare.Prepared, seconds: float, samples: int) -> int:
+    """The last word on a whole run. Raises Exit where its guard stops runs: every row is there, and not as wanted."""
+    bounds = prepared.run.guard
+    print(summary.text(prepared.output, seconds, samples, bounds))
+    if bounds.action == "stop" and prepared.output.names("data"):
+        record = prepared.record()["config"]
+        try:
+            guard.judge(bounds, summary.tally(prepared.output.dataset("data"), record), whole=True)
+        except guard.GuardStop as error:
+            raise cli.Exit(1, str(error)) from None
     return 0
 
 

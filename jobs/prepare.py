@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from actors.coordinator import Table
 from aisp_dist import checkpoints, fingerprint, lease, manifest, prompts, schema, weights
-from aisp_dist.config import ConfigError, FunctionReward, HttpReward, ModelReward, Run
+from aisp_dist.config import ConfigError, FunctionReward, HttpReward, ModelReward, Reward, Run
 from aisp_dist.place import Place
 
 _SAMPLE = 1000  # input lines that decide the types of kept columns
@@ -139,19 +139,23 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
 
 def _pin(run: Run, before: dict[str, Any]) -> Run:
     """The run with the revision of every hub model that has none: what the output used before, else today's commit."""
+    generator = _pinned("generator", "generator", run.generator, before.get("generator", {}))
+    return run.model_copy(update={"generator": generator, "rewards": pin_rewards(run, before)})
 
-    def pinned(key: str, role: checkpoints.Role, model: Any, old: dict[str, Any]) -> Any:
-        place = checkpoints.locate(f"{key}.model", model.model, role)
-        if model.revision is not None or Path(place).is_dir():
-            return model
-        known = old.get("revision") if old.get("model") == model.model else None
-        return model.model_copy(update={"revision": known or checkpoints.commit(f"{key}.model", place, None)})
 
-    rewards = {
-        name: pinned(f"rewards.{name}", "reward", reward, before.get("rewards", {}).get(name, {}))
+def pin_rewards(run: Run, before: dict[str, Any]) -> dict[str, Reward]:
+    """The rewards, those of hub models with a revision. before: an earlier configuration, for what that one used."""
+    return {
+        name: _pinned(f"rewards.{name}", "reward", reward, before.get("rewards", {}).get(name, {}))
         if isinstance(reward, ModelReward)
         else reward
         for name, reward in run.rewards.items()
     }
-    generator = pinned("generator", "generator", run.generator, before.get("generator", {}))
-    return run.model_copy(update={"generator": generator, "rewards": rewards})
+
+
+def _pinned(key: str, role: checkpoints.Role, model: Any, old: dict[str, Any]) -> Any:
+    place = checkpoints.locate(f"{key}.model", model.model, role)
+    if model.revision is not None or Path(place).is_dir():
+        return model
+    known = old.get("revision") if old.get("model") == model.model else None
+    return model.model_copy(update={"revision": known or checkpoints.commit(f"{key}.model", place, None)})

@@ -20,6 +20,7 @@ from actors.coordinator import Table
 from actors.figures import Figures, share
 from aisp_dist import lease, manifest
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.guard import GuardStop
 from aisp_dist.place import Place
 from jobs.cli import Exit
 from jobs.prepare import Prepared
@@ -287,6 +288,8 @@ class Session:
                 raise ConfigError(str(cause)) from None
             if isinstance(cause, TooManyFailed):
                 raise Exit(3, str(cause)) from None
+            if isinstance(cause, GuardStop):
+                raise Exit(1, str(cause)) from None
             raise Exit(1, f"{type(cause).__name__}: {cause}; the same command goes on from what is finished") from error
         except RayError as error:
             raise Exit(1, f"{type(error).__name__}: {error}; the same command goes on") from error

@@ -15,16 +15,18 @@ from aisp_dist.align import align
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.model import load
 from aisp_dist.lease import Lease
-from aisp_dist.records import Prompt
+from aisp_dist.records import Failed, Prompt
 from aisp_dist.render import render
 from jobs import prepare, settings
 
-REWARDS = (
-    "def vowels(completions, **_):\n"
-    "    texts = [c if isinstance(c, str) else c[-1]['content'] for c in completions]\n"
-    "    return [sum(letter in 'aeiou' for letter in text) - len(text) / 9 for text in texts]\n"
-    "def words(completions, **_):\n    return [float(len(str(c).split())) for c in completions]\n"
-)
+REWARDS = """
+def texts(completions):
+    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+def vowels(completions, **_):
+    return [sum(letter in "aeiou" for letter in text) - len(text) / 9 for text in texts(completions)]
+def words(completions, **_):
+    return [float(len(text.split())) for text in texts(completions)]
+"""
 AISP = {"kind": "aisp", "num_samples": 4, "num_iterations": 3, "sigma2": 0.3}
 BEST_OF_N = {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "sampling": {"gaussian": 0.3}}
 
@@ -70,7 +72,9 @@ def output(folder: Path, name: str, method: dict[str, Any] = AISP, seed: int = 0
         return [engine.nll(tokens, answer) for answer in answers]
 
     for line in store.plan(prompts.read(run.prompts)):
-        assert isinstance(line, Prompt)
+        if not isinstance(line, Prompt):
+            store.add(Failed(line, line.reason))
+            continue
         tokens = render(line, run.prompts, engine.lm.tokenizer, run.prompts.max_tokens)
         store.add(asyncio.run(align(run, line, tokens, rollout, scored, nll)))
     store.finish()

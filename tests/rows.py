@@ -86,7 +86,7 @@ def store(root: Path | Place, rows_per_file: int = 4, **changes: Any) -> Store:
         fingerprint="f" * 8,
         run_id="f" * 4,
         model="demo",
-        candidates=1,
+        candidates=(1, 1),
         trace=True,
         still_owner=lambda: True,
     )

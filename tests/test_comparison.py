@@ -45,6 +45,21 @@ def test_paired_differences_are_over_the_prompts_that_every_arm_finished(tmp_pat
     assert "where aisp loses most" in text and "1 prompts failed in some arm" in text
 
 
+def test_a_rescored_arm_has_the_likelihoods_that_it_knows(tmp_path):
+    def rescored(name, *unknown):
+        place = write(tmp_path / name, {"x": 1.0, "y": 2.0})
+        file = tmp_path / name / "data/part-000000.parquet"
+        rows = pq.read_table(file).to_pylist()
+        pq.write_table(pa.Table.from_pylist([r | {"nll": None if r["id"] in unknown else 2.0} for r in rows]), file)
+        return [place]
+
+    found = comparison.compare({AISP: rescored("a"), TOP_P: rescored("p", "x"), "none": rescored("n", "x", "y")}, [])
+    arms = {arm.name: arm for arm in found.arms}
+    assert arms[TOP_P].nll == (2, 2, 2) and arms[TOP_P].nll_versus == (0, 0, 0)
+    assert arms["none"].nll is arms["none"].nll_versus is None and arms["base"].nll_versus == (1.5, 1.5, 1.5)
+    assert "nan" not in comparison.text(found)
+
+
 def test_seeds_are_averaged_before_prompts(tmp_path):
     def two(name, a, b):
         return [write(tmp_path / f"{name}0", {"x": a, "y": a}), write(tmp_path / f"{name}1", {"x": b, "y": b})]

@@ -43,12 +43,6 @@ def minilm() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def test_repetition_counts_what_has_come_before():
-    assert texts.repetition("a b c d e f") == texts.repetition("a b c") == texts.repetition("") == 0
-    assert texts.repetition("a b c d a b c d") == 1 / 5  # abcd bcda cdab dabc abcd
-    assert texts.repetition("x " * 10) == 6 / 7
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [("", 0), ("a", 0), ("a b c", 0), ("no, no no", 1), ("a b a b a b", 4), ("z a b c a b c d", 3), ("a b a", 0)],

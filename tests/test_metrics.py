@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aisp_dist.metrics import diversity, interval
+from aisp_dist.metrics import diversity, interval, repetition
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
@@ -37,3 +37,9 @@ def test_diversity():
     assert diversity("") == diversity("one") == 1
     a_b = "a b " * 4  # 8 words: 2 of 7 bigrams, 2 of 6 trigrams, 2 of 5 4-grams are unique
     assert diversity(a_b) == pytest.approx(2 / 7 * 2 / 6 * 2 / 5)
+
+
+def test_repetition_counts_what_has_come_before():
+    assert repetition("a b c d e f") == repetition("a b c") == repetition("") == 0
+    assert repetition("a b c d a b c d") == 1 / 5  # abcd bcda cdab dabc abcd
+    assert repetition("x " * 10) == 6 / 7

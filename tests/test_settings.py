@@ -90,6 +90,10 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "save.rows_per_file": 5,
     "save.flush_seconds": 1.5,
     "save.candidates": "all",
+    "guard.max_truncated": 0.1,
+    "guard.max_repetition": 0.2,
+    "guard.max_length_correlation": 0.3,
+    "guard.held_out_gain": 0.0,
     "runtime.retries": 1,
     "runtime.max_failed": 0.5,
     "runtime.shards": 4,
@@ -162,7 +166,8 @@ WHOLE = {
     "runtime.rewards",
     "method.decode",
     "method.spend",
-}  # unions and mappings: tests of their own
+    "guard.action",  # goes with a bound
+}  # unions, mappings and what is not given alone: tests of their own
 
 
 FREE_REWARD = {"self_test", "api_key_env", "timeout", "retries", "max_parallel", "requests_per_minute"}
@@ -217,6 +222,13 @@ def test_unions_are_replaced_whole_by_a_file_and_by_a_whole_flag(tmp_path):
     assert read(tmp_path, "--method", '{"kind": "best_of_n"}', values=values).method == config.BestOfN()
     assert read(tmp_path, "--method.lambda", "0.7", values=values).method.lambda_ == 0.7
     assert read(tmp_path, "--method.lambda.ess", "0.7", values=values).method.lambda_ == config.Ess(ess=0.7)
+    run = read(tmp_path, "--guard.action", "stop", more=[{"guard": {"max_truncated": 0.1}}])
+    assert (
+        run.guard == config.Guard(max_truncated=0.1, action="stop")
+        and run.row_settings() == read(tmp_path).row_settings()
+    )
+    assert read(tmp_path, "--save.candidates.top", "3").save.keep == (3, 0)
+    assert read(tmp_path, "--save.candidates.top_bottom", "3").save.keep == (3, 3)
     assert read(tmp_path, "--method.num_samples", "5", values=values).method.sigma2 == 0.1
     assert read(tmp_path, "--method.spend.plateau", "2", values=values).method.spend == config.Spend(plateau=2)
     run = read(tmp_path, more=[{"rewards": {"main": {"kind": "function", "function": "a.py:b"}}}])
@@ -254,6 +266,11 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--generator.quantization", "awq"], "generator.quantization: .*'int8' or 'nf4'.*'awq'"),
         (["--method.nope", "1"], "--method.nope"),
         (["--rewards.main.use", "report"], "none has use: select"),
+        (["--guard.action", "stop"], "guard: action is stop, but every bound is null"),
+        (["--guard.max_truncated", "0", "--guard.action", "halt"], "guard.action: .*'warn' or 'stop'"),
+        (["--guard.max_truncated", "1.5"], "guard.max_truncated: .*less than 1"),
+        (["--guard.max_length_correlation", "-2"], "max_length_correlation: .*greater than or equal to -1"),
+        (["--save.candidates", '{"top": 0}'], "save.candidates.*top: .*greater than or equal to 1"),
         (["--runtime.rewards", '{"nobody": {"replicas": 2}}'], "nobody is not among rewards"),
     ],
 )
@@ -261,6 +278,12 @@ def test_a_bad_value_names_key_value_and_rule(args, said, tmp_path):
     with pytest.raises(ConfigError, match=said) as error:
         read(tmp_path, *args)
     assert "\n" not in str(error.value)
+
+
+def test_a_held_out_bound_needs_a_held_out_reward(tmp_path):
+    alone = BASE | {"rewards": {"main": {"kind": "model", "model": "demo"}}}
+    with pytest.raises(ConfigError, match=r"guard.held_out_gain: no reward has use: report"):
+        read(tmp_path, "--guard.held_out_gain", "0", values=alone)
 
 
 def test_unknown_keys_are_refused_with_a_suggestion(tmp_path):
@@ -291,7 +314,7 @@ def test_unreadable_files_are_named(tmp_path):
 def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
     before = read(tmp_path).row_settings()
     for key in VALUES:
-        free = key.startswith(("save.", "runtime.", "compare.", "tune.")) or key in (
+        free = key.startswith(("save.", "guard.", "runtime.", "compare.", "tune.")) or key in (
             "output",
             "prompts.limit",
             "rewards.main.use",

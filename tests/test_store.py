@@ -446,13 +446,13 @@ def test_two_owners_that_stage_at_one_moment_do_not_overwrite_each_other(tmp_pat
 
 
 def test_save_settings_may_change_between_resumes(tmp_path):
-    kept = {"all": 6, "none": 0, 1: 2}
+    kept = ("all", "none", (1, 1), (1, 0))
     for number, candidates in enumerate(kept):
         run(tmp_path, prompts(4 * number + 4), candidates=candidates, trace=candidates != "none")
     rows = {row["source_index"]: row for row in pq.read_table(tmp_path / "candidates").to_pylist()}
     assert len(rows[0]["candidates"]) == 6 and len(rows[0]["trace"]) == 2
     assert not any(n in rows for n in range(4, 8))
-    assert len(rows[8]["candidates"]) == 2
+    assert len(rows[8]["candidates"]) == 2 and len(rows[13]["candidates"]) == 1
 
 
 def test_an_input_that_cannot_be_a_row_is_planned_as_a_bad_input(tmp_path):

@@ -163,9 +163,10 @@ def test_top_bottom_keeps_the_best_and_the_worst_and_all_keeps_the_quarantined()
     def kept(keep):
         return [3 * c["iteration"] + c["sample"] for c in schema.candidates_row(done, keep, True)["candidates"]]
 
-    assert kept(1) == [0, 4]  # the earlier of two equals
-    assert kept(2) == [0, 2, 3, 4]
-    assert kept(50) == [0, 2, 3, 4, 5]
+    assert kept((1, 1)) == [0, 4]  # the earlier of two equals
+    assert kept((2, 2)) == [0, 2, 3, 4]
+    assert kept((50, 50)) == [0, 2, 3, 4, 5]
+    assert [kept((k, 0)) for k in (1, 2, 3, 50)] == [[0], [0, 3], [0, 2, 3], [0, 2, 3, 4, 5]]
     assert kept("all") == [0, 1, 2, 3, 4, 5]
     assert schema.candidates_row(done, "none", True)["candidates"] == []
     assert schema.candidates_row(done, "none", False) is None

@@ -8,17 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aisp_dist import manifest, summary
+from aisp_dist.config import Aisp, Spend
 from aisp_dist.place import Place
 
 
-def output(folder: Path, rows: list[dict]) -> Place:
+def output(folder: Path, rows: list[dict], **config) -> Place:
     rewards = {"a": {"use": "select"}, "b": {"use": "select"}, "judge": {"use": "report"}}
-    manifest.write_run(Place.at(folder), {"config": {"rewards": rewards}})
-    (folder / "data").mkdir()
+    manifest.write_run(Place.at(folder), {"config": {"rewards": rewards} | config})
+    (folder / "data").mkdir(parents=True)
     scores = pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()}))
     fields = {"reward": pa.float64(), "base_reward": pa.float64(), "rewards": scores, "base_rewards": scores,
               "nll": pa.float64(), "base_nll": pa.float64(), "quarantined": pa.int32(), "prompt": pa.string(),
-              "completion": pa.string(), "base_completion": pa.string()}  # fmt: skip
+              "completion": pa.string(), "base_completion": pa.string(), "samples_spent": pa.int32(),
+              "finish_reason": pa.string(), "num_tokens": pa.int32(), "base_num_tokens": pa.int32()}  # fmt: skip
     for part in range(2):
         table = pa.Table.from_pylist(rows[part::2], pa.schema(list(fields.items())))
         pq.write_table(table, folder / "data" / f"part-{part:06d}.parquet")
@@ -31,6 +33,7 @@ def row(reward, base, judge, base_judge, name="x"):
         "rewards": [{"name": "a", "value": reward}, {"name": "b", "value": None}, {"name": "judge", "value": judge}],
         "base_rewards": [{"name": "a", "value": base}, {"name": "b", "value": None},
                          {"name": "judge", "value": base_judge}],
+        "samples_spent": 8, "finish_reason": "stop", "num_tokens": 3, "base_num_tokens": 2,
         "prompt": f"ask {name}", "completion": f"best {name}", "base_completion": f"base {name}",
     }  # fmt: skip
 
@@ -51,6 +54,23 @@ def test_means_are_paired_and_nulls_left_out(tmp_path):
     assert any("4 candidates without a finite reward" in line for line in said)
     assert any("100 samples in 2 s, 50 samples/s" in line for line in said)
     assert "selected  best s   [4.000]" in said, "the example is the row of median gain"
+
+
+def test_what_was_spent_is_said_where_prompts_may_spend_less(tmp_path):
+    method = Aisp(num_samples=4, num_iterations=3, spend=Spend(plateau=1, max_iterations=5)).model_dump(by_alias=True)
+    rows = [row(1.0, 0.0, 1.0, 0.0) | {"samples_spent": spent} for spent in (4, 20, 9)]
+    assert "samples spent: mean 11.0 of 20 a prompt" in summary.text(output(tmp_path / "a", rows, method=method), 0, 0)
+    assert "of 12 a prompt" in summary.text(
+        output(tmp_path / "b", rows, method=method | {"spend": Spend(target=1.0).model_dump()}), 0, 0
+    )
+    assert "samples spent" not in summary.text(output(tmp_path / "c", rows, method=method | {"spend": None}), 0, 0)
+
+
+def test_likelihoods_that_rescoring_does_not_know_are_left_out_and_counted(tmp_path):
+    rows = [row(1.0, 0.0, 1.0, 0.0), row(1.0, 0.0, 1.0, 0.0) | {"nll": None}]
+    said = summary.text(output(tmp_path / "a", rows), 0, 0)
+    assert "1 rows without NLL" in said and "base-model NLL" in said
+    assert "base-model NLL /" not in summary.text(output(tmp_path / "b", rows[1:]), 0, 0)
 
 
 def test_no_rows_say_so(tmp_path):

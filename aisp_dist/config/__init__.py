@@ -3,6 +3,7 @@ is its help text on the command line and in the JSON schema."""
 
 from aisp_dist.config.base import ConfigError, Section, doc
 from aisp_dist.config.compare import Compare, Grids, Tune
+from aisp_dist.config.guard import Guard
 from aisp_dist.config.methods import (
     Aisp,
     Ar1,
@@ -19,7 +20,7 @@ from aisp_dist.config.methods import (
     Spend,
 )
 from aisp_dist.config.rewards import FunctionReward, HttpReward, JudgeSettings, ModelReward, Reward, RewardBase
-from aisp_dist.config.run import Generator, Prompts, Run, Save, TopBottom
+from aisp_dist.config.run import Generator, Prompts, Run, Save, Top, TopBottom
 from aisp_dist.config.runtime import Replicas, RewardReplicas, Runtime, StorageOptions, Timeouts, known_place
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Gaussian",
     "Generator",
     "Grids",
+    "Guard",
     "HttpReward",
     "JudgeSettings",
     "Method",
@@ -55,6 +57,7 @@ __all__ = [
     "Spend",
     "StorageOptions",
     "Timeouts",
+    "Top",
     "TopBottom",
     "Tune",
     "doc",

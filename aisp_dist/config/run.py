@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from aisp_dist.config.base import Section, doc
 from aisp_dist.config.compare import Compare, Tune
+from aisp_dist.config.guard import Guard
 from aisp_dist.config.methods import Aisp, Args, Method
 from aisp_dist.config.rewards import FREE, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
@@ -74,14 +75,31 @@ class Generator(Section):
 class TopBottom(Section):
     top_bottom: int = doc("keep the k best and the k worst candidates of a prompt", ge=1)
 
+    @property
+    def extremes(self) -> tuple[int, int]:
+        return self.top_bottom, self.top_bottom
+
+
+class Top(Section):
+    top: int = doc("keep the k best candidates of a prompt", ge=1)
+
+    @property
+    def extremes(self) -> tuple[int, int]:
+        return self.top, 0
+
 
 class Save(Section):
     """What is written beside the rows, and how often."""
 
-    candidates: Literal["all", "none"] | TopBottom = doc("which candidates are kept", TopBottom(top_bottom=4))
+    candidates: Literal["all", "none"] | TopBottom | Top = doc("which candidates are kept", TopBottom(top_bottom=4))
     trace: bool = doc("keep weights and lengths of every iteration", True)
     rows_per_file: int = doc("input lines a part covers", 1000, ge=1)
     flush_seconds: float = doc("at most this much finished work is lost to a kill", 60.0, ge=0)
+
+    @property
+    def keep(self) -> Literal["all", "none"] | tuple[int, int]:
+        """The candidates kept of a prompt; a pair: so many best and so many worst."""
+        return self.candidates if isinstance(self.candidates, str) else self.candidates.extremes
 
 
 class Run(Section):
@@ -100,6 +118,7 @@ class Run(Section):
     )
     method: Method = doc("how answers are searched", Aisp())
     save: Save = doc("what is written", Save())
+    guard: Guard = doc("bounds on what a gain in reward may cost", Guard())
     runtime: Runtime = doc("where it runs", Runtime())
     compare: Compare = doc("what `aisp compare` runs", Compare())
     tune: Tune = doc("how `aisp tune` searches", Tune())
@@ -126,6 +145,8 @@ class Run(Section):
                     f"method: args asks for rewards at every token, inside the generator, which {what} cannot serve; "
                     "give rewards of kind model or function, and combine: weighted_sum"
                 )
+        if self.guard.held_out_gain is not None and all(reward.use == "select" for reward in self.rewards.values()):
+            raise ValueError("guard.held_out_gain: no reward has use: report; add one that never selects")
         unknown = sorted(set(self.runtime.rewards) - set(self.rewards))
         if unknown:
             raise ValueError(f"runtime.rewards: {', '.join(unknown)} is not among rewards ({', '.join(self.rewards)})")
@@ -136,6 +157,6 @@ class Run(Section):
 
     def row_settings(self) -> dict[str, Any]:
         """Everything in the configuration that can change a row, as JSON values."""
-        beside: dict[str, Any] = dict.fromkeys(("output", "save", "runtime", "compare", "tune"), True)
+        beside: dict[str, Any] = dict.fromkeys(("output", "save", "guard", "runtime", "compare", "tune"), True)
         free = {**beside, "prompts": {"limit"}, "rewards": {"__all__": set(FREE)}}
         return self.model_dump(mode="json", by_alias=True, exclude=free)

@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from aisp_dist import checkpoints, manifest, parts, verify
 from aisp_dist.comparison import words_of
 from aisp_dist.config import ConfigError, Generator, Run
-from aisp_dist.evaluate.texts import immediate_repeat, repetition
-from aisp_dist.metrics import diversity
+from aisp_dist.evaluate.texts import immediate_repeat
+from aisp_dist.metrics import diversity, repetition
 from aisp_dist.place import Place
 from aisp_dist.records import Prompt, Round, Weights
 

@@ -15,14 +15,6 @@ _RESAMPLES = 500
 Embed = Callable[[Sequence[str]], np.ndarray]  # N texts to [N, E] unit vectors
 
 
-def repetition(text: str) -> float:
-    """Share of 4-grams that have come before in the text: 1 - unique / all (rep-4 of Welleck et al. 2020, arXiv
-    1908.04319); 0 where there are none."""
-    words = text.split()
-    grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
-    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
-
-
 def immediate_repeat(text: str) -> int:
     """Words of the longest stretch that says the block before it again, once or more often (ours): `a b a b a b` has 4,
     `no, no no` has 1."""

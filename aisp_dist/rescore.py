@@ -1,0 +1,153 @@
+"""Another configuration's rewards over the stored candidates of a finished prompt. Pure: a row in, a Result out; knows
+neither files nor models.
+
+What follows from fewer candidates than were drawn (save.candidates other than `all`): the answer is the best of those
+that were kept, `curve` is the best so far among them, `quarantined` counts them alone, standardized rewards take mean
+and deviation of those kept of the first iteration, and a trace entry whose samples are not all there has no rewards.
+ESS, KL, weights and `samples_spent` say what the search did, and stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from aisp_dist.config import Run
+from aisp_dist.records import BASE_ITERATION, Candidate, Done, Failed, Iteration, Prompt, Result, Score
+from aisp_dist.rewards.combine import Frozen, combine
+
+Row = Mapping[str, Any]
+Scorer = Callable[[str, Sequence[str]], list[Score]]  # reward name, texts
+
+
+def unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the rewards that score as before: settings (but weight and use) and digests are equal. old, new: the
+    components of the fingerprints."""
+
+    def identity(components: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+        settings = {key: value for key, value in components["rewards"][name].items() if key not in ("weight", "use")}
+        keys = (f"rewards.{name}", f"rewards.{name}.chat_template")
+        return settings, [components["digests"].get(key) for key in keys]
+
+    both = old["rewards"].keys() & new["rewards"].keys()
+    return frozenset(name for name in both if identity(old, name) == identity(new, name))
+
+
+def rescore(run: Run, prompt: Prompt, row: Row, kept: Row, known: Collection[str], score: Scorer) -> Result:
+    """The row of data/ and its row of candidates/, of which at least one was kept, under the rewards of `run`.
+
+    known: rewards whose stored scores hold. Failed where no candidate has a finite reward. `nll` is None where another
+    answer than the row's own is selected: only the base model knows it.
+    """
+    drawn: Sequence[Row] = kept["candidates"]
+    texts = [c["text"] for c in drawn] + [row["base_completion"]]
+    place = {(c["iteration"], c["sample"]): i for i, c in enumerate(drawn)}
+    old_best, base_at = place.get((row["best_iteration"], row["best_sample"])), len(drawn)
+    table: dict[str, list[Score | None]] = {name: [None] * len(texts) for name in run.rewards}
+    table |= {name: _stored(name, row, drawn, old_best) for name in run.rewards if name in known}
+
+    def scores(name: str, which: Sequence[int]) -> list[Score]:
+        """Scores of these texts, the missing ones asked for."""
+        missing = [i for i in which if table[name][i] is None]
+        for i, found in zip(missing, score(name, [texts[i] for i in missing]) if missing else [], strict=True):
+            table[name][i] = found
+        return [one for i in which if (one := table[name][i]) is not None]
+
+    selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
+    raw = {name: scores(name, range(len(texts))) for name in selecting}
+    frozen: Frozen = None
+    combined: list[Score] = []
+    for _, group in groupby(range(len(drawn)), key=lambda i: drawn[i]["iteration"]):
+        iteration = list(group)
+        of_it = {name: [values[i] for i in iteration] for name, values in raw.items()}
+        found, frozen = combine(selecting, run.combine, of_it, frozen)
+        combined += found
+    (base_total,), _ = combine(selecting, run.combine, {name: [values[-1]] for name, values in raw.items()}, frozen)
+
+    def raws(i: int) -> tuple[tuple[str, float | None], ...]:
+        return tuple((name, values[i].value) for name, values in raw.items())
+
+    candidates = [
+        Candidate(
+            iteration=c["iteration"],
+            sample=c["sample"],
+            text=c["text"],
+            token_ids=tuple(c["token_ids"]),
+            finish_reason=c["finish_reason"],
+            reward=total.value,
+            rewards=raws(i),
+            reason=total.reason,
+        )
+        for i, (c, total) in enumerate(zip(drawn, combined, strict=True))
+    ]
+    finite = [(c.reward, -i) for i, c in enumerate(candidates) if c.reward is not None]
+    if not finite:
+        return Failed(prompt, f"no candidate has a finite reward; the first says: {candidates[0].reason}")
+    at = -max(finite)[1]  # the earliest of equals
+    reports = {name: scores(name, [at, base_at]) for name in run.rewards if name not in selecting}
+    extra = [tuple((name, pair[side].value) for name, pair in reports.items()) for side in (0, 1)]
+    selected = candidates[at]
+    stays = old_best is not None and selected.token_ids == candidates[old_best].token_ids
+    return Done(
+        prompt=prompt,
+        prompt_tokens=row["prompt_tokens"],
+        prompt_hash=row["prompt_hash"],
+        best=replace(selected, rewards=(*selected.rewards, *extra[0])),
+        base=Candidate(
+            BASE_ITERATION,
+            0,
+            row["base_completion"],
+            (0,) * row["base_num_tokens"],  # their number alone is stored, and asked for
+            "stop",
+            base_total.value,
+            (*raws(base_at), *extra[1]),
+        ),
+        nll=row["nll"] if stays else None,
+        base_nll=row["base_nll"],
+        samples_spent=row["samples_spent"],
+        quarantined=sum(c.reason is not None for c in candidates),
+        curve=tuple(_best(c for c in candidates if c.iteration <= k) for k in range(len(row["curve"]))),
+        candidates=tuple(candidates),
+        trace=tuple(_iteration(k, step, candidates) for k, step in enumerate(kept["trace"])),
+    )
+
+
+def _stored(name: str, row: Row, drawn: Sequence[Row], best: int | None) -> list[Score | None]:
+    """What the output says of each candidate and, last, of the base answer; None where it does not say. A null is a
+    reward that does not apply or a quarantined one: a candidate's reason tells which, of the base answer nothing."""
+    found = [_score(name, {s["name"]: s["value"] for s in c["rewards"]}, c["reason"]) for c in drawn]
+    selected_by = found[0] is not None
+    if best is not None and not selected_by:  # held out then, and asked of what was selected
+        value = next((s["value"] for s in row["rewards"] if s["name"] == name), None)
+        found[best] = None if value is None else Score(value)
+    base = next((s["value"] for s in row["base_rewards"] if s["name"] == name), None)
+    applies = base is not None or (selected_by and row["base_reward"] is not None)
+    return [*found, Score(base) if applies else None]
+
+
+def _score(name: str, values: Mapping[str, float | None], reason: str | None) -> Score | None:
+    """reason: as combine.py joins those of quarantined rewards, `name: reason; name: reason`."""
+    if name not in values or values[name] is not None or reason is None:
+        return Score(values[name]) if name in values else None
+    told = re.split(f"(?:^|; )({'|'.join(map(re.escape, values))}): ", reason)
+    return Score(None, dict(zip(told[1::2], told[2::2], strict=True)).get(name))
+
+
+def _iteration(k: int, step: Row, candidates: Sequence[Candidate]) -> Iteration:
+    drawn = [c for c in candidates if c.iteration == k]
+    finite = [c.reward for c in drawn if c.reward is not None] if len(drawn) == len(step["lengths"]) else []
+    return Iteration(
+        weights=tuple(step["weights"]),
+        lengths=tuple(step["lengths"]),
+        ess=step["ess"],
+        kl=step["kl"],
+        mean_reward=sum(finite) / len(finite) if finite else None,
+        best_reward=max(finite, default=None),
+    )
+
+
+def _best(candidates: Iterable[Candidate]) -> float | None:
+    return max((c.reward for c in candidates if c.reward is not None), default=None)

@@ -20,6 +20,8 @@ def main(args: Sequence[str]) -> int:
     options = parse.parse_args(args)
     if options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}; it must be at least 1")
+    if (options.out or "x").endswith("/"):
+        raise ConfigError(f"--out is {options.out}, a folder; name a file in it")
 
     from aisp_dist.report import page, sources
 

@@ -255,6 +255,13 @@ def test_other_budgets_prompts_or_rewards_are_refused(made, capsys, tmp_path):
     (folder / "comparison.json").write_text('{"arms": []}')
     code, said = report(capsys, folder)
     assert code == 2 and "comparison.json is none that this version reads" in said
+    document = json.loads((made / "comparison.json").read_text())
+    del document["arms"][1]["won"]
+    (folder / "comparison.json").write_text(json.dumps(document))
+    code, said = report(capsys, folder)
+    assert code == 2 and "its arms have no won" in said
+    code, said = report(capsys, made, "--out", f"{tmp_path}/")
+    assert code == 2 and "name a file in it" in said
     assert not list(tmp_path.rglob("*.html"))
 
 

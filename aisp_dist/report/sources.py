@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,9 @@ def _comparison(place: Place) -> tuple[Place, Json] | None:
             there = json.loads(data)
             if not (there["arms"] and there["main"] in there["outputs"]):
                 raise ValueError("its main arm is not among its outputs")
+            names = {figure.name for figure in fields(comparison.Arm)}
+            if missing := {name for arm in there["arms"] for name in names - arm.keys()}:
+                raise ValueError(f"its arms have no {', '.join(sorted(missing))}")
             return root, there
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(

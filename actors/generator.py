@@ -42,13 +42,14 @@ class Generator:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from aisp_dist.engine import decode, guide, model
+        from aisp_dist.engine import decode, model
+        from aisp_dist.rewards import stepwise
 
         settings = self.run.generator
         torch.set_num_threads(self.threads)
         disable_progress_bar()  # noise in job logs
         lm = await asyncio.to_thread(model.load, settings)
-        guided = await asyncio.to_thread(guide.load, self.run, self.base_dir, lm.device)
+        guided = await asyncio.to_thread(stepwise.load, self.run, self.base_dir, lm.device)
         sizes = settings.batch_rows, settings.max_new_tokens
         self.engine = decode.Engine(lm, *sizes, settings.stop, guide=guided)
         self.began = time.monotonic()

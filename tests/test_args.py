@@ -13,6 +13,7 @@ from aisp_dist import rewards
 from aisp_dist.config import Generator, ModelReward, Run
 from aisp_dist.engine import decode, guide, model
 from aisp_dist.records import Prompt, Round, Sampling, TokenReward
+from aisp_dist.rewards import stepwise
 from aisp_dist.rewards.model import encode_chat
 from aisp_dist.rewards.prefix import Chain, Classifier
 
@@ -37,7 +38,7 @@ def lm(folders):
 @pytest.fixture(scope="module")
 def judge(folders):
     settings = {"r": {"kind": "model", "model": str(folders[1]), "self_test": False}}
-    return guide.load(run(settings), folders[1], torch.device("cpu"))
+    return stepwise.load(run(settings), folders[1], torch.device("cpu"))
 
 
 def run(settings: dict, **more: object) -> Run:
@@ -127,7 +128,7 @@ def test_several_rewards_are_summed_by_weight_and_a_missing_one_is_left_out(tmp_
         "def c(prompts, completions): return [float('nan') if len(x[-1]['content']) > 2 else 0 for x in completions]\n"
     )
     settings = {n: {"kind": "function", "function": f"r.py:{n}", "weight": 2.0} for n in "abc"}
-    judged = guide.load(run(settings), tmp_path, torch.device("cpu")).judge(("p", 0), PROMPT, ["x", "xx", "xxx"])
+    judged = stepwise.load(run(settings), tmp_path, torch.device("cpu")).judge(("p", 0), PROMPT, ["x", "xx", "xxx"])
     assert judged == [2.0, 24.0, None]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
 from actors.generator import Generator
-from aisp_dist.config import Generator as Settings
+from aisp_dist.config import Run
 from aisp_dist.records import Round, Sampling
 
 
@@ -17,7 +18,13 @@ from aisp_dist.records import Round, Sampling
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     tiny.save("llama", folder)
-    return Settings(model=str(folder), max_new_tokens=12, batch_rows=32)
+    return Run.model_validate(
+        {
+            "output": "o",
+            "generator": {"model": str(folder), "max_new_tokens": 12, "batch_rows": 32},
+            "rewards": {"r": {"kind": "function", "function": "r.py:f"}},
+        }
+    )
 
 
 def round_of(prompt: str, samples: int = 4) -> Round:
@@ -25,7 +32,7 @@ def round_of(prompt: str, samples: int = 4) -> Round:
 
 
 async def loaded(settings) -> Generator:
-    generator = Generator(settings, "generator-0", 1)
+    generator = Generator(settings, Path(), "generator-0", 1)
     assert await generator.load() == generator.engine.lm.context_length
     return generator
 

@@ -28,7 +28,6 @@ from aisp_dist.engine.guide import Guide, Unscored, choose
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.step import ENDED, FINITE, STEP, Batch, Replay, Seat
 from aisp_dist.records import Ascent, Finish, Rollout, Round, TokenReward, Trajectory
-from aisp_dist.rewards import RewardError
 
 _STRIDE = 8  # steps of a GPU before the host looks: rows that end in between wait for it
 _HEAD_ROWS = 256  # positions per head product in nll, to bound the logits
@@ -289,7 +288,7 @@ class Engine:
                     token_B[slot] = choose(
                         self.guide.judge, self.lm, self.end_ids, row.job.round, row.sample, tokens, logits_BV[slot]
                     )
-                except (Unscored, RewardError) as error:
+                except Unscored as error:
                     self._unscored.append(DecodeError(row.job.round, str(error)))
         return token_B
 

@@ -105,9 +105,11 @@ def read(places: Sequence[Place]) -> Source:
 
 
 def _comparison(place: Place) -> tuple[Place, Json] | None:
-    """comparison.json and the place it lies in; None for the output of a run."""
+    """comparison.json and the place it lies in; None for the output of a run, also where a comparison lies in it: that
+    is named by its own folder."""
+    a_run = place.read("run.json") is not None
     for root in (place, place / "compare"):
-        if (data := root.read("comparison.json")) is None:
+        if (data := root.read("comparison.json")) is None or (a_run and root != place):
             continue
         try:
             there = json.loads(data)
@@ -121,7 +123,7 @@ def _comparison(place: Place) -> tuple[Place, Json] | None:
             raise ConfigError(
                 f"{root}/comparison.json is none that this version reads ({error!r}); `aisp compare` writes it again"
             ) from None
-    if place.read("run.json") is None:
+    if not a_run:
         raise ConfigError(
             f"{place} holds neither run.json nor comparison.json; name the output of a finished `aisp align` or "
             "`aisp compare`"

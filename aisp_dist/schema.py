@@ -3,6 +3,9 @@
 Lists of structs stand where a dict keyed by name might, so that the schema depends on the prompt format and the kept
 columns only. Knows no files and no parts. No row holds a time, a host or a path.
 
+Of data/, `reward` is the end of `curve`, which is of the candidates drawn (of those kept, where rescore.py chose among
+them), and `nll` is null only where rescoring has selected another answer than the search did.
+
 Kept columns. A column's type is decided once, before the first row, from a sample of the inputs (`column_types`): bool,
 int64, float64 (integers among floats are floats) or string if all its values agree, else `json`: a string column that
 holds each value as JSON text. An input whose value does not fit its column later becomes a failed row with the reason,

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from actors.coordinator import Table
 from aisp_dist import endpoint, fingerprint, manifest, parts, rescore, rewards, schema, summary
-from aisp_dist.config import ConfigError, Run
+from aisp_dist.config import ConfigError, ModelReward, Run
 from aisp_dist.evaluate.outputs import Output, open_output
 from aisp_dist.lease import Lease, LeaseLost
 from aisp_dist.place import Place
@@ -45,6 +45,10 @@ def main(args: Sequence[str]) -> int:
     prepared = _prepare(parent, Path(options.config), options.out)
     known = rescore.unchanged(parent.record["components"], prepared.components)
     scorer = _Scorer(prepared)
+    if any(isinstance(reward, ModelReward) for reward in prepared.run.rewards.values()):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     for name in prepared.run.rewards.keys() - known:
         scorer.load(name)  # what cannot be loaded is said before anything is written
     note = {"output": str(parent), "run_id": parent.record["run_id"], "candidates": kept, "samples": drawn}
@@ -191,7 +195,8 @@ def _fill(parent: Output, prepared: Prepared, lease: Lease, result: Callable[[In
         if line.source_index // size != part or time.monotonic() - flushed > run.save.flush_seconds:
             store.flush()
             flushed = time.monotonic()
-            say(f"{line.source_index} inputs are through")
+            if line.source_index:
+                say(f"{line.source_index} inputs are through")
         if line.source_index // size != part:
             part = line.source_index // size
             tables = parts.read_rows(parent.place, part, (part + 1) * size, schemas)

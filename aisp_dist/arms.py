@@ -26,6 +26,13 @@ def arms(run: Run) -> dict[str, Method]:
     found = {name: method for name, method in named.items() if method is not None}
     if not found:
         raise ConfigError("compare.arms: every arm is null; leave one")
+    if BASE in found:
+        raise ConfigError(f"compare.arms: {BASE!r} is what the greedy answers are called; give another name")
+    rules = {m.spend for m in found.values() if m.num_samples * m.num_iterations > 1}
+    if len(rules) > 1:
+        raise ConfigError(
+            "compare.arms: methods are compared under one rule of spending, but `spend` differs; give all the same"
+        )
     sizes = {name: m.num_samples * m.num_iterations for name, m in found.items()}
     other = {name: n for name, n in sizes.items() if n not in (1, max(sizes.values()))}
     if other:

@@ -36,9 +36,9 @@ class Arm:
     name: str
     prompts: int
     samples: float
-    reward: Interval
-    versus: Interval
-    won: float
+    reward: Interval | None
+    versus: Interval | None
+    won: float | None
     nll: Interval | None
     nll_versus: Interval | None
     diversity: Interval
@@ -68,9 +68,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Table:
-    """One finished output: its rows, the lengths of its samples by iteration, its method and how long it took."""
+    """One finished output: its rows, ids that failed, the lengths of its samples by iteration, its method and how long
+    it took."""
 
     rows: Mapping[str, Row]
+    failed: frozenset[str]
     lengths: Mapping[str, Sequence[Sequence[int]]]
     method: Method | None
     seconds: float | None
@@ -81,10 +83,11 @@ def compare(
     held_out: Sequence[str],
     main: str = AISP,
     found: Mapping[str, Method] | None = None,
+    limit: int | None = None,
 ) -> Comparison:
-    """`outputs`: for each arm its finished outputs, one a seed. found: the arms' methods, for what they cost. Raises
-    ConfigError where the outputs have no prompt in common."""
-    tables = {arm: [_read(place, (found or {}).get(arm)) for place in places] for arm, places in outputs.items()}
+    """`outputs`: for each arm its finished outputs, one a seed. found: the arms' methods, for what they cost. limit: of
+    the inputs, where an output has more. Raises ConfigError where the outputs have no prompt in common."""
+    tables = {arm: [_read(place, (found or {}).get(arm), limit) for place in places] for arm, places in outputs.items()}
     everything = [table.rows.keys() for seeds in tables.values() for table in seeds]
     shared = sorted(set.intersection(*map(set, everything)), key=list(everything[0]).index)
     if not shared:
@@ -115,40 +118,47 @@ def compare(
                 name=name,
                 prompts=int(finite.sum()),
                 samples=1.0 if base else float(mean(arm, _number("samples_spent")).mean()),
-                reward=interval(reward[finite]),
-                versus=interval((ours - reward)[finite]),
-                won=float(((ours > reward) + (ours == reward) / 2)[finite].mean()),
+                reward=_spread(reward),
+                versus=_spread(ours - reward),
+                won=float(((ours > reward) + (ours == reward) / 2)[finite].mean()) if finite.any() else None,
                 nll=_spread(nll),
                 nll_versus=_spread(our_nll - nll),
                 diversity=interval(mean(arm, _diversity(f"{prefix}completion"))),
                 num_tokens=float(mean(arm, _number(f"{prefix}num_tokens")).mean()),
                 held_out={n: spread for n, v in scores.items() if (spread := _spread(v))},
                 held_out_versus={n: spread for n, v in scores.items() if (spread := _spread(our_held_out[n] - v))},
-                std=float(by_seed[:, finite].mean(axis=1).std(ddof=1)) if len(by_seed) > 1 else None,
+                std=float(by_seed[:, finite].mean(axis=1).std(ddof=1)) if len(by_seed) > 1 and finite.any() else None,
                 auc=None if base else _auc(tables[name], shared),
                 model_tokens=_mean([cost.model_tokens for cost in costs if cost]),
                 reward_calls=_mean([cost.reward_calls for cost in costs if cost]),
                 seconds=_mean([table.seconds for table in tables[name] if table.seconds]) if not base else None,
             )
         )
-    seen = set.union(*map(set, everything))
+    seen = set[str]().union(*(t.rows.keys() | t.failed for seeds in tables.values() for t in seeds))
     return Comparison(main, tuple(arms), _loss(tables, shared, main), len(seen) - len(shared))
 
 
 def _spread(values: np.ndarray) -> Interval | None:
-    """Of the values that there are; None where there is none, as no NLL in an output whose answers were rescored."""
+    """Of the values that there are; None where there is none: no NLL of answers that were selected again, no reward of
+    a base answer."""
     there = values[np.isfinite(values)]
     return interval(there) if there.size else None
 
 
-def _read(output: Place, method: Method | None) -> _Table:
-    data = output.dataset("data")
-    columns = [name for name in _COLUMNS if name in data.schema.names]
-    rows = {row["id"]: row for row in data.to_table(columns=columns).to_pylist()}
-    kept = output.dataset("candidates").to_table(columns=["id", "trace"]) if output.names("candidates") else None
-    traces = {} if kept is None else {row["id"]: row["trace"] for row in kept.to_pylist() if row["trace"]}
+def _read(output: Place, method: Method | None, limit: int | None) -> _Table:
+    def table(folder: str, columns: Sequence[str]) -> list[Row]:
+        if not output.names(folder):
+            return []
+        there = output.dataset(folder)
+        wanted = [name for name in (*columns, "source_index") if name in there.schema.names]
+        rows: list[Row] = there.to_table(columns=wanted).to_pylist()
+        return rows if limit is None else [row for row in rows if row["source_index"] < limit]
+
+    rows = {row["id"]: row for row in table("data", _COLUMNS)}
+    traces = {row["id"]: row["trace"] for row in table("candidates", ["id", "trace"]) if row["trace"]}
     lengths = {id: [iteration["lengths"] for iteration in trace] for id, trace in traces.items()}
-    return _Table(rows, lengths, method, seconds(output))
+    failed = frozenset(row["id"] for row in table("failed", ["id"]))
+    return _Table(rows, failed, lengths, method, seconds(output))
 
 
 def seconds(output: Place) -> float | None:
@@ -174,9 +184,12 @@ def _costs(table: _Table, shared: Sequence[str]) -> methods.Spent | None:
 
 
 def _auc(tables: Sequence[_Table], shared: Sequence[str]) -> float | None:
-    """The best reward so far, averaged over iterations, seeds and prompts; None for methods of one iteration."""
+    """The best reward so far, averaged over iterations, seeds and prompts; None for methods of one iteration. A prompt
+    that stopped early has its last value from there on."""
     curves = [row.get("curve") or [] for table in tables for row in (table.rows[id] for id in shared)]
-    longest = max(map(len, curves))
+    spend = tables[0].method.spend if tables[0].method else None
+    most = (spend and spend.max_iterations) or (tables[0].method.num_iterations if tables[0].method else 0)
+    longest = max(most, *map(len, curves))
     if longest < 2:
         return None
     padded = [[_or_nan(r) for r in (*c, *[c[-1]] * (longest - len(c)))] for c in curves if c]
@@ -210,7 +223,7 @@ def words_of(completion: Any) -> str:
 def _loss(tables: Mapping[str, Sequence[_Table]], shared: Sequence[str], main: str) -> dict[str, Any] | None:
     if TOP_P not in tables or main == TOP_P:
         return None
-    ours, theirs = tables[main][0].rows, tables[TOP_P][0].rows
+    ours, theirs = tables[main][0].rows, tables[TOP_P][0].rows  # of the first seed
     worst = min(shared, key=lambda id: ours[id]["reward"] - theirs[id]["reward"])
     if ours[worst]["reward"] >= theirs[worst]["reward"]:
         return None
@@ -237,24 +250,28 @@ def text(result: Comparison) -> str:
         reach.append([*cells, _short(arm.nll), f"{arm.diversity.mean:.2f}"])
         quality = ("" if v is None else f"{v:.2f}" for v in (arm.std, arm.auc))
         costs = ("" if v is None else f"{v:.0f}" for v in (arm.model_tokens, arm.reward_calls, arm.seconds))
-        spend.append([arm.name, *quality, "" if ours else f"{arm.won:.0%}", f"{arm.num_tokens:.0f}", *costs])
+        spend.append(
+            [arm.name, *quality, "" if ours or arm.won is None else f"{arm.won:.0%}", f"{arm.num_tokens:.0f}", *costs]
+        )
     out = [*aligned(reach), "", *aligned(spend)]
-    out.append(
-        "std: of the mean reward over seeds; area: best reward so far over the samples; the last three: a prompt's"
-    )
-    out[-1] += ", seconds of the whole arm"
-    if result.left_out:
-        out.append(f"{result.left_out} prompts failed in some arm and are left out of all")
+    out.append("std: of the mean reward over seeds. area: the best reward so far, averaged over the samples.")
+    out.append("drawn tokens, reward calls: of a prompt. seconds: of the arm")
+    most = max(arm.prompts for arm in result.arms)
+    left_out = f"; {result.left_out} that failed in some arm are left out" if result.left_out else ""
+    out.append(f"over {most} prompts{left_out}")
+    for arm in result.arms:
+        if arm.prompts < most:
+            out.append(f"{arm.name}: over the {arm.prompts} of them with a reward")
     if loss := result.loss:
         out += [
             "",
             f"where {main} loses most to {TOP_P}:",
             f"prompt     {loss['prompt']}",
-            f"aisp       {loss['aisp']}   [{loss['aisp_reward']:.3f}]",
+            f"{main:10} {loss['aisp']}   [{loss['aisp_reward']:.3f}]",
             f"best-of-n  {loss['best_of_n']}   [{loss['best_of_n_reward']:.3f}]",
         ]
     elif any(arm.name == TOP_P for arm in result.arms):
-        out.append(f"on no prompt does {main} lose to {TOP_P}")
+        out.append(f"on no prompt does {main} lose to {TOP_P} (first seed)")
     return "\n".join(out)
 
 

@@ -9,6 +9,7 @@ would train on.
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ class Rejected:
         """Raises ConfigError."""
         rule, _, floor = text.partition(":")
         try:
-            if rule == "lowest-above":
+            if rule == "lowest-above" and math.isfinite(float(floor)):
                 return cls("lowest-above", float(floor))
             if rule in ("base", "worst", "median") and not floor:
                 return cls(rule)  # type: ignore[arg-type]

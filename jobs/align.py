@@ -63,7 +63,8 @@ def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -
     say(f"trial: the first {min(few, inputs)} prompts, searched for real and thrown away")
     figures, seconds, size = cluster.trial(table, few)
     actors = int(figures.alive.get("generator", 1))
-    return f"{cost.text(run, inputs, figures, seconds, actors, size, figures.done)}\nnothing was written"
+    each = figures.samples / max(figures.finished, 1)
+    return f"{cost.text(run, inputs, figures, seconds, actors, size, figures.done, each)}\nnothing was written"
 
 
 def _shard(text: str, coordinators: int) -> tuple[int, int]:

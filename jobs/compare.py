@@ -34,9 +34,16 @@ def main(args: Sequence[str]) -> int:
     if unknown := sorted(set(options.case or ()) - set(cases)):
         raise ConfigError(f"--case {unknown[0]!r} is not among compare.cases ({', '.join(cases) or 'none'})")
     wanted = {name: case for name, case in cases.items() if not options.case or name in options.case}
-    for case in wanted.values():  # all that can be refused is, before the first is run
-        arms.arms(case)
+    taken: dict[str, str] = {}
+    for name, case in wanted.items():  # all that can be refused is, before the first is run
         prepare.check(case, base_dir)
+        for arm in arms.arms(case):
+            for seed in range(case.compare.seeds):
+                place = f"{folder(name) if name else ''}/{_output(arm, seed)}"
+                if place in taken:
+                    other = f"compare.cases {taken[place]} {name}" if name else f"compare.arms {taken[place]}, {arm}"
+                    raise ConfigError(f"{other}: two would be written to compare/{place}; give them other names")
+                taken[place] = f"{name}: {arm}" if name else arm
     for name, case in wanted.items():
         if name:
             print(f"\n{name}")
@@ -59,7 +66,7 @@ def _compare(run: Run, base_dir: Path, output: Place) -> None:
     held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
     outputs = {arm: [p.output for p in seeds] for arm, seeds in plans.items()}
     main = arms.main_arm(run, found)
-    result = comparison.compare(outputs, held_out, main, found)
+    result = comparison.compare(outputs, held_out, main, found, _limit(run, run.compare.prompts))
     places = {arm: [place.uri.removeprefix(f"{output.uri}/") for place in seeds] for arm, seeds in outputs.items()}
     output.write("comparison.json", json.dumps(result.json() | {"outputs": places}, indent=2).encode())
     print(comparison.text(result))
@@ -72,29 +79,34 @@ def _compare(run: Run, base_dir: Path, output: Place) -> None:
     pilot = outputs[main][0]
     size = sum(sum(pilot.sizes(table).values()) for table in ("data", "candidates"))
     rows = pilot.dataset("data").count_rows()
-    print("\n" + cost.text(run, everything.value, figures, filling.seconds, filling.actors, size, rows))
+    each = next(arm.samples for arm in result.arms if arm.name == main)
+    print("\n" + cost.text(run, everything.value, figures, filling.seconds, filling.actors, size, rows, each))
 
 
 def prepare_all(
     run: Run, base_dir: Path, output: Place, found: Mapping[str, Method], prompts: int, seeds: int
 ) -> dict[str, list[Prepared]]:
     """An output for every arm and seed, in folders of `output`, checked. Traces are kept: the comparison reads them."""
-    limit = prompts if run.prompts.limit is None else min(prompts, run.prompts.limit)
-    folders = [folder(arm) for arm in found]
-    if twice := {f for f in folders if folders.count(f) > 1}:
-        raise ConfigError(f"compare.arms: two arms would both be written to {min(twice)!r}; give them other names")
 
     def prepared(arm: str, method: Method, seed: int) -> Prepared:
         changed = {
             "method": method,
-            "output": str(output / (folder(arm) + (f"-seed{seed}" if seed else ""))),
+            "output": str(output / _output(arm, seed)),
             "seed": run.seed + seed,
-            "prompts": run.prompts.model_copy(update={"limit": limit}),
+            "prompts": run.prompts.model_copy(update={"limit": _limit(run, prompts)}),
             "save": run.save.model_copy(update={"trace": True}),
         }
         return prepare.prepare(run.model_copy(update=changed), base_dir)
 
     return {arm: [prepared(arm, method, seed) for seed in range(seeds)] for arm, method in found.items()}
+
+
+def _limit(run: Run, prompts: int) -> int:
+    return prompts if run.prompts.limit is None else min(prompts, run.prompts.limit)
+
+
+def _output(arm: str, seed: int) -> str:
+    return folder(arm) + (f"-seed{seed}" if seed else "")
 
 
 class Filling:

@@ -7,10 +7,12 @@ from actors.figures import Figures
 from aisp_dist.config import Run
 
 
-def text(run: Run, inputs: int, figures: Figures, seconds: float, actors: int, size: int, rows: int) -> str:
+def text(
+    run: Run, inputs: int, figures: Figures, seconds: float, actors: int, size: int, rows: int, each: float
+) -> str:
     """Time, replicas, GPU-hours and bytes of `inputs` prompts. figures, seconds: of what `actors` generators drew here;
-    size: bytes of `rows` rows."""
-    wanted = inputs * run.method.num_samples * run.method.num_iterations
+    size: bytes of `rows` rows; each: samples that a prompt was seen to spend, which counts where method.spend rules."""
+    wanted = round(inputs * (each if run.method.spend else run.method.num_samples * run.method.num_iterations))
     whole = f"full run: {inputs} prompts, {wanted} samples"
     if not figures.busy.get("generator") or not rows:
         return f"{whole}; nothing was drawn here to tell what they cost"

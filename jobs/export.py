@@ -44,7 +44,7 @@ def main(args: Sequence[str]) -> int:
     parse = settings.parser("export", cli.VERBS["export"], config=False)
     parse.add_argument("outputs", nargs="+", metavar="OUTPUT", help="finished outputs; those of one kind of prompt")
     parse.add_argument("--to", action="append", required=True, choices=export.KINDS, help="may be repeated")
-    parse.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    parse.add_argument("--out", required=True, help="local directory to write; must not exist")
     parse.add_argument("--rejected", default="base", help="base (default), worst, median, or lowest-above:FLOOR")
     parse.add_argument("--sft-format", default="prompt-completion", choices=("prompt-completion", "messages"))
     for name, kind, about in _FILTERS:
@@ -55,6 +55,9 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument("--partial", action="store_true", help="of an output that is not finished, what is there")
     parse.add_argument("--push-to-hub", metavar="REPO", help="upload the directory as a private dataset")
     options = parse.parse_args(args)
+    if "://" in options.out:
+        raise ConfigError(f"--out: {options.out!r} is no local directory; write to one and copy it, or --push-to-hub")
+    options.out = Path(options.out)
     found = [outputs.open_output(Place.at(name)) for name in options.outputs]
     rejected, filters = export.Rejected.parse(options.rejected), _filters(options, found)
     chat = _chat(found)
@@ -121,17 +124,19 @@ def _table(
         for example in export.examples(output, rejected):
             yield replace(example, id=f"{output.record['run_id']}/{example.id}") if several else example
 
-    kept = (example for example in chain.from_iterable(map(named, found)) if sieve(example))
+    kept = filter(sieve, chain.from_iterable(map(named, found)))
     folder = staged / kind
     folder.mkdir(parents=True)
     if kind == "alpaca_eval":
         answers, several_turns = [], 0
-        for example in kept:
-            row = {"id": example.id, "prompt": example.prompt, "completion": example.chosen}
-            try:
-                answers += alpaca_eval([row], f"{found[0].run.generator.model} + {found[0].run.method.kind}")
-            except ValueError:
-                several_turns += 1
+        for output in found:
+            name = f"{output.run.generator.model} + {output.run.method.kind}"
+            for example in filter(sieve, named(output)):
+                row = {"id": example.id, "prompt": example.prompt, "completion": example.chosen}
+                try:
+                    answers += alpaca_eval([row], name)
+                except ValueError:
+                    several_turns += 1
         (folder / "outputs.json").write_text(json.dumps(answers, indent=1, ensure_ascii=False), encoding="utf-8")
         sieve.removed.update({"several turns": several_turns} if several_turns else {})
         rows = sieve.passed = len(answers)

@@ -117,7 +117,12 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, a
         kind = f"{at}.*" if at in ("rewards", "compare.arms") else here
         whole = kind in _UNIONS or (
             kind in _KINDS
-            and not (flags and isinstance(was, Mapping) and value.get("kind", was.get("kind")) == was.get("kind"))
+            and not (
+                flags
+                and isinstance(was, Mapping)
+                and isinstance(value, Mapping)
+                and value.get("kind", was.get("kind")) == was.get("kind")
+            )
         )
         both = isinstance(value, Mapping) and isinstance(was, Mapping)
         if at == "rewards" and value is None:  # as a case leaves one out

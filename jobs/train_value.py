@@ -27,7 +27,7 @@ _TOGETHER = 64  # prompts decoded and scored at a time
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("train-value", cli.VERBS["train-value"])
-    parse.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    parse.add_argument("--out", type=Path, help="directory to write; must not exist")
     parse.add_argument("--case", help="one of compare.cases")
     parse.add_argument("--prompts", type=int, default=1000, help="training prompts: those after compare's (1000)")
     parse.add_argument("--held-out", type=float, default=0.1, help="share of them that only measures (0.1)")
@@ -43,6 +43,8 @@ def main(args: Sequence[str]) -> int:
             raise ConfigError(f"--{name} is {getattr(options, name)}; it must be above 0")
     if not 0 < options.held_out < 1:
         raise ConfigError(f"--held-out is {options.held_out}; it must be between 0 and 1")
+    if options.out is None:
+        raise ConfigError("--out: missing; name the directory to write the value network to")
     if options.out.exists():
         raise ConfigError(f"--out: {str(options.out)!r} is there already; name another directory, or remove it")
     cases = settings.cases(run)

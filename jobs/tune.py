@@ -3,16 +3,18 @@ configuration with what was found. Every trial is an ordinary output under tune/
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
 from aisp_dist import arms, metrics, prompts, tuning
-from aisp_dist.config import Aisp, ConfigError, Method, Run
+from aisp_dist.config import Aisp, BestOfN, ConfigError, Method, Run
 from aisp_dist.place import Place
 from jobs import cli, compare, prepare, settings
 from jobs.progress import say
@@ -23,7 +25,7 @@ def main(args: Sequence[str]) -> int:
     for name, about in (("prompts", "of a trial"), ("trials", "of each arm")):
         parse.add_argument(f"--{name}", type=int, help=f"{about} (tune.{name})")
     parse.add_argument("--search", choices=("grid", "tpe"), help="tune.search")
-    parse.add_argument("--arms", help="names of the arms to tune, with commas (all of compare's with settings to tune)")
+    parse.add_argument("--arm", action="append", help="an arm to tune, may be repeated (all of compare's)")
     options, run, base_dir = settings.read(parse, args)
     given = {n: v for n in ("prompts", "trials", "search") if (v := getattr(options, n)) is not None}
     secrets = {"runtime": {"storage_options"}}
@@ -31,7 +33,7 @@ def main(args: Sequence[str]) -> int:
     run = settings.check(values | {"tune": values["tune"] | given}).model_copy(update={"runtime": run.runtime})
     if run.compare.cases:
         raise ConfigError("compare.cases: one case is tuned at a time; give a configuration without cases")
-    wanted = _arms(run, options.arms)
+    wanted = _arms(run, options.arm)
     for method in wanted.values():
         for point, _ in tuning.grid_points(tuning.grids(method, run.tune), run.tune.trials, run.seed):
             tuning.placed(method, point)
@@ -39,21 +41,22 @@ def main(args: Sequence[str]) -> int:
     output = Place.at(run.output, run.runtime.storage_options) / "tune"
     with compare.Filling() as filling:
         found = {arm: _search(run, base_dir, output, arm, method, filling) for arm, method in wanted.items()}
-    _write(output, values, run, wanted, found)
+    _write(output, values, run, found)
     for arm, search in found.items():
         best = search.best
         at = ", ".join(f"{name} {value:.4g}" for name, value in best.point.items())
         print(f"{arm:24}{at:44}reward {metrics.Interval(*best.reward)}, NLL {best.nll:.3f} (base {best.base_nll:.3f})")
-    print(f"\ntuned: {output}/tuned.yaml; next: aisp compare {output}/tuned.yaml")
+    first = run.compare.prompts
+    print(f"\nnext, on the first {first} prompts (those after were tuned on): aisp compare {output}/tuned.yaml")
     return 0
 
 
-def _arms(run: Run, names: str | None) -> dict[str, Method]:
+def _arms(run: Run, names: Sequence[str] | None) -> dict[str, Method]:
     found = {arm: m for arm, m in arms.arms(run).items() if not (isinstance(m, Aisp) and m.shuffle_rewards)}
     found = {arm: m for arm, m in found.items() if arm != arms.RANDOM}
-    chosen = names.split(",") if names else list(found)
+    chosen = names or list(found)
     if unknown := [name for name in chosen if name not in found]:
-        raise ConfigError(f"--arms: {unknown[0]!r} is not among {', '.join(found)}")
+        raise ConfigError(f"--arm: {unknown[0]!r} is not among {'; '.join(found)}")
     return {arm: found[arm] for arm in chosen}
 
 
@@ -75,7 +78,8 @@ def _search(
     search = tuning.Search(method, run.tune, run.seed)
     for k, (point, seed) in enumerate(search):
         trial = run.model_copy(update={"seed": run.seed + seed})
-        name = f"{arm}-trial{k:03}"
+        told = json.dumps([point, seed, run.prompts.skip, run.tune.prompts], sort_keys=True)
+        name = f"{arm}-{hashlib.blake2b(told.encode(), digest_size=4).hexdigest()}"  # whatever the search that asks
         plans = compare.prepare_all(trial, base_dir, output, {name: tuning.placed(method, point)}, run.tune.prompts, 1)
         (prepared,) = plans[name]
         filling.fill(f"{arm} {k + 1}/{run.tune.trials}", prepared)
@@ -95,25 +99,38 @@ def _trial(output: Place, point: tuning.Point, seed: int) -> tuning.Trial:
 
 def _write(
     output: Place,
-    values: Mapping[str, object],
+    values: Mapping[str, Any],
     run: Run,
-    methods: Mapping[str, Method],
     found: Mapping[str, tuning.Search],
 ) -> None:
-    """trials.json and tuned.yaml, a configuration for `aisp compare` with every tuned arm."""
-    trials = [
+    """trials.json and tuned.yaml: the configuration with every tuned arm in its place, for `aisp compare` into an
+    output of its own. What was not tuned, or left out by a null, stays so; arms that an earlier call tuned in the same
+    way stay tuned."""
+    way = run.tune.model_dump(mode="json", by_alias=True)
+    before = json.loads(output.read("trials.json") or "{}")
+    kept = [one for one in before.get("arms", ()) if before["tune"] == way and one["arm"] not in found]
+    trials = kept + [
         {"arm": arm, "trials": [asdict(t) | {"settings": t.point} for t in search.told], "best": search.best.point}
         for arm, search in found.items()
     ]
-    output.write("trials.json", json.dumps({"tune": run.tune.model_dump(by_alias=True), "arms": trials}).encode())
-    tuned = {arm: tuning.placed(method, found[arm].best.point) for arm, method in methods.items()}
-    main = arms.main_arm(run, tuned)
-    if isinstance(search := tuned[main], Aisp):
-        tuned[arms.SHUFFLED] = search.model_copy(update={"shuffle_rewards": True})
-    if (nucleus := tuned.get(arms.TOP_P)) is not None:
-        tuned[arms.RANDOM] = nucleus.model_copy(update={"num_samples": 1, "num_iterations": 1, "spend": None})
-    dumped = {arm: method.model_dump(mode="json", by_alias=True) for arm, method in tuned.items()}
-    changed = {"method": dumped[main], "compare": {**run.compare.model_dump(mode="json"), "arms": dumped}}
+    output.write("trials.json", json.dumps({"tune": way, "arms": trials}).encode())
+    there = arms.arms(run)
+    best = {one["arm"]: one["best"] for one in trials if one["arm"] in there}
+    tuned = {arm: tuning.placed(there[arm], point) for arm, point in best.items()}
+    method = next((tuned[arm] for arm in tuned if there[arm] == run.method), run.method)
+    named: dict[str, Method | None] = {arm: None for arm, method in run.compare.arms.items() if method is None}
+    named |= there | tuned
+    for arm, control in there.items():  # controls follow what they are the control of
+        if isinstance(control, Aisp) and control.shuffle_rewards and isinstance(method, Aisp):
+            named[arm] = method.model_copy(update={"shuffle_rewards": True})
+        if arm == arms.RANDOM and isinstance(nucleus := tuned.get(arms.TOP_P), BestOfN):
+            named[arm] = nucleus.model_copy(update={"num_samples": 1, "num_iterations": 1, "spend": None})
+    dumped = {arm: m and m.model_dump(mode="json", by_alias=True) for arm, m in named.items()}
+    changed = {
+        "output": f"{run.output}/tuned",
+        "method": method.model_dump(mode="json", by_alias=True),
+        "compare": {**values["compare"], "arms": dumped},
+    }
     output.write("tuned.yaml", yaml.safe_dump({**values, **changed}, sort_keys=False, allow_unicode=True).encode())
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from aisp_dist import arms, comparison
 from aisp_dist.arms import AISP, GAUSSIAN, RANDOM, SHUFFLED, TOP_P
-from aisp_dist.config import Aisp, BestOfN, Gaussian, Nucleus, Run
+from aisp_dist.config import Aisp, BestOfN, ConfigError, Gaussian, Nucleus, Run
 from aisp_dist.place import Place
 
 
@@ -42,7 +42,7 @@ def test_paired_differences_are_over_the_prompts_that_every_arm_finished(tmp_pat
     assert arms[AISP].held_out["judge"].mean == 2.25 and "judge" not in arms["base"].held_out
     assert found.loss["prompt"] == "ask y" and found.loss["best_of_n_reward"] == 2.0
     text = comparison.text(found)
-    assert "where aisp loses most" in text and "1 prompts failed in some arm" in text
+    assert "where aisp loses most" in text and "over 2 prompts; 1 that failed in some arm are left out" in text
 
 
 def test_a_rescored_arm_has_the_likelihoods_that_it_knows(tmp_path):
@@ -75,6 +75,35 @@ def test_seeds_are_averaged_before_prompts(tmp_path):
     assert comparison.compare(outputs, []).loss is None
 
 
+def test_prompts_that_fail_everywhere_are_counted_and_more_rows_than_asked_are_not(tmp_path):
+    def place(name, rewards):
+        found = write(tmp_path / name, rewards)
+        data = tmp_path / name / "data" / "part-000000.parquet"
+        rows = pq.read_table(data).to_pylist()
+        pq.write_table(pa.Table.from_pylist([r | {"source_index": i} for i, r in enumerate(rows)]), data)
+        (tmp_path / name / "failed").mkdir()
+        pq.write_table(
+            pa.table({"id": ["bad"], "source_index": [1]}), tmp_path / name / "failed" / "part-000000.parquet"
+        )
+        return found
+
+    outputs = {AISP: [place("a", {"x": 1.0, "y": 2.0, "z": 9.0})], TOP_P: [place("p", {"x": 0.0, "y": 0.0, "z": 0.0})]}
+    found = comparison.compare(outputs, [], limit=2)
+    assert found.left_out == 1 and [arm.prompts for arm in found.arms] == [2, 2, 2]
+    assert {arm.name: arm for arm in found.arms}[AISP].reward.mean == 1.5
+    assert "over 2 prompts; 1 that failed in some arm are left out" in comparison.text(found)
+
+
+def test_a_base_answer_without_any_reward_ends_nothing(tmp_path):
+    outputs = {
+        AISP: [write(tmp_path / "a", {"x": 1.0}, base=None)],
+        TOP_P: [write(tmp_path / "p", {"x": 2.0}, base=None)],
+    }
+    found = comparison.compare(outputs, [])
+    assert found.arms[0].reward is None and found.arms[0].won is None and found.arms[1].reward.mean in (1.0, 2.0)
+    assert "base: over the 0 of them with a reward" in comparison.text(found)
+
+
 def run(method) -> Run:
     rewards = {"r": {"kind": "function", "function": "a.py:b"}}
     return Run.model_validate({"output": "o", "generator": {"model": "m"}, "rewards": rewards, "method": method})
@@ -96,3 +125,36 @@ def test_all_arms_have_the_same_samples_and_keep_what_the_configuration_says(met
     assert isinstance(found[GAUSSIAN].sampling_, Gaussian)
     assert found[RANDOM] == found[TOP_P].model_copy(update={"num_samples": 1, "num_iterations": 1})
     assert run(method).method in found.values()
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (
+            {"base": {"kind": "best_of_n", "num_samples": 1, "num_iterations": 1}},
+            "'base' is what the greedy answers are",
+        ),
+        (
+            {"b": {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "spend": {"plateau": 1}}},
+            "`spend` differs",
+        ),
+    ],
+)
+def test_arms_that_would_mislead_are_refused(named, said):
+    own = run({"kind": "aisp", "num_samples": 4, "num_iterations": 3})
+    made = own.model_copy(
+        update={
+            "compare": own.compare.model_validate({"arms": {n: {"kind": "best_of_n", **m} for n, m in named.items()}})
+        }
+    )
+    with pytest.raises(ConfigError, match=said):
+        arms.arms(made)
+
+
+def test_a_prompt_that_stopped_early_keeps_its_best_in_the_area(tmp_path):
+    place = write(tmp_path / "a", {"x": 1.0})
+    data = tmp_path / "a" / "data" / "part-000000.parquet"
+    pq.write_table(pa.Table.from_pylist([r | {"curve": [0.0, 4.0]} for r in pq.read_table(data).to_pylist()]), data)
+    method = Aisp(num_samples=2, num_iterations=4, spend={"plateau": 1})
+    arm = comparison.compare({AISP: [place]}, [], AISP, {AISP: method}).arms[1]
+    assert arm.auc == pytest.approx((0 + 4 + 4 + 4) / 4)

@@ -297,7 +297,7 @@ def test_scores_that_are_never_the_same_twice(reward):
 
 
 def test_scores_that_are_no_numbers(reward):
-    assert reward(Classifier, "logits", lambda self, rows, _: [float("nan")] * len(rows)) == {"scores"}
+    assert reward(Classifier, "logits", lambda self, rows, *_: [float("nan")] * len(rows)) == {"scores"}
 
 
 def test_a_template_that_writes_bos_twice(project, reward):

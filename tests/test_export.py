@@ -201,6 +201,7 @@ def test_a_fault_in_the_middle_leaves_nothing(folder, tmp_path, monkeypatch):
     [
         (["bare", "--to", "dpo", "--rejected", "worst"], "kept none .save.candidates: none.; use --rejected base"),
         (["chat", "--to", "dpo", "--rejected", "best"], "--rejected is 'best'; give base, worst, median"),
+        (["chat", "--to", "dpo", "--rejected", "lowest-above:nan"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--rejected", "lowest-above:x"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--held-out-agrees", "nobody"], "'nobody' is no reward of"),
         (["raw", "--to", "sft", "--sft-format", "messages"], "plain text"),
@@ -223,6 +224,13 @@ def test_a_directory_that_is_there_and_an_unreachable_hub(folder, tmp_path):
     with pytest.raises(cli.Exit, match="--push-to-hub me/x: .*is written, upload it later"):
         job.main([str(folder / "chat"), "--to", "sft", "--out", str(tmp_path / "p"), "--push-to-hub", "me/x"])
     assert (tmp_path / "p" / "export.json").exists()
+
+
+def test_a_place_that_is_no_local_directory_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is no local directory"):
+        job.main([str(folder / "chat"), "--to", "sft", "--out", "s3://bucket/x"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hostile_texts_come_back_as_they_were(tmp_path):

@@ -300,7 +300,7 @@ def test_compare_runs_every_method_and_repeats_nothing(cluster, project):
 
 def test_tune_spends_the_same_on_every_arm_and_its_configuration_is_compared_next(cluster, project):
     write(project, compare={"prompts": 8}, tune={"prompts": 2, "trials": 2, "search": "tpe"})
-    flags = ["run.yaml", "--method.num_iterations", "2", "--arms", "aisp,best-of-n top-p"]
+    flags = ["run.yaml", "--method.num_iterations", "2", "--arm", "aisp", "--arm", "best-of-n top-p"]
     aisp("tune", *flags, cwd=project, env=cluster)
     found = json.loads((project / "out/tune/trials.json").read_text())["arms"]
     assert [(arm["arm"], [t["samples"] for t in arm["trials"]]) for arm in found] == [
@@ -314,7 +314,11 @@ def test_tune_spends_the_same_on_every_arm_and_its_configuration_is_compared_nex
     assert asked == set(QUESTIONS[8:10]), "those after the ones that compare takes"
     tuned = yaml.safe_load((project / "out/tune/tuned.yaml").read_text())
     assert tuned["method"]["sigma2"] == found[0]["best"]["sigma2"]
-    assert "aisp, rewards shuffled" in tuned["compare"]["arms"]
+    arms = tuned["compare"]["arms"]
+    assert (
+        arms["aisp, rewards shuffled"] == tuned["method"] | {"shuffle_rewards": True} and "best-of-n gaussian" in arms
+    )
+    assert arms["random pick"]["sampling"] == found[1]["best"] and tuned["output"] == "out/tuned"
     before = (project / "out/tune/trials.json").read_bytes()
     again = aisp("tune", *flags, cwd=project, env=cluster)
     assert "joined the Ray cluster" not in again.stderr and (project / "out/tune/trials.json").read_bytes() == before

@@ -265,6 +265,7 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--generator.tensor_parallel", "0"], "generator.tensor_parallel: .*greater than or equal to 1"),
         (["--generator.quantization", "awq"], "generator.quantization: .*'int8' or 'nf4'.*'awq'"),
         (["--method.nope", "1"], "--method.nope"),
+        (["--method", "null"], "method: "),
         (["--rewards.main.use", "report"], "none has use: select"),
         (["--guard.action", "stop"], "guard: action is stop, but every bound is null"),
         (["--guard.max_truncated", "0", "--guard.action", "halt"], "guard.action: .*'warn' or 'stop'"),

@@ -84,8 +84,8 @@ def _settings(source: Source) -> list[tuple[str, str]]:
     ]
 
 
-def _cell(cell: Sequence[float]) -> str:
-    return f"{cell[0]:.3f} [{cell[1]:.3f}, {cell[2]:.3f}]"
+def _cell(cell: Sequence[float] | None) -> str:
+    return "" if cell is None else f"{cell[0]:.3f} [{cell[1]:.3f}, {cell[2]:.3f}]"
 
 
 def _table(source: Source) -> list[list[str]]:
@@ -103,7 +103,7 @@ def _table(source: Source) -> list[list[str]]:
     for arm in source.figures:
         ours = arm["name"] == source.main
         row = [arm["name"], f"{arm['samples']:g}", _cell(arm["reward"])]
-        row += ["", ""] if ours else [_cell(arm["versus"]), f"{arm['won']:.0%}"]
+        row += ["", ""] if ours else [_cell(arm["versus"]), "" if arm["won"] is None else f"{arm['won']:.0%}"]
         row += [_cell(arm["held_out"][name]) if name in arm["held_out"] else "" for name in names]
         row += [_cell(arm["nll"]), f"{arm['diversity'][0]:.3f}", f"{arm['num_tokens']:.1f}"]
         row += ["" if arm[name] is None else f"{arm[name]:.3f}" for name in ("std", "auc")]
@@ -209,9 +209,9 @@ def _batched(source: Source, look: Mapping[str, Look]) -> Section | None:
 
 
 def _tradeoff(source: Source, look: Mapping[str, Look]) -> Section:
-    nll = {arm["name"]: (arm["nll"], arm["reward"]) for arm in source.figures}
+    nll = {arm["name"]: (arm["nll"], arm["reward"]) for arm in source.figures if arm["nll"] and arm["reward"]}
     measured = _measured(source)
-    kl = {n: (e["kl"]["estimate"], nll[n][1]) for n, e in measured.items() if e.get("kl")}
+    kl = {n: (e["kl"]["estimate"], nll[n][1]) for n, e in measured.items() if e.get("kl") and n in nll}
 
     def told(of: Mapping[str, Any]) -> str:
         return "; ".join(f"{name} at {x[0]:.3f} with reward {y[0]:.3f}" for name, (x, y) in of.items()) + "."
@@ -265,7 +265,7 @@ def _distribution(source: Source, look: Mapping[str, Look]) -> Section:
     alt = f"{title}: mean {arms[BASE].mean():.3f} and {arms[source.main].mean():.3f}." if len(arms[BASE]) else title
     arms = {name: values for name, values in arms.items() if len(values)}
     panels = [Panel(panel(lambda axes: figures.histograms(axes, arms, look), "reward", "prompts", title), alt)]
-    others = [arm for arm in source.figures if arm["name"] != source.main]
+    others = [arm for arm in source.figures if arm["name"] != source.main and arm["won"] is not None]
     names = [figures.plain(arm["name"]) for arm in others]
     won = {"won": [arm["won"] for arm in others]}
 

@@ -20,7 +20,7 @@ from aisp_dist.config import ConfigError, Method
 from aisp_dist.evaluate import outputs
 from aisp_dist.evaluate.document import spread
 from aisp_dist.evaluate.outputs import Output, Table
-from aisp_dist.metrics import interval
+from aisp_dist.metrics import Interval, interval
 from aisp_dist.place import Place
 
 CURVES = ("mean", "best", "so far", "ess", "kl", "samples", "tokens")  # the last two are sums up to an iteration
@@ -235,7 +235,7 @@ def _figures(source: Source) -> list[Json]:
         there = arms[of][0].table.base if base else arms[of][0].table.selected
         scores = {n: source.values(of, m, base) for n, m in held_out.items() if m in there}
         finite = np.isfinite(columns["reward"])
-        by_seed = [float(np.nanmean(s.table.values("reward", shared, base=base))) for s in arms[of]]
+        by_seed = [s.table.values("reward", shared, base=base)[finite].mean() for s in arms[of]]
         won = (ours["reward"] > columns["reward"]) + (ours["reward"] == columns["reward"]) / 2
         ends = {m: [s.curves[m][:, -1] for s in arms[of] if s.curves[m].size] for m in ("samples", "tokens")}
         curve = [s.curves["so far"] for s in arms[of] if s.curves["so far"].shape[1] > 1]
@@ -246,18 +246,18 @@ def _figures(source: Source) -> list[Json]:
             name=name,
             prompts=int(finite.sum()),
             samples=1.0 if base else float(np.mean([seed.spent for seed in arms[of]])),
-            reward=interval(columns["reward"][finite]),
-            versus=interval((ours["reward"] - columns["reward"])[finite]),
-            won=float(won[finite].mean()),
-            nll=interval(columns["nll"]),
-            nll_versus=interval(ours["nll"] - columns["nll"]),
+            reward=_interval(columns["reward"]),
+            versus=_interval(ours["reward"] - columns["reward"]),
+            won=float(won[finite].mean()) if finite.any() else None,
+            nll=_interval(columns["nll"]),
+            nll_versus=_interval(ours["nll"] - columns["nll"]),
             diversity=interval(columns["diversity"]),
             num_tokens=float(columns["tokens"].mean()),
             held_out={n: cell for n, v in scores.items() if (cell := spread(v)) is not None},
             held_out_versus={
                 n: cell for n, v in scores.items() if (cell := spread(source.values(main, held_out[n]) - v)) is not None
             },
-            std=float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None,
+            std=float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 and finite.any() else None,
             auc=None if base or not curve else _mean(curve),
             model_tokens=None if base or not ends["tokens"] else _mean(ends["tokens"]),
             reward_calls=calls,
@@ -265,6 +265,12 @@ def _figures(source: Source) -> list[Json]:
         )
         found.append(asdict(arm))
     return found
+
+
+def _interval(values: np.ndarray) -> Interval | None:
+    """Of the values that there are; None where there is none."""
+    there = values[np.isfinite(values)]
+    return interval(there) if len(there) else None
 
 
 def _mean(values: Sequence[np.ndarray]) -> float:

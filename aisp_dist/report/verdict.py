@@ -77,6 +77,8 @@ def _agreement(main: str, rival: str, other: Json) -> list[str]:
     if not other["held_out_versus"]:
         says.append("No held-out reward was reported (a reward with use: report), so nothing independent confirms it.")
     nll = other["nll_versus"]
+    if nll is None:
+        return [*says, "The base model's likelihood of the answers is not known, as of answers that were rescored."]
     like = {"higher": "less likely", "lower": "more likely", "undecided": "no less and no more likely"}[_side(nll)]
     says.append(
         f"To the base model its answers are {like} than those of {rival}: NLL differs by {_cell(nll)} nats per token."
@@ -113,8 +115,10 @@ def _warnings(main: str, same: Sequence[str], by_name: Mapping[str, Json], contr
     return found
 
 
-def _side(cell: Sequence[float]) -> str:
+def _side(cell: Sequence[float] | None) -> str:
     """Of a paired difference, main arm minus the other: by its interval."""
+    if cell is None:
+        return "undecided"
     _, low, high = cell
     return "higher" if low > 0 else "lower" if high < 0 else "undecided"
 

@@ -13,7 +13,7 @@ import numpy as np
 from aisp_dist import methods
 from aisp_dist.arms import AISP, BASE, TOP_P
 from aisp_dist.config import ConfigError, Method
-from aisp_dist.metrics import Interval, diversity, interval
+from aisp_dist.metrics import Interval, diversity, interval, spread
 from aisp_dist.place import Place
 from aisp_dist.summary import words
 
@@ -118,15 +118,15 @@ def compare(
                 name=name,
                 prompts=int(finite.sum()),
                 samples=1.0 if base else float(mean(arm, _number("samples_spent")).mean()),
-                reward=_spread(reward),
-                versus=_spread(ours - reward),
+                reward=spread(reward),
+                versus=spread(ours - reward),
                 won=float(((ours > reward) + (ours == reward) / 2)[finite].mean()) if finite.any() else None,
-                nll=_spread(nll),
-                nll_versus=_spread(our_nll - nll),
+                nll=spread(nll),
+                nll_versus=spread(our_nll - nll),
                 diversity=interval(mean(arm, _diversity(f"{prefix}completion"))),
                 num_tokens=float(mean(arm, _number(f"{prefix}num_tokens")).mean()),
-                held_out={n: spread for n, v in scores.items() if (spread := _spread(v))},
-                held_out_versus={n: spread for n, v in scores.items() if (spread := _spread(our_held_out[n] - v))},
+                held_out={n: cell for n, v in scores.items() if (cell := spread(v))},
+                held_out_versus={n: cell for n, v in scores.items() if (cell := spread(our_held_out[n] - v))},
                 std=float(by_seed[:, finite].mean(axis=1).std(ddof=1)) if len(by_seed) > 1 and finite.any() else None,
                 auc=None if base else _auc(tables[name], shared),
                 model_tokens=_mean([cost.model_tokens for cost in costs if cost]),
@@ -136,13 +136,6 @@ def compare(
         )
     seen = set[str]().union(*(t.rows.keys() | t.failed for seeds in tables.values() for t in seeds))
     return Comparison(main, tuple(arms), _loss(tables, shared, main), len(seen) - len(shared))
-
-
-def _spread(values: np.ndarray) -> Interval | None:
-    """Of the values that there are; None where there is none: no NLL of answers that were selected again, no reward of
-    a base answer."""
-    there = values[np.isfinite(values)]
-    return interval(there) if there.size else None
 
 
 def _read(output: Place, method: Method | None, limit: int | None) -> _Table:

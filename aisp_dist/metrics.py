@@ -37,6 +37,13 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
     return Interval(mean, float(low), float(high))
 
 
+def spread(values: np.ndarray) -> Interval | None:
+    """`interval` of the values that there are; None where there is none: no NLL of answers that were selected again, no
+    reward of a base answer."""
+    there = values[np.isfinite(values)]
+    return interval(there) if there.size else None
+
+
 def diversity(text: str) -> float:
     """Product over n = 2, 3, 4 of unique n-grams / n-grams of the text's words (Kanai et al.); 1 where it is too short
     to have any."""

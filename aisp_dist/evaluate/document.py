@@ -18,7 +18,7 @@ from aisp_dist.config import ConfigError, Generator
 from aisp_dist.evaluate import outputs, texts
 from aisp_dist.evaluate.outputs import Output, Row, Table
 from aisp_dist.judge import Pair, Verdict, win_rate
-from aisp_dist.metrics import Interval, interval
+from aisp_dist.metrics import Interval, spread
 from aisp_dist.records import Prompt
 from aisp_dist.rewards import RewardError, RewardFn
 
@@ -89,12 +89,6 @@ def _mean(trials: Iterable[np.ndarray]) -> np.ndarray:
     """[P] means over trials, NaN where one has no value."""
     mean: np.ndarray = np.mean(list(trials), axis=0)
     return mean
-
-
-def spread(values: np.ndarray) -> Interval | None:
-    """Mean and interval of those that there are."""
-    there = values[np.isfinite(values)]
-    return interval(there) if there.size else None
 
 
 def measure(selected: np.ndarray, base: np.ndarray) -> dict[str, Interval | None]:

@@ -18,9 +18,8 @@ from aisp_dist import comparison
 from aisp_dist.arms import BASE
 from aisp_dist.config import ConfigError, Method
 from aisp_dist.evaluate import outputs
-from aisp_dist.evaluate.document import spread
 from aisp_dist.evaluate.outputs import Output, Table
-from aisp_dist.metrics import Interval, interval
+from aisp_dist.metrics import interval, spread
 from aisp_dist.place import Place
 
 CURVES = ("mean", "best", "so far", "ess", "kl", "samples", "tokens")  # the last two are sums up to an iteration
@@ -246,11 +245,11 @@ def _figures(source: Source) -> list[Json]:
             name=name,
             prompts=int(finite.sum()),
             samples=1.0 if base else float(np.mean([seed.spent for seed in arms[of]])),
-            reward=_interval(columns["reward"]),
-            versus=_interval(ours["reward"] - columns["reward"]),
+            reward=spread(columns["reward"]),
+            versus=spread(ours["reward"] - columns["reward"]),
             won=float(won[finite].mean()) if finite.any() else None,
-            nll=_interval(columns["nll"]),
-            nll_versus=_interval(ours["nll"] - columns["nll"]),
+            nll=spread(columns["nll"]),
+            nll_versus=spread(ours["nll"] - columns["nll"]),
             diversity=interval(columns["diversity"]),
             num_tokens=float(columns["tokens"].mean()),
             held_out={n: cell for n, v in scores.items() if (cell := spread(v)) is not None},
@@ -265,12 +264,6 @@ def _figures(source: Source) -> list[Json]:
         )
         found.append(asdict(arm))
     return found
-
-
-def _interval(values: np.ndarray) -> Interval | None:
-    """Of the values that there are; None where there is none."""
-    there = values[np.isfinite(values)]
-    return interval(there) if len(there) else None
 
 
 def _mean(values: Sequence[np.ndarray]) -> float:

@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> int:
         prepare.check(case, base_dir)
         for arm in arms.arms(case):
             for seed in range(case.compare.seeds):
-                place = f"{folder(name) if name else ''}/{_output(arm, seed)}"
+                place = f"{folder(name)}/" * bool(name) + _output(arm, seed)
                 if place in taken:
                     other = f"compare.cases {taken[place]} {name}" if name else f"compare.arms {taken[place]}, {arm}"
                     raise ConfigError(f"{other}: two would be written to compare/{place}; give them other names")

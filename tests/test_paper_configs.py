@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from aisp_dist import arms
 from aisp_dist.config import Aisp, BatchedAisp
-from jobs import prepare, settings
+from jobs import compare, prepare, settings
 
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
 CHOSEN = {  # sigma2, lambda, alpha of arXiv 2510.26219, by base model, reward model and dataset
@@ -62,6 +63,24 @@ def test_the_miniature_has_every_method_and_finds_its_files(real_data):
         assert kinds == {"aisp", "batched_aisp", "best_of_n", "args", "re_control"} and run.compare.seeds == 2
         assert isinstance(run.method, Aisp) and any(r.use == "report" for r in run.rewards.values())
         prepare.check(run, base_dir)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"cases": {"A b": {}, "a-b": {}}}, "a-b: two would be written to compare/a-b/"),
+        (
+            {"seeds": 2, "arms": {"aisp seed1": {"kind": "aisp", "num_iterations": 4}}},
+            "two would be written to compare/aisp",
+        ),
+    ],
+)
+def test_names_that_would_share_a_folder_are_refused_before_anything_runs(section, said, tmp_path):
+    values = settings.load_yaml(PAPER.parent / "quickstart.yaml") | {"compare": section, "output": str(tmp_path / "o")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(settings.ConfigError, match=said):
+        compare.main([str(tmp_path / "run.yaml")])
+    assert not (tmp_path / "o").exists()
 
 
 def test_its_rewards_are_what_they_say():

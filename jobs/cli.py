@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from aisp_dist.config import ConfigError
 
@@ -40,7 +43,10 @@ class Exit(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        with _exit_code_kept():
+            main(sys.argv[1:])
+    args = list(argv or ())
     if not args or args[0] in ("-h", "--help"):
         print("usage: aisp VERB ...\n\n" + "\n".join(f"  {verb:13}{text}" for verb, text in VERBS.items()))
         print("\n`aisp VERB --help` says more; every configuration key is also a flag, as --method.num_iterations 8")
@@ -49,12 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(verb: str, args: Sequence[str] | None = None) -> None:
-    """Run one verb and leave the process with its exit code."""
+    """Run one verb and leave with its exit code. args: the process's own where there are none."""
+    if args is None:
+        with _exit_code_kept():
+            run(verb, sys.argv[1:])
     if verb not in VERBS:
         sys.exit(_complain(f"{verb!r} is not a verb; there are: {', '.join(VERBS)}", 2))
     module = importlib.import_module(f"jobs.{verb.replace('-', '_')}")
     try:
-        sys.exit(module.main(list(sys.argv[1:] if args is None else args)))
+        sys.exit(module.main(list(args or ())))
     except ConfigError as error:
         sys.exit(_complain(str(error), 2))
     except Exit as error:
@@ -66,6 +75,32 @@ def run(verb: str, args: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:  # a full disk, a store that is away
         sys.exit(_complain(f"{error}; once that is mended the same command goes on", 1))
+
+
+@contextmanager
+def _exit_code_kept() -> Iterator[None]:
+    """The process ends with the exit code that is raised here, whatever libraries do at its end. Arrow's threads may
+    still let go of Python objects while the interpreter is taken down, and abort the process after a finished command
+    (apache/arrow#34314); so all exit handlers run, and the interpreter is not taken down."""
+    code = 1  # of an exception that nothing knows
+
+    def leave() -> None:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError):  # nobody reads
+            os._exit(code or 1)
+        os._exit(code)
+
+    atexit.register(leave)  # the first registered is the last to run
+    try:
+        yield
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+        raise
+    except KeyboardInterrupt:
+        code = 130
+        raise
 
 
 def _complain(message: str, code: int) -> int:

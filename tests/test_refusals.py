@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,25 @@ def test_verify_and_status_of_nothing(project, capsys):
         with pytest.raises(SystemExit) as left:
             cli.run(verb, ["nowhere"])
         assert left.value.code == 2 and "no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("args", "code"), [(["schema"], 0), (["verify", "nowhere"], 2)])
+def test_the_exit_code_is_the_verbs_whatever_libraries_do_at_the_end(args, code):
+    """Something that aborts when the interpreter is taken down, as threads of Arrow do now and then."""
+    program = f"""
+import atexit, os, sys
+class Abort:
+    def __del__(self, abort=os.abort):
+        abort()
+freed_last = Abort()
+from jobs import cli
+def load(*name, real=cli.importlib.import_module):
+    if not name[1:]:
+        atexit.register(print, "handlers run")
+    return real(*name)
+cli.importlib.import_module = load
+sys.argv = ["aisp", *{args}]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and done.stdout.endswith("handlers run\n" if code else "}\nhandlers run\n")

@@ -260,7 +260,7 @@ class Coordinator:
             settings = run.generator
             strips = settings.thinking == "strip"
             thinks = strips and thinking.opens(self.tokenizer.decode(tokens), settings.thinking_tags)
-            return await align(run, line, tokens, self._rollout, self._score, self._nll, thinks)
+            return await align(run, line, tokens, self._rollout, self._score, self._nll, self._variance, thinks)
         finally:
             for pool in self.pools.values():
                 pool.forget(line.id)
@@ -293,6 +293,10 @@ class Coordinator:
     ) -> list[float]:
         losses: list[float] = await self.pools["generator"].call(prompt_id, "nll", prompt_tokens, responses)
         return losses
+
+    async def _variance(self, prompt_id: str, *asked: Any) -> float:
+        found: float = await self.pools["generator"].call(prompt_id, "variance", *asked)
+        return found
 
     def _finish(self, table: Table, result: Result) -> None:
         store = self.store

@@ -11,10 +11,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aisp_dist.config import Run
 from aisp_dist.records import Rollout, Round
+
+T = TypeVar("T")
 
 
 class Generator:
@@ -87,11 +89,25 @@ class Generator:
 
     async def nll(self, prompt_tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]) -> list[float]:
         """The base model's mean negative log-likelihood per token of each response, in nats."""
-        answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        return await self._between_steps(lambda: [self.engine.nll(prompt_tokens, response) for response in responses])
+
+    async def variance(
+        self, key: tuple[int, int], prompt_tokens: tuple[int, ...], answer: tuple[int, ...], flip_rate: float
+    ) -> float:
+        """The variance of noise that changes this share of a prompt's base answer (engine/calibrate.py)."""
+        from aisp_dist.engine import calibrate
+
+        return await self._between_steps(
+            lambda: calibrate.variance(self.engine.lm, key, prompt_tokens, answer, flip_rate)
+        )
+
+    async def _between_steps(self, ask: Callable[[], T]) -> T:
+        """What `ask` answers on the engine's thread."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def measure() -> None:
             try:
-                _settle(answer, [self.engine.nll(prompt_tokens, response) for response in responses], None)
+                _settle(answer, ask(), None)
             except Exception as error:
                 _settle(answer, None, error)
 

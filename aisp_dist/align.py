@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from aisp_dist import methods, thinking
-from aisp_dist.config import Run
+from aisp_dist.config import FlipRate, Run, Search
+from aisp_dist.limit import within
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import (
     BASE_ITERATION,
@@ -35,6 +36,8 @@ RolloutFn = Callable[[Round], Coroutine[None, None, Rollout]]
 ScoreFn = Callable[[str, Prompt, Sequence[str]], Awaitable[list[Score]]]  # reward name, prompt, responses
 # prompt id, its tokens, responses -> the base model's mean NLL per token of each response
 NllFn = Callable[[str, tuple[int, ...], Sequence[tuple[int, ...]]], Awaitable[list[float]]]
+# prompt id, its key, its tokens, its base answer, flip rate -> sigma^2 (engine/calibrate.py)
+VarianceFn = Callable[[str, tuple[int, int], tuple[int, ...], tuple[int, ...], float], Awaitable[float]]
 
 
 class RowError(Exception):
@@ -48,12 +51,13 @@ async def align(
     rollout: RolloutFn,
     score: ScoreFn,
     nll: NllFn,
+    variance: VarianceFn,
     thinks: bool = False,
 ) -> Result:
     """Search one prompt to the end. thinks: the rendered prompt has opened a block of thinking. RowError becomes a
     Failed; every other exception is a fault and passes through."""
     try:
-        return await _search(run, prompt, prompt_tokens, rollout, score, nll, thinks)
+        return await _search(run, prompt, prompt_tokens, rollout, score, nll, variance, thinks)
     except RowError as error:
         return Failed(prompt, str(error))
 
@@ -76,12 +80,15 @@ async def _search(
     rollout: RolloutFn,
     score: ScoreFn,
     nll: NllFn,
+    variance: VarianceFn,
     thinks: bool,
 ) -> Done:
-    method = methods.bind(run.method)
     key = prompt_key(run.seed, prompt.id)
     selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
     held_out = [name for name in run.rewards if name not in selecting]
+    sampling, limit = run.method.sampling(), run.method.limit
+    rate = run.method.sigma2 if isinstance(run.method, Search) else None
+    base_nll: float | None = None
 
     async def scored(iteration: int, drawn: Sequence[Trajectory], frozen: Frozen) -> tuple[list[Candidate], Frozen]:
         texts = [_answer(run, t.text, thinks) for t in drawn]
@@ -102,6 +109,8 @@ async def _search(
                 reward=total.value,
                 rewards=tuple((name, raw[name][i].value) for name in selecting),
                 reason=total.reason,
+                nll=t.nll,
+                within=isinstance(text, str) and within(limit, text, t.nll, base_nll),
             )
             for i, (t, text, total) in enumerate(zip(drawn, texts, combined, strict=True))
         ], frozen
@@ -115,21 +124,34 @@ async def _search(
         best: Candidate | None = None
         best_reward = -math.inf
         curve: list[float | None] = []
-        while (proposal := method.propose(state)) is not None:
+        if isinstance(rate, FlipRate) or (limit and limit.nll is not None):
+            own = (await base_rollout).trajectories[0].token_ids
+            if isinstance(rate, FlipRate):
+                sigma2 = await variance(prompt.id, key, prompt_tokens, own, rate.flip_rate)
+                sampling = replace(sampling, sigma2=sigma2)
+            if limit and limit.nll is not None:
+                (base_nll,) = await nll(prompt.id, prompt_tokens, [own])
+        method = methods.bind(run.method, sampling)
+        while (proposal := method.propose(state, key, candidates)) is not None:
             k = proposal.iteration
             reader = prompt if isinstance(proposal.sampling.guide, TokenReward) else None
-            drawn = await rollout(ask(k, 0, proposal.num_samples, proposal.sampling, proposal.trace, reader))
+            drawn = await rollout(
+                ask(k, 0, proposal.num_samples, proposal.sampling, proposal.trace, reader, proposal.starts)
+            )
             new, frozen = await scored(k, drawn.trajectories, frozen)
-            for candidate in new:  # strictly greater: the earliest of equals wins
-                if candidate.reward is not None and candidate.reward > best_reward:
-                    best, best_reward = candidate, candidate.reward
+            eligible = [candidate.eligible_reward for candidate in new]
+            for candidate, reward in zip(new, eligible, strict=True):  # strictly greater: the earliest of equals wins
+                if reward is not None and reward > best_reward:
+                    best, best_reward = candidate, reward
             candidates += new
             curve.append(best.reward if best else None)
-            state = method.update(state, key, drawn, [c.reward for c in new])
+            state = method.update(state, key, proposal, drawn, eligible)
         base_drawn = await base_rollout
     finally:
         base_rollout.cancel()
         await asyncio.gather(base_rollout, return_exceptions=True)
+    if best is None and any(c.reward is not None and not c.within for c in candidates):
+        raise RowError(f"none of {len(candidates)} candidates is within method.limit; widen it")
     if best is None:
         raise RowError(f"no candidate has a finite reward; the first says: {candidates[0].reason}")
     (base,), _ = await scored(BASE_ITERATION, base_drawn.trajectories, frozen)

@@ -95,6 +95,7 @@ class Sampling(_Record):
     Rao-Blackwell variant).
     mean: without the noise, under the control alone: what its trace has learnt.
     guide: what else moves a step, inside the generator.
+    likelihood: measured too, Trajectory.nll.
     """
 
     sigma2: float = 0.0
@@ -105,6 +106,7 @@ class Sampling(_Record):
     after_eos: Literal["full", "marginal"] = "full"
     mean: bool = False
     guide: TokenReward | Ascent | None = None
+    likelihood: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ class Weights(_Record):
 class Round(_Record):
     """A request for trajectories `start <= i < stop` of one iteration of one prompt. Together with the model it decides
     every bit of the answer: the control u^k is rebuilt from seed, prompt id, sampling and the trace of weights.
-    prompt: only where a guide reads it."""
+    prompt: only where a guide reads it. starts: the first tokens of each trajectory, which are given and not chosen;
+    () where none has any."""
 
     seed: int
     prompt_id: str
@@ -130,6 +133,7 @@ class Round(_Record):
     sampling: Sampling
     trace: tuple[Weights, ...] = ()
     prompt: Prompt | None = field(default=None, compare=False)
+    starts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,8 @@ class Trajectory(_Record):
     token_ids: generated tokens, the end token included. text: without special tokens, cut before a stop string.
     control_cost: sum_t m_t . e_t and control_sq: sum_t |m_t|^2, in whitened coordinates (noise.py), over all steps for
     `full` and over t <= T_i for `marginal`.
+    nll: mean negative log-likelihood of its tokens under the base model without control, in nats, where the round's
+    sampling measures it.
     """
 
     sample: int
@@ -147,6 +153,7 @@ class Trajectory(_Record):
     finish_reason: Finish
     control_cost: float = 0.0
     control_sq: float = 0.0
+    nll: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +177,8 @@ class Score(_Record):
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A scored trajectory. `reward` is the combined one; None where quarantined, with the reason. text: what rewards
-    saw; where thinking is stripped it is only in the tokens."""
+    saw; where thinking is stripped it is only in the tokens. nll: as it was drawn, per token, where method.limit asks
+    for it. within: the limit, so it may be selected and continued."""
 
     iteration: int
     sample: int
@@ -180,12 +188,20 @@ class Candidate:
     reward: float | None
     rewards: tuple[tuple[str, float | None], ...]
     reason: str | None = None
+    nll: float | None = None
+    within: bool = True
+
+    @property
+    def eligible_reward(self) -> float | None:
+        return self.reward if self.within else None
 
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
     """Diagnostics of one finished iteration: the trace entry, effective sample size, KL(Q_u || P) of the control that
-    proposed it, mean and best of its finite rewards (None if there were none)."""
+    proposed it, mean and best of its finite rewards within the limit (None if there were none). sigma2: of its noise.
+    parents, given: where its samples continue earlier ones, the place of each among all so far (-1: none) and how many
+    of its tokens were given; else ()."""
 
     weights: tuple[float, ...]
     lengths: tuple[int, ...]
@@ -193,6 +209,9 @@ class Iteration:
     kl: float
     mean_reward: float | None
     best_reward: float | None
+    sigma2: float = 0.0
+    parents: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,10 +80,14 @@ def rescore(run: Run, prompt: Prompt, row: Row, kept: Row, known: Collection[str
             reward=total.value,
             rewards=raws(i),
             reason=total.reason,
+            nll=c["nll"],
+            within=c["within"],
         )
         for i, (c, total) in enumerate(zip(drawn, combined, strict=True))
     ]
-    finite = [(c.reward, -i) for i, c in enumerate(candidates) if c.reward is not None]
+    finite = [(reward, -i) for i, c in enumerate(candidates) if (reward := c.eligible_reward) is not None]
+    if not finite and any(c.reward is not None for c in candidates):
+        return Failed(prompt, "no candidate that was kept is within method.limit")
     if not finite:
         return Failed(prompt, f"no candidate has a finite reward; the first says: {candidates[0].reason}")
     at = -max(finite)[1]  # the earliest of equals
@@ -138,7 +142,8 @@ def _score(name: str, values: Mapping[str, float | None], reason: str | None) ->
 
 def _iteration(k: int, step: Row, candidates: Sequence[Candidate]) -> Iteration:
     drawn = [c for c in candidates if c.iteration == k]
-    finite = [c.reward for c in drawn if c.reward is not None] if len(drawn) == len(step["lengths"]) else []
+    whole = len(drawn) == len(step["lengths"])
+    finite = [reward for c in drawn if (reward := c.eligible_reward) is not None] if whole else []
     return Iteration(
         weights=tuple(step["weights"]),
         lengths=tuple(step["lengths"]),
@@ -146,8 +151,11 @@ def _iteration(k: int, step: Row, candidates: Sequence[Candidate]) -> Iteration:
         kl=step["kl"],
         mean_reward=sum(finite) / len(finite) if finite else None,
         best_reward=max(finite, default=None),
+        sigma2=step["sigma2"],
+        parents=tuple(step["parents"]),
+        given=tuple(step["given"]),
     )
 
 
 def _best(candidates: Iterable[Candidate]) -> float | None:
-    return max((c.reward for c in candidates if c.reward is not None), default=None)
+    return max((r for c in candidates if (r := c.eligible_reward) is not None), default=None)

@@ -50,6 +50,8 @@ _CANDIDATES = _structs(
     reward=pa.float64(),
     reason=pa.string(),
     rewards=_SCORES,
+    nll=pa.float64(),
+    within=pa.bool_(),
 )
 _TRACE = _structs(
     weights=_list(pa.float32()),
@@ -58,6 +60,9 @@ _TRACE = _structs(
     kl=pa.float64(),
     mean_reward=pa.float64(),
     best_reward=pa.float64(),
+    sigma2=pa.float64(),
+    parents=_list(pa.int32()),
+    given=_list(pa.int32()),
 )
 _DONE = {
     "reward": pa.float64(),
@@ -178,6 +183,8 @@ def candidates_row(done: Done, keep: Literal["all", "none"] | tuple[int, int], t
                 "reward": _finite(c.reward),
                 "reason": None if c.reason is None else as_utf8(c.reason),
                 "rewards": _scores(c),
+                "nll": c.nll,
+                "within": c.within,
             }
             for c in kept
         ],
@@ -189,6 +196,9 @@ def candidates_row(done: Done, keep: Literal["all", "none"] | tuple[int, int], t
                 "kl": i.kl,
                 "mean_reward": i.mean_reward,
                 "best_reward": i.best_reward,
+                "sigma2": i.sigma2,
+                "parents": i.parents,
+                "given": i.given,
             }
             for i in (done.trace if trace else ())
         ],

@@ -27,7 +27,7 @@ _DATA = ["source_index", "id", "completion", "reward", "base_reward", "reward_di
 _DATA += ["best_iteration", "best_sample", "nll", "base_nll", "run_id"]
 _FAILED = ["source_index", "id", "reason", "run_id"]
 _CANDIDATES = ["source_index", "id", "trace.list.element.lengths"]
-_CANDIDATES += [f"candidates.list.element.{name}" for name in ("iteration", "sample", "text", "reward")]
+_CANDIDATES += [f"candidates.list.element.{name}" for name in ("iteration", "sample", "text", "reward", "within")]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ class _Part:
         ]
 
         def best(pair: Row) -> bool:
-            return all(c["reward"] is None or c["reward"] <= pair["row"]["reward"] for c in pair["kept"]["candidates"])
+            able = [c["reward"] for c in pair["kept"]["candidates"] if c["within"] and c["reward"] is not None]
+            return all(reward <= pair["row"]["reward"] for reward in able)
 
         def selected(pair: Row) -> list[Row]:
             where = (pair["row"]["best_iteration"], pair["row"]["best_sample"])

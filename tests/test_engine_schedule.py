@@ -28,6 +28,7 @@ FAMILIES = {
 }
 CASES = [(family, torch.float32) for family in FAMILIES] + [("qwen3", torch.bfloat16), ("gemma2", torch.bfloat16)]
 cases = pytest.mark.parametrize(("family", "dtype"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+STARTS = ((), (7, 8), (9,) * 7, (5,))
 Bits = tuple[dict[Round, Rollout], dict[Any, torch.Tensor]]
 
 
@@ -36,15 +37,20 @@ def prompt(length: int) -> tuple[int, ...]:
 
 
 def rounds() -> list[Round]:
-    """Uneven lengths and groups, 43 trajectories for 32 rows, every noise kind, a draw, a base answer."""
+    """Uneven lengths and groups, 47 trajectories for 32 rows, every noise kind, draws, given tokens, likelihoods and a
+    base answer."""
     trace = functools.partial(slow_path.trace, samples=5, length=STEPS)
-    ar1, mixed = Sampling(0.5, "ar1", 0.7), Sampling(0.5, "mixture", 0.8, alpha=0.9, after_eos="marginal")
+    ar1, mixed = (
+        Sampling(0.5, "ar1", 0.7, likelihood=True),
+        Sampling(0.5, "mixture", 0.8, alpha=0.9, after_eos="marginal"),
+    )
     return [
         Round(3, "a", prompt(5), 0, 0, 7, Sampling(0.5)),
         Round(3, "b", prompt(40), 2, 0, 12, ar1, trace(2)),
         Round(3, "b", prompt(40), BASE_ITERATION, 0, 1, Sampling()),
         Round(3, "c", prompt(23), 3, 0, 3, mixed, trace(3)),
         Round(3, "d", prompt(1), 1, 0, 20, Sampling(0.5, "shared", decode=TopP(0.9, 1.0)), trace(1)),
+        Round(3, "e", prompt(9), 1, 0, 4, Sampling(decode=TopP(0.9, 1.0), likelihood=True), starts=STARTS),
     ]
 
 
@@ -100,7 +106,7 @@ def one_thread() -> Iterator[None]:
 @cases
 def test_alone_or_in_any_company(family: str, dtype: torch.dtype) -> None:
     expected = alone(family, dtype)
-    shuffled = [rounds()[i] for i in (4, 2, 0, 3, 1)]
+    shuffled = [rounds()[i] for i in (4, 2, 0, 5, 3, 1)]
     assert_same(together(engine(family, dtype), shuffled), expected)
     assert_same(together(engine(family, dtype), shuffled[::-1], every=3), expected)  # late starters
 
@@ -139,7 +145,8 @@ def test_a_round_in_two_parts(family: str, dtype: torch.dtype) -> None:
     for round in rounds():
         if round.stop > 1:
             parts = [
-                Round(**{**fields(round), "start": start, "stop": stop}) for start, stop in ((2, round.stop), (0, 2))
+                dataclasses.replace(round, start=start, stop=stop, starts=round.starts[start:stop])
+                for start, stop in ((2, round.stop), (0, 2))
             ]
             one = engine(family, dtype)
             late, early = one.run(parts)

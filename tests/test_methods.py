@@ -11,6 +11,7 @@ from toy import PROMPT, World, covariance, white_noise
 
 from aisp_dist import config
 from aisp_dist.methods import aisp
+from aisp_dist.methods.weights import importance_weights
 from aisp_dist.records import Done, Failed
 
 C = np.array([[0.3, -0.2], [0.1, 0.4], [-0.3, 0.2]])  # [T, D]
@@ -30,7 +31,7 @@ def run(method: dict, **changes) -> config.Run:
 
 
 def weights(rewards, penalties=None, lambda_=0.5):
-    return aisp.importance_weights(rewards, penalties or [0.0] * len(rewards), lambda_)
+    return importance_weights(rewards, penalties or [0.0] * len(rewards), lambda_)
 
 
 def test_weights_sum_to_one_and_ignore_a_shift_and_a_common_scale():
@@ -54,7 +55,7 @@ def test_weights_are_equivariant_under_permutation():
 
 def test_weights_are_softmax_of_reward_over_lambda_when_alpha_is_one():
     settings = config.Aisp(alpha=1.0, sigma2=2.0)
-    assert aisp.penalty(123.0, 456.0, settings) == 0
+    assert aisp.penalty(123.0, 456.0, settings.alpha, settings.sigma2) == 0
     w = weights([1.0, 2.0], lambda_=0.5)
     assert w[1] / w[0] == pytest.approx(math.exp(2), rel=1e-6)
 

@@ -120,6 +120,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "tune.max_nll": 0.2,
     **{f"tune.grids.{name}": [0.2, 0.5] for name in ("sigma2", "lambda", "ess", "alpha", "temperature", "top_p")},
     **{f"tune.grids.{name}": [0.2, 0.5] for name in ("weight", "step_size")},
+    "method.preset": "auto",
     "method.num_samples": 4,
     "method.num_iterations": 3,
     "method.sigma2": 0.1,
@@ -166,6 +167,8 @@ WHOLE = {
     "runtime.rewards",
     "method.decode",
     "method.spend",
+    "method.branch",  # goes with decode
+    "method.limit",
     "guard.action",  # goes with a bound
 }  # unions, mappings and what is not given alone: tests of their own
 
@@ -244,7 +247,7 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--method.sigma2", "-1"], r"method.sigma2: .*greater than 0.*'-1'"),
+        (["--method.sigma2", "-1"], "method.sigma2: sigma2 is -1; it must be from 0 to 1e12"),
         (["--method.num_samples", "0"], "method.num_samples: .*greater than or equal to 1"),
         (["--method.lambda", "-2"], "method.lambda: lambda is -2; it must be positive"),
         (["--method.lambda.ess", "1.5"], "method.lambda.ess: .*less than 1"),

@@ -68,7 +68,7 @@ def search(thinking: str, base: str = "<think>x</think>base"):
     async def nll(id, tokens, responses):
         return [1.0 for _ in responses]
 
-    return asyncio.run(align(run, Prompt("p", 0, "q"), (1,), rollout, score, nll)), seen
+    return asyncio.run(align(run, Prompt("p", 0, "q"), (1,), rollout, score, nll, None)), seen
 
 
 def test_rewards_and_rows_have_the_answer_alone_and_the_tokens_keep_all():

@@ -99,7 +99,10 @@ class World:
     async def nll(self, prompt_id, prompt_tokens, responses) -> list[float]:
         return [0.0 for _ in responses]
 
+    async def variance(self, prompt_id, key, prompt_tokens, answer, flip_rate) -> float:
+        return flip_rate
+
     def align(self, run):
         from aisp_dist.align import align
 
-        return asyncio.run(align(run, PROMPT, (1,), self.rollout, self.score, self.nll))
+        return asyncio.run(align(run, PROMPT, (1,), self.rollout, self.score, self.nll, self.variance))

@@ -132,6 +132,9 @@ async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, 
         asked.nlls.append((prompt, responses))
         return await loop.run_in_executor(decoder, _nll, task, prompt, responses)
 
+    async def variance(*_: Any) -> float:
+        raise NotImplementedError("the peer's methods have a variance of their own")
+
     async def decode() -> None:
         while await wake.wait():
             some = arrived.copy()
@@ -144,7 +147,9 @@ async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, 
     async with asyncio.TaskGroup() as group:  # an error of one ends all
         decoding = group.create_task(decode())
         run = task.parsed()
-        await asyncio.gather(*(align(run, prompt, ids, rollout, score, nll) for prompt, ids in prompts.items()))
+        await asyncio.gather(
+            *(align(run, prompt, ids, rollout, score, nll, variance) for prompt, ids in prompts.items())
+        )
         decoding.cancel()
     return asked
 

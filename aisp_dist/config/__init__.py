@@ -5,13 +5,17 @@ from aisp_dist.config.base import ConfigError, Section, doc
 from aisp_dist.config.compare import Compare, Grids, Tune
 from aisp_dist.config.guard import Guard
 from aisp_dist.config.methods import (
+    AUTO,
     Aisp,
     Ar1,
     Args,
     BatchedAisp,
     BestOfN,
+    Branch,
     Ess,
+    FlipRate,
     Gaussian,
+    Limit,
     Method,
     Mixture,
     Nucleus,
@@ -24,14 +28,17 @@ from aisp_dist.config.run import Generator, Prompts, Run, Save, Top, TopBottom
 from aisp_dist.config.runtime import Replicas, RewardReplicas, Runtime, StorageOptions, Timeouts, known_place
 
 __all__ = [
+    "AUTO",
     "Aisp",
     "Ar1",
     "Args",
     "BatchedAisp",
     "BestOfN",
+    "Branch",
     "Compare",
     "ConfigError",
     "Ess",
+    "FlipRate",
     "FunctionReward",
     "Gaussian",
     "Generator",
@@ -39,6 +46,7 @@ __all__ = [
     "Guard",
     "HttpReward",
     "JudgeSettings",
+    "Limit",
     "Method",
     "Mixture",
     "ModelReward",

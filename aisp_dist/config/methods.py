@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, field_validator, model_validator
 
@@ -34,6 +34,30 @@ class Gaussian(Section):
     gaussian: float = doc("variance of the noise on the pre-logits; decoding is greedy", gt=0, le=1e12)
 
 
+class FlipRate(Section):
+    flip_rate: float = doc("share of the base answer's tokens that noise of this variance would change", gt=0, lt=1)
+
+
+class Branch(Section):
+    """From the second iteration on, samples continue earlier answers."""
+
+    ess: float = doc("effective number of answers so far that are continued", 8.0, ge=1)
+
+
+class Limit(Section):
+    """How far from the base model an answer may be. What is beyond is drawn and kept as a candidate, but neither
+    selected nor learnt from."""
+
+    nll: float | None = doc("nats per token by which the base model may find it less likely than its own", None, ge=0)
+    diversity: float | None = doc("least share of distinct 2-, 3- and 4-grams, their product", None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def bounded(self) -> Limit:
+        if self.nll is None and self.diversity is None:
+            raise ValueError("nll and diversity are null, so nothing is limited; give one, or no limit")
+        return self
+
+
 Count = Annotated[int, Field(ge=1, lt=1 << 16)]
 
 
@@ -58,16 +82,59 @@ class Spend(Section):
         return self
 
 
+# What `preset: auto` says where the configuration is silent; configs/auto/ has the measurements that chose it.
+AUTO: dict[str, Any] = {
+    "sigma2": {"flip_rate": 0.1},
+    "lambda": {"ess": 0.2},
+    "noise": "shared",
+    "decode": {"top_p": 0.8},
+    "branch": {"ess": 8.0},
+}
+
+
 class Search(Section):
     """What adaptive importance sampling is told (arXiv 2510.26219, Algorithm 1), whatever its budget's form."""
 
-    sigma2: float = doc("sigma^2, variance of the noise", 0.5, gt=0, le=1e12)
+    preset: Literal["paper", "auto"] = doc(
+        "what is not given: as the paper has it, or without any unit of a model or a reward", "paper"
+    )
+    sigma2: float | FlipRate = doc(
+        "sigma^2, variance of the noise; or {flip_rate: share}, found for each prompt; 0 with branch: none", 0.5
+    )
     lambda_: float | Ess = doc("temperature of the weights, or {ess: fraction}", Ess(ess=0.1), alias="lambda")
     alpha: float = doc("discount of the mean in the prior", 0.9999, ge=0, le=1)
     noise: Literal["independent", "shared"] | Ar1 | Mixture = doc("covariance of the noise over time", "independent")
     decode: Literal["greedy"] | Nucleus = doc("greedy (the paper) or {top_p: .8, temperature: 1.0}", "greedy")
     after_eos: Literal["full", "marginal"] = doc("noise after a response's end: drawn, or integrated out", "full")
+    branch: Branch | None = doc("samples continue earlier answers: {ess: 8}; null: all begin anew", None)
+    limit: Limit | None = doc("how far from the base model an answer may be: {nll: .3, diversity: .9}", None)
     shuffle_rewards: bool = doc("control: the update sees the rewards permuted; true ones select", False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def filled(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "auto":
+            given = {"lambda" if key == "lambda_" else key for key in values}
+            return values | {key: value for key, value in AUTO.items() if key not in given}
+        return values
+
+    @model_validator(mode="after")
+    def drawn(self) -> Search:
+        if self.sigma2 == 0 and not self.branch:
+            raise ValueError("sigma2 is 0 without branch, so nothing would be searched; give a variance, or branch")
+        if self.branch and self.decode == "greedy":
+            raise ValueError(
+                "branch continues an answer from where it is cut, which greedy decoding would do as before; give "
+                "decode: {top_p: 0.8}"
+            )
+        return self
+
+    @field_validator("sigma2")
+    @classmethod
+    def variance(cls, value: float | FlipRate) -> float | FlipRate:
+        if isinstance(value, float) and not 0 <= value <= 1e12:
+            raise ValueError(f"sigma2 is {value:g}; it must be from 0 to 1e12, or {{flip_rate: 0.1}}")
+        return value
 
     @field_validator("lambda_")
     @classmethod
@@ -86,7 +153,8 @@ class Search(Section):
             case kind:
                 noise, parameter = kind, 0.0
         decode = None if isinstance(self.decode, str) else self.decode.record()
-        return Sampling(self.sigma2, noise, parameter, self.alpha, decode, self.after_eos)
+        sigma2 = self.sigma2 if isinstance(self.sigma2, float) else 0.0  # a rate: found for each prompt
+        return Sampling(sigma2, noise, parameter, self.alpha, decode, self.after_eos, likelihood=self.limit is not None)
 
 
 class Aisp(Search):
@@ -136,10 +204,13 @@ class BestOfN(Section):
         "{top_p: .95, temperature: 1.0} or {gaussian: 0.5}", Nucleus(top_p=0.95), alias="sampling"
     )
 
+    limit: Limit | None = doc("how far from the base model an answer may be: {nll: .3, diversity: .9}", None)
+
     def sampling(self) -> Sampling:
+        measured = self.limit is not None
         if isinstance(self.sampling_, Gaussian):
-            return Sampling(sigma2=self.sampling_.gaussian)
-        return Sampling(decode=self.sampling_.record())
+            return Sampling(sigma2=self.sampling_.gaussian, likelihood=measured)
+        return Sampling(decode=self.sampling_.record(), likelihood=measured)
 
 
 class Args(Section):
@@ -152,6 +223,7 @@ class Args(Section):
     num_samples: ClassVar[int] = 1
     num_iterations: ClassVar[int] = 1
     spend: ClassVar[None] = None
+    limit: ClassVar[None] = None
 
     def sampling(self) -> Sampling:
         return Sampling(guide=TokenReward(self.num_candidates, self.weight))
@@ -169,6 +241,7 @@ class ReControl(Section):
     num_samples: ClassVar[int] = 1
     num_iterations: ClassVar[int] = 1
     spend: ClassVar[None] = None
+    limit: ClassVar[None] = None
 
     def sampling(self) -> Sampling:
         return Sampling(guide=Ascent(self.steps, self.step_size, self.published))

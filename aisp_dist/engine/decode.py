@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -206,6 +207,15 @@ class Engine:
                 f"the rows' there are {self.kv.capacity * self.lm.token_bytes / 1e9:.2f} GB; lower "
                 "prompts.max_tokens, generator.batch_rows or generator.max_new_tokens"
             )
+        if round.starts:
+            if len(round.starts) != round.stop - round.start:
+                raise ValueError(
+                    f"{len(round.starts)} starts for {round.stop - round.start} samples; give one for each"
+                )
+            if max(map(len, round.starts)) >= self.max_new_tokens:
+                raise ValueError(f"a start has {max(map(len, round.starts))} tokens; max_new_tokens must be more")
+            if odd := {t for start in round.starts for t in start if not 0 <= t < vocab or t in self.end_ids}:
+                raise ValueError(f"a start holds {min(odd)}, an end token or none of the vocabulary's {vocab}")
         if any(len(entry.weights) != len(entry.lengths) for entry in round.trace):
             raise ValueError("an iteration of the trace has not one length per weight")
 
@@ -223,7 +233,8 @@ class Engine:
                 self.kv.seat(slot, prefix)
                 word = noise.sample_word(job.round.iteration, row.sample) if job.round.iteration >= 0 else 0
                 plan = self.batch.plans.line(job.round.sampling)
-                seats.append(Seat(slot, prefix.length, plan, job.line, job.key, word, prefix.z_D))
+                start = job.round.starts[row.sample - job.round.start] if job.round.starts else ()
+                seats.append(Seat(slot, prefix.length, plan, job.line, job.key, word, prefix.z_D, start))
         if seats:
             self.batch.seat(seats)
 
@@ -265,6 +276,7 @@ class Engine:
         kind: dict[str, Any] = {
             "controlled": any(sampling.sigma2 for sampling in samplings),
             "drawn": any(sampling.decode for sampling in samplings),
+            "measured": any(sampling.likelihood for sampling in samplings),
             "ascent": next((s.guide for s in samplings if isinstance(s.guide, Ascent)), None),
         }
         chosen = any(isinstance(sampling.guide, TokenReward) for sampling in samplings)
@@ -341,7 +353,11 @@ class Engine:
         if job.control and job.round.trace:
             dots: list[float] = self.batch.dots_BT[slot, : len(tokens)].tolist()
             costs = cost(job.control, job.round, row.sample, dots)
-        job.done[row.sample] = Trajectory(row.sample, tuple(tokens), text, finish, *costs)
+        nll = None
+        if job.round.sampling.likelihood:
+            losses: list[float] = self.batch.nll_BT[slot, : len(tokens)].tolist()
+            nll = math.fsum(losses) / len(losses)
+        job.done[row.sample] = Trajectory(row.sample, tuple(tokens), text, finish, *costs, nll)
         self._clear([slot])
         if len(job.done) == job.round.stop - job.round.start:
             self._leave(job)

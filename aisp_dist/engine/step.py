@@ -36,7 +36,7 @@ _DRAWN = 32  # rows whose tokens are drawn together: a draw takes 60 bytes for e
 
 
 class Seat(NamedTuple):
-    """What a row starts from. z_D: z_0, the prompt's last hidden state."""
+    """What a row starts from. z_D: z_0, the prompt's last hidden state. start: first tokens that are given."""
 
     slot: int
     length: int
@@ -45,6 +45,7 @@ class Seat(NamedTuple):
     key: tuple[int, int]
     word: int
     z_D: torch.Tensor
+    start: tuple[int, ...] = ()
 
 
 class Plans:
@@ -112,7 +113,9 @@ class Batch:
         self.z0_BD = torch.zeros(num_rows, dim, dtype=lm.dtype, device=device)
         self.filter_BD = torch.zeros(num_rows, dim, device=device)
         self.tokens_BT = torch.zeros(num_rows, num_steps, dtype=torch.long, device=device)
+        self.start_BT = torch.full((num_rows, num_steps), -1, device=device)  # tokens that are given; else -1
         self.dots_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # m_t . e_t
+        self.nll_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # where it is measured
         self.ends_V = torch.zeros(lm.vocab_size, dtype=torch.bool, device=device)
         self.ends_V[sorted(end for end in end_ids if end < lm.vocab_size)] = True
 
@@ -124,6 +127,8 @@ class Batch:
         self.rows_BF[slots] = torch.tensor(rows, device=device)
         self.z0_BD[slots] = torch.stack([seat.z_D for seat in seats])
         self.filter_BD[slots] = 0
+        starts = [(*seat.start, *[-1] * (self.num_steps - len(seat.start))) for seat in seats]
+        self.start_BT[slots] = torch.tensor(starts, device=device)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Empties rows."""
@@ -137,19 +142,27 @@ class Batch:
         first: bool,
         controlled: bool,
         drawn: bool,
+        measured: bool = False,
         ascent: Ascent | None = None,
         choose: Choose | None = None,
     ) -> None:
         """One token for every row that has not ended. attend: the pass, given the rows' places in their suffixes.
-        first: all rows are at their first step. controlled, drawn: some are under control, some draw their tokens.
-        ascent: how some climb the value network. choose: the host's choice of tokens for some, given all logits."""
-        z_BD = self.states(attend, first)
-        z_BD = self.control(z_BD.float()) if controlled else z_BD.float()
+        first: all rows are at their first step. controlled, drawn, measured: some are under control, draw their
+        tokens, or are to know their likelihood under the base model. ascent: how some climb the value network.
+        choose: the host's choice of tokens for some, given all logits."""
+        base_BD = self.states(attend, first).float()
+        z_BD = self.control(base_BD) if controlled else base_BD
         if ascent is not None:
             z_BD = self.ascend(z_BD, ascent)
         logits_BV = self.lm.logits(z_BD)
         token_B, finite_B = self.select(logits_BV, drawn)
-        self.record(choose(logits_BV, token_B) if choose else token_B, finite_B)
+        if choose:
+            token_B = choose(logits_BV, token_B)
+        start_B = self.start_BT.gather(1, self.rows_BF[:, STEP, None] - 1)[:, 0]
+        token_B = torch.where(start_B >= 0, start_B, token_B)
+        if measured:
+            self.measure(logits_BV if z_BD is base_BD else self.lm.logits(base_BD), token_B)
+        self.record(token_B, finite_B)
 
     def ascend(self, z_BD: torch.Tensor, ascent: Ascent) -> torch.Tensor:
         """z [B, D] of the rows that climb, moved up the value network; the others' as it is."""
@@ -190,6 +203,12 @@ class Batch:
             drawn_B = torch.cat([draw(*part) for part in zip(*(x.split(_DRAWN) for x in whole), strict=True)])
             token_B = torch.where(self.plans.draws_F[plan_B], drawn_B, token_B)
         return token_B, finite_B
+
+    def measure(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> None:
+        """Keeps -log P_LLM(y_t | x, y_<t) from the base model's logits. A row that ended repeats its last step."""
+        log_B = torch.log_softmax(logits_BV, -1).gather(1, token_B[:, None])
+        at_B1, going_B1 = self.rows_BF[:, STEP, None] - 1, self.rows_BF[:, ENDED, None] == 0
+        self.nll_BT.scatter_(1, at_B1, torch.where(going_B1, -log_B.double(), self.nll_BT.gather(1, at_B1)))
 
     def record(self, token_B: torch.Tensor, finite: torch.Tensor) -> None:
         """Appends the tokens, moves rows on, and marks those that end. An ended row repeats its last step unseen."""

@@ -11,7 +11,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from aisp_dist.records import Prompt, Round, Weights
 _BOTH = ("reward", "rewards", "nll", "num_tokens")  # columns that the base answer has too, as base_*
 _COLUMNS = ["id", "source_index", "prompt", "completion", "base_completion", "finish_reason"]
 _COLUMNS += [prefix + name for name in _BOTH for prefix in ("", "base_")]
-_TRACE = [f"trace.list.element.{name}" for name in ("weights", "lengths")]
+_TRACE = [f"trace.list.element.{name}" for name in ("weights", "lengths", "sigma2")]
 _CANDIDATE = [f"candidates.list.element.{name}" for name in ("iteration", "sample", "token_ids")]
 Row = dict[str, Any]
 
@@ -52,7 +52,10 @@ class Output:
         """What its search was after the last iteration; without trace where the output keeps none."""
         trace = tuple(Weights(tuple(step["weights"]), tuple(step["lengths"])) for step in row["trace"])
         trace = trace if any(entry.weights for entry in trace) else ()
-        return Round(self.run.seed, row["id"], prompt_tokens, len(trace), 0, 1, self.run.method.sampling(), trace)
+        sampling = self.run.method.sampling()
+        if row["trace"]:  # a flip rate's variance is the prompt's own
+            sampling = replace(sampling, sigma2=row["trace"][0]["sigma2"])
+        return Round(self.run.seed, row["id"], prompt_tokens, len(trace), 0, 1, sampling, trace)
 
     def prompt(self, row: Row) -> Prompt:
         """The prompt of a row, as rewards and templates take it."""

@@ -38,17 +38,20 @@ def measures(
     everything = [answer for trial in answers for answer in trial]
     found: dict[str, Any] = {}
     omitted: dict[str, str] = {}
-    untraced = isinstance(method, Search) and not all(answer.round.trace for answer in everything)
+    untraced = isinstance(method, Search) and not all(answer.row["trace"] for answer in everything)
     trace = "the output keeps no trace of the search; a run with save.trace: true does"
+    moved_by_noise = any(answer.round.sampling.sigma2 for answer in everything)
     if not isinstance(method, Search):
         omitted["kl"] = f"undefined for {method.kind}: its answer is no draw under one control; nll is there"
+    elif not moved_by_noise:
+        omitted["kl"] = "undefined without a control, which sigma2: 0 leaves out; nll is there"
     elif untraced:
         omitted["kl"] = trace
     else:
         found["kl"], reasons = _kl(lm, answers, generator)
         if reasons:
             omitted["kl"] = left_out(reasons, len(everything))
-    if not method.sampling().sigma2:
+    if not moved_by_noise:
         why = f"{method.kind} with these settings moves no pre-logits by noise"
     elif untraced:
         why = trace

@@ -6,95 +6,53 @@ the weights: what a round's rewards r_i, control costs and lengths make of it.
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Sequence
 
-from aisp_dist.config import Aisp, BatchedAisp, Ess, Search
+from aisp_dist.config import Aisp, BatchedAisp, Search
+from aisp_dist.methods import branch
 from aisp_dist.methods.round import Key, Proposal, State, finished, over
+from aisp_dist.methods.weights import importance_weights
 from aisp_dist.philox import permutation
-from aisp_dist.records import Rollout, Weights
+from aisp_dist.records import Candidate, Rollout, Sampling, Weights
 
 
-def propose(settings: Aisp | BatchedAisp, state: State) -> Proposal | None:
+def propose(
+    settings: Aisp | BatchedAisp, sampling: Sampling, state: State, key: Key, seen: Sequence[Candidate]
+) -> Proposal | None:
     if over(settings, state):
         return None
-    trace = tuple(Weights(done.weights, done.lengths) for done in state)
-    return Proposal(len(state), settings.num_samples, settings.sampling(), trace)
+    k, n = len(state), settings.num_samples
+    trace = tuple(Weights(done.weights, done.lengths) for done in state) if sampling.sigma2 else ()
+    if settings.branch is None or not state:
+        return Proposal(k, n, sampling, trace)
+    rewards: list[float | None] = []
+    for j in range(k):
+        rewards += _told(settings, key, j, [c.eligible_reward for c in seen[j * n : (j + 1) * n]])
+    chosen = branch.parents(settings.branch, key, k, n, rewards, [len(c.token_ids) for c in seen])
+    starts = tuple(seen[parent].token_ids[:length] if length else () for parent, length in chosen)
+    return Proposal(k, n, sampling, trace, starts, tuple(parent for parent, _ in chosen))
 
 
-def update(settings: Search, state: State, key: Key, rollout: Rollout, rewards: Sequence[float | None]) -> State:
-    seen = [rewards[j] for j in permutation(key, len(state), len(rewards))] if settings.shuffle_rewards else rewards
-    penalties = [penalty(t.control_cost, t.control_sq, settings) for t in rollout.trajectories]
-    weights = importance_weights(seen, penalties, settings.lambda_)
-    return (*state, finished(rollout, rewards, weights, kl=rollout.u_sq / (2 * settings.sigma2)))
+def update(
+    settings: Search, state: State, key: Key, proposal: Proposal, rollout: Rollout, rewards: Sequence[float | None]
+) -> State:
+    sigma2 = proposal.sampling.sigma2
+    if not sigma2:
+        return (*state, finished(proposal, rollout, rewards, weights=(), kl=0.0))
+    told = _told(settings, key, len(state), rewards)
+    penalties = [penalty(t.control_cost, t.control_sq, settings.alpha, sigma2) for t in rollout.trajectories]
+    weights = importance_weights(told, penalties, settings.lambda_)
+    return (*state, finished(proposal, rollout, rewards, weights, kl=rollout.u_sq / (2 * sigma2)))
 
 
-def penalty(control_cost: float, control_sq: float, settings: Search) -> float:
+def _told(settings: Search, key: Key, iteration: int, rewards: Sequence[float | None]) -> list[float | None]:
+    """What the search is told of an iteration's rewards; the shuffled control, another sample's."""
+    order = permutation(key, iteration, len(rewards)) if settings.shuffle_rewards else range(len(rewards))
+    return [rewards[j] for j in order]
+
+
+def penalty(control_cost: float, control_sq: float, alpha: float, sigma2: float) -> float:
     """The second term of (18) for one trajectory, with u . eps in place of u . v. For `full` noise the quadratic term
     is the same for all samples and cancels; for `marginal` it runs to the sample's own end and does not."""
-    rest = 1 - settings.alpha
-    return (rest * control_cost + rest**2 / 2 * control_sq) / settings.sigma2
-
-
-def importance_weights(
-    rewards: Sequence[float | None], penalties: Sequence[float], lambda_: float | Ess
-) -> tuple[float, ...]:
-    """w = softmax(r / lambda - penalty) over one iteration, (18), rounded to fp32 as the trace keeps them.
-
-    A missing reward has weight 0; with none at all every weight is 0, which leaves u where it was.
-    """
-    scored = [i for i, r in enumerate(rewards) if r is not None]
-    if not scored:
-        return (0.0,) * len(rewards)
-    r = [rewards[i] or 0.0 for i in scored]
-    p = [penalties[i] for i in scored]
-    temperature = lambda_ if isinstance(lambda_, float) else ess_temperature(r, p, lambda_.ess * len(rewards))
-    weights = [0.0] * len(rewards)
-    for i, w in zip(scored, softmax(r, p, temperature), strict=True):
-        weights[i] = struct.unpack("f", struct.pack("f", w))[0]
-    return tuple(weights)
-
-
-def softmax(rewards: Sequence[float], penalties: Sequence[float], lambda_: float) -> list[float]:
-    top = max(rewards)  # taken off before the division, so that a tiny lambda cannot overflow
-    logs = [(r - top) / lambda_ - p for r, p in zip(rewards, penalties, strict=True)]
-    high = max(logs)
-    exps = [math.exp(value - high) for value in logs]
-    total = math.fsum(exps)
-    return [e / total for e in exps]
-
-
-def ess_temperature(rewards: Sequence[float], penalties: Sequence[float], target: float) -> float:
-    """The lambda at which 1 / sum w^2 = target, by secants and bisection on its logarithm.
-
-    Free of the reward's unit: the search starts from the spread of the rewards. Where the target is out of reach (all
-    rewards equal, or fewer finite ones than it asks for) the end of the bracket on its side is returned.
-    """
-    top = max(rewards)
-    spread = top - min(rewards)
-    if spread == 0:
-        return 1.0
-
-    def excess(log_lambda: float) -> float:
-        """log(ESS / target), which grows with lambda; of weights that need not sum to one."""
-        scale = math.exp(-log_lambda)
-        logs = [(r - top) * scale - p for r, p in zip(rewards, penalties, strict=True)]
-        high = max(logs)
-        exps = [math.exp(value - high) for value in logs]
-        return math.log(sum(exps) ** 2 / sum(e * e for e in exps) / target)
-
-    low, high = math.log(spread) - 16, math.log(spread) + 16
-    f_low, f_high = excess(low), excess(high)
-    if f_low >= 0 or f_high <= 0:
-        return math.exp(low if f_low >= 0 else high)
-    for step in range(90):  # about 12 are enough; with bisections alone among them it would be 60
-        middle = (low + high) / 2 if step % 3 == 0 else (low * f_high - high * f_low) / (f_high - f_low)
-        f = excess(middle)
-        if abs(f) < 1e-12 or not low < middle < high:
-            break
-        if f < 0:
-            low, f_low = middle, f
-        else:
-            high, f_high = middle, f
-    return math.exp(middle)
+    rest = 1 - alpha
+    return (rest * control_cost + rest**2 / 2 * control_sq) / sigma2

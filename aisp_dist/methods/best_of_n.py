@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 from aisp_dist.config import Method
 from aisp_dist.methods.round import Key, Proposal, State, finished, over
-from aisp_dist.records import Rollout
+from aisp_dist.records import Candidate, Rollout, Sampling
 
 
-def propose(settings: Method, state: State) -> Proposal | None:
+def propose(settings: Method, sampling: Sampling, state: State, key: Key, seen: Sequence[Candidate]) -> Proposal | None:
     if over(settings, state):
         return None
-    return Proposal(len(state), settings.num_samples, settings.sampling())
+    return Proposal(len(state), settings.num_samples, sampling)
 
 
-def update(settings: Method, state: State, key: Key, rollout: Rollout, rewards: Sequence[float | None]) -> State:
-    return (*state, finished(rollout, rewards, weights=(), kl=0.0))
+def update(
+    settings: Method, state: State, key: Key, proposal: Proposal, rollout: Rollout, rewards: Sequence[float | None]
+) -> State:
+    return (*state, finished(proposal, rollout, rewards, weights=(), kl=0.0))

@@ -15,15 +15,20 @@ Key = tuple[int, int]  # of the prompt, philox.prompt_key
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """`num_samples` trajectories of one iteration, drawn around the control that the trace of weights builds."""
+    """`num_samples` trajectories of one iteration, drawn around the control that the trace of weights builds. starts,
+    parents: where samples continue earlier ones, the tokens given to each and the place of the answer they are of."""
 
     iteration: int
     num_samples: int
     sampling: Sampling
     trace: tuple[Weights, ...] = ()
+    starts: tuple[tuple[int, ...], ...] = ()
+    parents: tuple[int, ...] = ()
 
 
-def finished(rollout: Rollout, rewards: Sequence[float | None], weights: Sequence[float], kl: float) -> Iteration:
+def finished(
+    proposal: Proposal, rollout: Rollout, rewards: Sequence[float | None], weights: Sequence[float], kl: float
+) -> Iteration:
     """The record of an iteration. Without weights (best-of-n) every sample counts the same: ESS = n."""
     finite = [r for r in rewards if r is not None]
     square = sum(w * w for w in weights)
@@ -34,6 +39,9 @@ def finished(rollout: Rollout, rewards: Sequence[float | None], weights: Sequenc
         kl=kl,
         mean_reward=sum(finite) / len(finite) if finite else None,
         best_reward=max(finite, default=None),
+        sigma2=proposal.sampling.sigma2,
+        parents=proposal.parents,
+        given=tuple(map(len, proposal.starts)),
     )
 
 

@@ -28,7 +28,7 @@ from aisp_dist.align import align
 from aisp_dist.config import BatchedAisp, ConfigError, Run
 from aisp_dist.lease import Lease, LeaseLost, read_owners
 from aisp_dist.place import Place
-from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Score
+from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Sampling, Score
 from aisp_dist.schema import ColumnType
 from aisp_dist.store import Store
 
@@ -260,7 +260,7 @@ class Coordinator:
             settings = run.generator
             strips = settings.thinking == "strip"
             thinks = strips and thinking.opens(self.tokenizer.decode(tokens), settings.thinking_tags)
-            return await align(run, line, tokens, self._rollout, self._score, self._nll, self._variance, thinks)
+            return await align(run, line, tokens, self._rollout, self._score, self._nll, self._calibrate, thinks)
         finally:
             for pool in self.pools.values():
                 pool.forget(line.id)
@@ -294,9 +294,9 @@ class Coordinator:
         losses: list[float] = await self.pools["generator"].call(prompt_id, "nll", prompt_tokens, responses)
         return losses
 
-    async def _variance(self, prompt_id: str, *asked: Any) -> float:
-        found: float = await self.pools["generator"].call(prompt_id, "variance", *asked)
-        return found
+    async def _calibrate(self, prompt_id: str, *asked: Any) -> Sampling:
+        sampling: Sampling = await self.pools["generator"].call(prompt_id, "calibrate", *asked)
+        return sampling
 
     def _finish(self, table: Table, result: Result) -> None:
         store = self.store

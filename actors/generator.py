@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aisp_dist.config import Run
-from aisp_dist.records import Rollout, Round
+from aisp_dist.records import Rates, Rollout, Round, Sampling
 
 T = TypeVar("T")
 
@@ -91,15 +91,11 @@ class Generator:
         """The base model's mean negative log-likelihood per token of each response, in nats."""
         return await self._between_steps(lambda: [self.engine.nll(prompt_tokens, response) for response in responses])
 
-    async def variance(
-        self, key: tuple[int, int], prompt_tokens: tuple[int, ...], answer: tuple[int, ...], flip_rate: float
-    ) -> float:
-        """The variance of noise that changes this share of a prompt's base answer (engine/calibrate.py)."""
-        from aisp_dist.engine import calibrate
+    async def calibrate(self, sampling: Sampling, rates: Rates, *prompt: Any) -> Sampling:
+        """See engine/calibrate.py; prompt: its key, its tokens, its base answer."""
+        from aisp_dist.engine.calibrate import calibrate
 
-        return await self._between_steps(
-            lambda: calibrate.variance(self.engine.lm, key, prompt_tokens, answer, flip_rate)
-        )
+        return await self._between_steps(lambda: calibrate(self.engine.lm, sampling, rates, *prompt))
 
     async def _between_steps(self, ask: Callable[[], T]) -> T:
         """What `ask` answers on the engine's thread."""

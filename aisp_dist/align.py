@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from aisp_dist import methods, thinking
-from aisp_dist.config import FlipRate, Run, Search
+from aisp_dist.config import Run, Search
 from aisp_dist.limit import within
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import (
@@ -22,6 +22,7 @@ from aisp_dist.records import (
     Done,
     Failed,
     Prompt,
+    Rates,
     Result,
     Rollout,
     Round,
@@ -36,8 +37,8 @@ RolloutFn = Callable[[Round], Coroutine[None, None, Rollout]]
 ScoreFn = Callable[[str, Prompt, Sequence[str]], Awaitable[list[Score]]]  # reward name, prompt, responses
 # prompt id, its tokens, responses -> the base model's mean NLL per token of each response
 NllFn = Callable[[str, tuple[int, ...], Sequence[tuple[int, ...]]], Awaitable[list[float]]]
-# prompt id, its key, its tokens, its base answer, flip rate -> sigma^2 (engine/calibrate.py)
-VarianceFn = Callable[[str, tuple[int, int], tuple[int, ...], tuple[int, ...], float], Awaitable[float]]
+# prompt id, sampling, what it leaves open, the prompt's key, its tokens, its base answer -> sampling
+CalibrateFn = Callable[[str, Sampling, Rates, tuple[int, int], tuple[int, ...], tuple[int, ...]], Awaitable[Sampling]]
 
 
 class RowError(Exception):
@@ -51,13 +52,13 @@ async def align(
     rollout: RolloutFn,
     score: ScoreFn,
     nll: NllFn,
-    variance: VarianceFn,
+    calibrate: CalibrateFn,
     thinks: bool = False,
 ) -> Result:
     """Search one prompt to the end. thinks: the rendered prompt has opened a block of thinking. RowError becomes a
     Failed; every other exception is a fault and passes through."""
     try:
-        return await _search(run, prompt, prompt_tokens, rollout, score, nll, variance, thinks)
+        return await _search(run, prompt, prompt_tokens, rollout, score, nll, calibrate, thinks)
     except RowError as error:
         return Failed(prompt, str(error))
 
@@ -80,14 +81,14 @@ async def _search(
     rollout: RolloutFn,
     score: ScoreFn,
     nll: NllFn,
-    variance: VarianceFn,
+    calibrate: CalibrateFn,
     thinks: bool,
 ) -> Done:
     key = prompt_key(run.seed, prompt.id)
     selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
     held_out = [name for name in run.rewards if name not in selecting]
     sampling, limit = run.method.sampling(), run.method.limit
-    rate = run.method.sigma2 if isinstance(run.method, Search) else None
+    rates = run.method.rates() if isinstance(run.method, Search) else Rates()
     base_nll: float | None = None
 
     async def scored(iteration: int, drawn: Sequence[Trajectory], frozen: Frozen) -> tuple[list[Candidate], Frozen]:
@@ -124,12 +125,12 @@ async def _search(
         best: Candidate | None = None
         best_reward = -math.inf
         curve: list[float | None] = []
-        if isinstance(rate, FlipRate) or (limit and limit.nll is not None):
+        near = limit is not None and limit.nll is not None
+        if near or rates != Rates():
             own = (await base_rollout).trajectories[0].token_ids
-            if isinstance(rate, FlipRate):
-                sigma2 = await variance(prompt.id, key, prompt_tokens, own, rate.flip_rate)
-                sampling = replace(sampling, sigma2=sigma2)
-            if limit and limit.nll is not None:
+            if rates != Rates():
+                sampling = await calibrate(prompt.id, sampling, rates, key, prompt_tokens, own)
+            if near:
                 (base_nll,) = await nll(prompt.id, prompt_tokens, [own])
         method = methods.bind(run.method, sampling)
         while (proposal := method.propose(state, key, candidates)) is not None:

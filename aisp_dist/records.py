@@ -110,6 +110,15 @@ class Sampling(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Rates(_Record):
+    """What a sampling is to be for a prompt, in place of numbers with a unit: shares of the tokens of the base answer
+    that would come out differently, by the noise (sigma2) and by drawing (top_p). None: as the sampling says."""
+
+    noise: float | None = None
+    drawing: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Weights(_Record):
     """One finished iteration, as the trace keeps it: w_i (fp32 values) and the lengths T_i in tokens."""
 
@@ -199,9 +208,9 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class Iteration:
     """Diagnostics of one finished iteration: the trace entry, effective sample size, KL(Q_u || P) of the control that
-    proposed it, mean and best of its finite rewards within the limit (None if there were none). sigma2: of its noise.
-    parents, given: where its samples continue earlier ones, the place of each among all so far (-1: none) and how many
-    of its tokens were given; else ()."""
+    proposed it, mean and best of its finite rewards within the limit (None if there were none). sigma2, top_p: of its
+    sampling. parents, given: where its samples continue earlier ones, the place of each among all so far (-1: none)
+    and how many of its tokens were given; else ()."""
 
     weights: tuple[float, ...]
     lengths: tuple[int, ...]
@@ -210,6 +219,7 @@ class Iteration:
     mean_reward: float | None
     best_reward: float | None
     sigma2: float = 0.0
+    top_p: float | None = None
     parents: tuple[int, ...] = ()
     given: tuple[int, ...] = ()
 

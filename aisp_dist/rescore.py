@@ -152,6 +152,7 @@ def _iteration(k: int, step: Row, candidates: Sequence[Candidate]) -> Iteration:
         mean_reward=sum(finite) / len(finite) if finite else None,
         best_reward=max(finite, default=None),
         sigma2=step["sigma2"],
+        top_p=step["top_p"],
         parents=tuple(step["parents"]),
         given=tuple(step["given"]),
     )

@@ -61,6 +61,7 @@ _TRACE = _structs(
     mean_reward=pa.float64(),
     best_reward=pa.float64(),
     sigma2=pa.float64(),
+    top_p=pa.float64(),
     parents=_list(pa.int32()),
     given=_list(pa.int32()),
 )
@@ -197,6 +198,7 @@ def candidates_row(done: Done, keep: Literal["all", "none"] | tuple[int, int], t
                 "mean_reward": i.mean_reward,
                 "best_reward": i.best_reward,
                 "sigma2": i.sigma2,
+                "top_p": i.top_p,
                 "parents": i.parents,
                 "given": i.given,
             }

@@ -30,7 +30,7 @@ from aisp_dist.config import (
 from aisp_dist.rewards import templates
 
 _KINDS = ("method", "rewards.*", "compare.arms.*")  # discriminated by `kind`
-_UNIONS = ("method.lambda", "method.noise", "method.decode", "method.sampling", "save.candidates")
+_UNIONS = ("method.sigma2", "method.lambda", "method.noise", "method.decode", "method.sampling", "save.candidates")
 _TAGS = "'aisp', 'batched_aisp', 'best_of_n', 'args' or 're_control'", "'model', 'function' or 'http'"
 
 

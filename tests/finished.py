@@ -12,7 +12,7 @@ import tiny
 
 from aisp_dist import manifest, prompts, rewards
 from aisp_dist.align import align
-from aisp_dist.engine import calibrate
+from aisp_dist.engine.calibrate import calibrate
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.model import load
 from aisp_dist.lease import Lease
@@ -72,15 +72,15 @@ def output(folder: Path, name: str, method: dict[str, Any] = AISP, seed: int = 0
     async def nll(id, tokens, answers):
         return [engine.nll(tokens, answer) for answer in answers]
 
-    async def variance(id, *asked):
-        return calibrate.variance(engine.lm, *asked)
+    async def settle(id, *asked):
+        return calibrate(engine.lm, *asked)
 
     for line in store.plan(prompts.read(run.prompts)):
         if not isinstance(line, Prompt):
             store.add(Failed(line, line.reason))
             continue
         tokens = render(line, run.prompts, engine.lm.tokenizer, run.prompts.max_tokens)
-        store.add(asyncio.run(align(run, line, tokens, rollout, scored, nll, variance)))
+        store.add(asyncio.run(align(run, line, tokens, rollout, scored, nll, settle)))
     store.finish()
     lease.release()
     return folder / name

@@ -15,13 +15,22 @@ from aisp_dist.methods import branch
 from aisp_dist.metrics import diversity
 from aisp_dist.philox import prompt_key
 from aisp_dist.place import Place
+from aisp_dist.records import Rates
 from aisp_dist.verify import verify
 from jobs import settings
 
 KEY = prompt_key(0, "p")
 DRAWN = {"top_p": 0.95, "temperature": 1.5}  # the tiny model is far from certain, and this farther
 NEAR = {"nll": 1.95, "diversity": 0.5}
-AUTO = {"kind": "aisp", "preset": "auto", "num_samples": 6, "num_iterations": 4, "decode": DRAWN}
+AUTO = {
+    "kind": "aisp",
+    "preset": "auto",
+    "sigma2": {"flip_rate": 0.2},
+    "noise": "shared",
+    "num_samples": 6,
+    "num_iterations": 4,
+    "decode": DRAWN,
+}
 
 
 def parents(rewards, lengths=None, ess=2.0, iteration=1, samples=2000, key=KEY):
@@ -66,7 +75,8 @@ def test_a_limit_is_on_likelihood_beside_the_base_answer_and_on_repetition():
 
 def test_auto_fills_what_is_not_given_and_paper_what_the_paper_says():
     auto = config.Aisp.model_validate({"preset": "auto"})
-    assert auto.branch and auto.noise == "shared" and config.Aisp().branch is None
+    assert auto.branch and auto.sigma2 == 0 and config.Aisp().branch is None
+    assert auto.rates() == Rates(drawing=config.AUTO["decode"]["flip_rate"])
     own = config.Aisp.model_validate({"preset": "auto", "lambda": 0.7, "branch": None, "sigma2": 0.1})
     assert (own.lambda_, own.branch, own.sigma2, own.decode) == (0.7, None, 0.1, auto.decode)
     assert config.Aisp.model_validate(own.model_dump(by_alias=True)) == own
@@ -79,7 +89,7 @@ def rows(output):
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_every_sample_begins_as_its_parent_does_by_the_trace(tmp_path, shuffled):
     project = finished.project(tmp_path / "p", 4)
-    method = AUTO | {"sigma2": {"flip_rate": 0.2}, "shuffle_rewards": shuffled}
+    method = AUTO | {"shuffle_rewards": shuffled}
     output = finished.output(project, "out", method)
     data, kept = rows(output)
     assert not verify(Place.at(output)).violations

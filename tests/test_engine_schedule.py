@@ -154,10 +154,6 @@ def test_a_round_in_two_parts(family: str, dtype: torch.dtype) -> None:
             assert all(torch.equal(z, states[key]) for key, z in one.seen.items())
 
 
-def fields(round: Round) -> dict[str, Any]:
-    return {name: getattr(round, name) for name in Round.__slots__}
-
-
 @pytest.mark.parametrize("idle_tokens", [0, 45, 1 << 14])
 def test_evicted_prompts_come_back_the_same(idle_tokens: int) -> None:
     one = engine("gemma3", torch.float32, idle_tokens=idle_tokens)

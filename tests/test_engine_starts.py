@@ -1,4 +1,4 @@
-"""Tokens that are given, likelihoods of answers, and the variance of a flip rate."""
+"""Tokens that are given, likelihoods of answers, and what a flip rate is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import slow_path
 import tiny
 import torch
 
-from aisp_dist.engine import calibrate, model
+from aisp_dist.engine import model
+from aisp_dist.engine.calibrate import calibrate
 from aisp_dist.engine.decode import Engine
-from aisp_dist.records import Round, Sampling, TopP
+from aisp_dist.records import Rates, Round, Sampling, TopP
 
 STEPS, PROMPT = 10, (7, 8, 9)
 SAMPLINGS = [
@@ -85,31 +86,46 @@ def test_starts_that_cannot_be_are_refused(lm: model.LM, starts: tuple[tuple[int
         engine(lm).submit(Round(5, "p", PROMPT, 0, 0, 2, Sampling(0.4), starts=starts))
 
 
-def test_the_variance_of_a_flip_rate_is_where_that_share_of_the_answer_changes(lm: model.LM) -> None:
+def base_answer(lm: model.LM) -> tuple[int, ...]:
     (base,) = engine(lm).run([Round(5, "p", PROMPT, -1, 0, 1, Sampling())])
-    answer = base.trajectories[0].token_ids
-    found = [calibrate.variance(lm, (1, 2), PROMPT, answer, rate) for rate in (0.05, 0.2, 0.6)]
-    assert found == sorted(found) and found[0] < found[2]
-    noisy = Sampling(found[1], decode=None)
-    z_TD, _ = lm.dense((*PROMPT, *answer[:-1]))
-    plain = lm.logits(z_TD[len(PROMPT) - 1 :]).argmax(-1)
-    draws = torch.Generator().manual_seed(0)
-    rates = {
-        factor: [
-            float(
-                (
-                    lm.logits(z + (factor * noisy.sigma2) ** 0.5 * torch.randn(z.shape, generator=draws)).argmax(-1)
-                    != plain
-                )
-                .double()
-                .mean()
-            )
-            for z in [z_TD[len(PROMPT) - 1 :]] * 400
-        ]
-        for factor in (0.5, 1.0, 2.0)
-    }
-    means = {factor: sum(values) / len(values) for factor, values in rates.items()}
-    assert means[0.5] < 0.2 < means[2.0] and means[1.0] == pytest.approx(0.2, abs=0.06)
+    return base.trajectories[0].token_ids
+
+
+def found(lm: model.LM, answer: tuple[int, ...], **rates: float) -> Sampling:
+    return calibrate(lm, Sampling(), Rates(**rates), (1, 2), PROMPT, answer)
+
+
+def test_the_variance_of_a_flip_rate_is_where_that_share_of_the_answer_changes(lm: model.LM) -> None:
+    answer = base_answer(lm)
+    variances = [found(lm, answer, noise=rate).sigma2 for rate in (0.05, 0.2, 0.6)]
+    assert variances == sorted(variances) and variances[0] < variances[2]
+    z_TD, draws = lm.dense((*PROMPT, *answer[:-1]))[0][len(PROMPT) - 1 :], torch.Generator().manual_seed(0)
+
+    def rate(sigma2: float) -> float:
+        z_ND = z_TD.repeat(400, 1)
+        moved = z_ND + sigma2**0.5 * torch.randn(z_ND.shape, generator=draws)
+        return float((lm.logits(moved).argmax(-1) != lm.logits(z_ND).argmax(-1)).double().mean())
+
+    assert rate(variances[1] / 2) < 0.2 < rate(variances[1] * 2)
+    assert rate(variances[1]) == pytest.approx(0.2, abs=0.06)
+
+
+def test_the_nucleus_of_a_flip_rate_is_where_draws_differ_that_often() -> None:
+    """Draws at the base answer's own prefixes: the next token of each, from its nucleus, is another so often."""
+    made = tiny.causal("llama")
+    with torch.no_grad():
+        made.lm_head.weight *= 4  # else it is far from certain of anything
+    lm = model.adapt(made, tiny.tokenizer())
+    answer, rate = base_answer(lm), 0.35
+    p = found(lm, answer, drawing=rate).decode.p
+    shares = []
+    for at in range(len(answer)):
+        round = Round(5, "p", (*PROMPT, *answer[:at]), 0, 0, 400, Sampling(decode=TopP(p, 1.0)))
+        (rollout,) = Engine(lm, 32, 1).run([round])
+        shares.append(sum(t.token_ids[0] != answer[at] for t in rollout.trajectories) / 400)
+    assert sum(shares) / len(shares) == pytest.approx(rate, abs=0.04) and 0.5 < p < 0.95
+    ps = [found(lm, answer, drawing=rate).decode.p for rate in (1e-6, rate, 0.9999)]
+    assert ps == [0.5, p, 0.95]  # ends that hold where none reaches
 
 
 def test_a_flip_rate_has_no_unit(lm: model.LM) -> None:
@@ -127,7 +143,7 @@ def test_a_flip_rate_has_no_unit(lm: model.LM) -> None:
         def logits(self, z_ND):
             return lm.logits(z_ND / self.scale) * self.head
 
-    asked = (3, 4), PROMPT, (11, 12, 13, 14), 0.2
-    plain = calibrate.variance(lm, *asked)
-    assert calibrate.variance(Scaled(1, 8), *asked) == plain
-    assert calibrate.variance(Scaled(4, 1), *asked) == 16 * plain
+    answer = (11, 12, 13, 14)
+    plain = found(lm, answer, noise=0.2).sigma2
+    assert found(Scaled(1, 8), answer, noise=0.2).sigma2 == plain
+    assert found(Scaled(4, 1), answer, noise=0.2).sigma2 == pytest.approx(16 * plain, rel=1e-12)

@@ -6,6 +6,7 @@ T steps, D dimensions, N samples."""
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -99,10 +100,10 @@ class World:
     async def nll(self, prompt_id, prompt_tokens, responses) -> list[float]:
         return [0.0 for _ in responses]
 
-    async def variance(self, prompt_id, key, prompt_tokens, answer, flip_rate) -> float:
-        return flip_rate
+    async def calibrate(self, prompt_id, sampling, rates, *_):
+        return replace(sampling, sigma2=rates.noise)
 
     def align(self, run):
         from aisp_dist.align import align
 
-        return asyncio.run(align(run, PROMPT, (1,), self.rollout, self.score, self.nll, self.variance))
+        return asyncio.run(align(run, PROMPT, (1,), self.rollout, self.score, self.nll, self.calibrate))

@@ -28,7 +28,7 @@ from aisp_dist.config import Aisp, Generator, ModelReward, Run
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.model import load
-from aisp_dist.records import Prompt, Rollout, Round, Score
+from aisp_dist.records import Prompt, Rollout, Round, Sampling, Score
 
 STEPS = 4  # of the engine, between looks at what has arrived
 Tokens = tuple[int, ...]
@@ -132,8 +132,8 @@ async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, 
         asked.nlls.append((prompt, responses))
         return await loop.run_in_executor(decoder, _nll, task, prompt, responses)
 
-    async def variance(*_: Any) -> float:
-        raise NotImplementedError("the peer's methods have a variance of their own")
+    async def calibrate(*_: Any) -> Sampling:
+        raise NotImplementedError("the peer's methods leave nothing open")
 
     async def decode() -> None:
         while await wake.wait():
@@ -148,7 +148,7 @@ async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, 
         decoding = group.create_task(decode())
         run = task.parsed()
         await asyncio.gather(
-            *(align(run, prompt, ids, rollout, score, nll, variance) for prompt, ids in prompts.items())
+            *(align(run, prompt, ids, rollout, score, nll, calibrate) for prompt, ids in prompts.items())
         )
         decoding.cancel()
     return asked

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, field_validator, model_validator
 
 from aisp_dist.config.base import Section, doc
-from aisp_dist.records import Ascent, Sampling, TokenReward, TopP
+from aisp_dist.records import Ascent, Rates, Sampling, TokenReward, TopP
 
 
 class Ess(Section):
@@ -35,7 +35,7 @@ class Gaussian(Section):
 
 
 class FlipRate(Section):
-    flip_rate: float = doc("share of the base answer's tokens that noise of this variance would change", gt=0, lt=1)
+    flip_rate: float = doc("share of the base answer's tokens that this changes, found for each prompt", gt=0, lt=1)
 
 
 class Branch(Section):
@@ -84,10 +84,8 @@ class Spend(Section):
 
 # What `preset: auto` says where the configuration is silent; configs/auto/ has the measurements that chose it.
 AUTO: dict[str, Any] = {
-    "sigma2": {"flip_rate": 0.1},
-    "lambda": {"ess": 0.2},
-    "noise": "shared",
-    "decode": {"top_p": 0.8},
+    "sigma2": 0.0,
+    "decode": {"flip_rate": 0.3},
     "branch": {"ess": 8.0},
 }
 
@@ -104,7 +102,9 @@ class Search(Section):
     lambda_: float | Ess = doc("temperature of the weights, or {ess: fraction}", Ess(ess=0.1), alias="lambda")
     alpha: float = doc("discount of the mean in the prior", 0.9999, ge=0, le=1)
     noise: Literal["independent", "shared"] | Ar1 | Mixture = doc("covariance of the noise over time", "independent")
-    decode: Literal["greedy"] | Nucleus = doc("greedy (the paper) or {top_p: .8, temperature: 1.0}", "greedy")
+    decode: Literal["greedy"] | Nucleus | FlipRate = doc(
+        "greedy (the paper), {top_p: .8, temperature: 1.0}, or {flip_rate: share}: the top_p that does this", "greedy"
+    )
     after_eos: Literal["full", "marginal"] = doc("noise after a response's end: drawn, or integrated out", "full")
     branch: Branch | None = doc("samples continue earlier answers: {ess: 8}; null: all begin anew", None)
     limit: Limit | None = doc("how far from the base model an answer may be: {nll: .3, diversity: .9}", None)
@@ -143,7 +143,13 @@ class Search(Section):
             raise ValueError(f"lambda is {value:g}; it must be positive (the paper uses .3 to 480), or {{ess: 0.1}}")
         return value
 
+    def rates(self) -> Rates:
+        """What `sampling` leaves open, to be found for each prompt."""
+        found = [x.flip_rate if isinstance(x, FlipRate) else None for x in (self.sigma2, self.decode)]
+        return Rates(*found)
+
     def sampling(self) -> Sampling:
+        """How samples are drawn, where `rates` leaves nothing open."""
         noise: Literal["independent", "shared", "ar1", "mixture"]
         match self.noise:
             case Ar1(ar1=parameter):
@@ -152,8 +158,8 @@ class Search(Section):
                 noise = "mixture"
             case kind:
                 noise, parameter = kind, 0.0
-        decode = None if isinstance(self.decode, str) else self.decode.record()
-        sigma2 = self.sigma2 if isinstance(self.sigma2, float) else 0.0  # a rate: found for each prompt
+        decode = self.decode.record() if isinstance(self.decode, Nucleus) else None
+        sigma2 = self.sigma2 if isinstance(self.sigma2, float) else 0.0
         return Sampling(sigma2, noise, parameter, self.alpha, decode, self.after_eos, likelihood=self.limit is not None)
 
 

@@ -1,50 +1,78 @@
-"""The variance of noise by what it does: the share of a prompt's own answer that it would change. Free of the unit that
-pre-logits have, which is another for every output layer."""
+"""A sampling by what it does: the share of a prompt's own answer that would come out differently. Free of the unit that
+pre-logits have and of how sure of itself a model is, both of which are others for every model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from aisp_dist import noise
 from aisp_dist.engine.lm import LM
+from aisp_dist.records import Rates, Sampling, TopP
 
-_POSITIONS = (
-    256  # noise vectors looked at, so the rate of one prompt is known to about .02; positions of a head product
-)
-_STEPS = 2  # variances tried for each factor of two
-_LOW, _HIGH = -60 * _STEPS, 60 * _STEPS
+_POSITIONS = 256  # noise vectors looked at, so a prompt's rate is known to about .02; positions of a head product
 _ITERATION = (1 << 16) - 1  # whose noise no search draws: a configuration has fewer
+_VARIANCES = [2.0 ** (half / 2) for half in range(-120, 121)]
+_NUCLEI = [round(0.5 + step / 40, 3) for step in range(19)]  # .5 to .95; beyond lie tokens that no model means
 
 
 @torch.inference_mode()
-def variance(
-    lm: LM, key: tuple[int, int], prompt_tokens: Sequence[int], answer: Sequence[int], flip_rate: float
-) -> float:
-    """The least sigma^2, of powers of sqrt(2), at which argmax W (z_t + e), e ~ N(0, sigma^2 I), differs from
-    argmax W z_t at a share `flip_rate` of the answer's steps. z on the answer itself; the noise is keyed, one draw a
-    step for answers of 256 tokens and more, several for shorter ones."""
+def calibrate(
+    lm: LM,
+    sampling: Sampling,
+    rates: Rates,
+    key: tuple[int, int],
+    prompt_tokens: Sequence[int],
+    answer: Sequence[int],
+) -> Sampling:
+    """The sampling with what the rates ask for, from one pass over the base answer: the least sigma^2 and the least
+    top_p, of a fixed set each, that reach their rate; the largest where none does."""
     z_TD, _ = lm.dense((*prompt_tokens, *answer[:-1]))
     z_TD = z_TD[len(prompt_tokens) - 1 :].float()
+    if rates.noise is not None:
+        sampling = replace(sampling, sigma2=_least(_VARIANCES, _flips(lm, key, z_TD), rates.noise))
+    if rates.drawing is not None:
+        sampling = replace(sampling, decode=TopP(_least(_NUCLEI, _draws(lm, z_TD), rates.drawing), 1.0))
+    return sampling
+
+
+def _least(values: Sequence[float], share: Callable[[float], float], rate: float) -> float:
+    """The least value whose share, which grows with it, reaches the rate; the last where none does."""
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(values[middle]) >= rate else (middle + 1, high)
+    return values[low]
+
+
+def _flips(lm: LM, key: tuple[int, int], z_TD: torch.Tensor) -> Callable[[float], float]:
+    """By sigma^2: the share of steps at which argmax W (z_t + e), e ~ N(0, sigma^2 I), is not argmax W z_t. The noise
+    is keyed, one draw a step for answers of 256 tokens and more, several for shorter ones."""
     draws = math.ceil(_POSITIONS / len(z_TD))
     z_ND = z_TD.repeat(draws, 1)
     place = torch.arange(len(z_ND), device=lm.device)
     word = noise.sample_word(_ITERATION, 0) + place // len(z_TD)
     e_ND = noise.white(torch.tensor(key, device=lm.device), place % len(z_TD) + 1, word, z_TD.shape[1])
-    plain_N = _argmax(lm, z_TD).repeat(draws)
 
-    def changes(at: int) -> bool:
-        moved_N = _argmax(lm, z_ND + 2 ** (at / _STEPS / 2) * e_ND)
-        return float((moved_N != plain_N).double().mean()) >= flip_rate
+    def argmax(x_ND: torch.Tensor) -> torch.Tensor:
+        return torch.cat([lm.logits(part).argmax(-1) for part in torch.split(x_ND, _POSITIONS)])
 
-    low, high = _LOW, _HIGH  # changes(high) holds, or nothing does
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if changes(middle) else (middle + 1, high)
-    return float(2 ** (low / _STEPS))
+    plain_N = argmax(z_TD).repeat(draws)
+    return lambda sigma2: float((argmax(z_ND + math.sqrt(sigma2) * e_ND) != plain_N).double().mean())
 
 
-def _argmax(lm: LM, z_ND: torch.Tensor) -> torch.Tensor:
-    return torch.cat([lm.logits(part).argmax(-1) for part in torch.split(z_ND, _POSITIONS)])
+def _draws(lm: LM, z_TD: torch.Tensor) -> Callable[[float], float]:
+    """By p: the mean probability that a draw from the nucleus at temperature 1 is not the likeliest token."""
+    first, below = [], []
+    for part in torch.split(z_TD, _POSITIONS):
+        sorted_TV = lm.logits(part).double().softmax(-1).sort(-1, descending=True).values
+        first.append(sorted_TV[:, 0])
+        reached_TV = sorted_TV.cumsum(-1)
+        mass = [torch.where(reached_TV - sorted_TV < p, sorted_TV, 0.0).sum(-1) for p in _NUCLEI]
+        below.append(torch.stack(mass, -1))
+    first_T1, mass_TP = torch.cat(first)[:, None], torch.cat(below)
+    shares: list[float] = (1 - first_T1 / mass_TP).mean(0).tolist()
+    return dict(zip(_NUCLEI, shares, strict=True)).__getitem__

@@ -27,12 +27,12 @@ from aisp_dist.config import ConfigError, Generator, Run
 from aisp_dist.evaluate.texts import immediate_repeat
 from aisp_dist.metrics import diversity, repetition
 from aisp_dist.place import Place
-from aisp_dist.records import Prompt, Round, Weights
+from aisp_dist.records import Prompt, Round, TopP, Weights
 
 _BOTH = ("reward", "rewards", "nll", "num_tokens")  # columns that the base answer has too, as base_*
 _COLUMNS = ["id", "source_index", "prompt", "completion", "base_completion", "finish_reason"]
 _COLUMNS += [prefix + name for name in _BOTH for prefix in ("", "base_")]
-_TRACE = [f"trace.list.element.{name}" for name in ("weights", "lengths", "sigma2")]
+_TRACE = [f"trace.list.element.{name}" for name in ("weights", "lengths", "sigma2", "top_p")]
 _CANDIDATE = [f"candidates.list.element.{name}" for name in ("iteration", "sample", "token_ids")]
 Row = dict[str, Any]
 
@@ -53,8 +53,11 @@ class Output:
         trace = tuple(Weights(tuple(step["weights"]), tuple(step["lengths"])) for step in row["trace"])
         trace = trace if any(entry.weights for entry in trace) else ()
         sampling = self.run.method.sampling()
-        if row["trace"]:  # a flip rate's variance is the prompt's own
-            sampling = replace(sampling, sigma2=row["trace"][0]["sigma2"])
+        if row["trace"]:  # what a flip rate leaves open is the prompt's own
+            step = row["trace"][0]
+            sampling = replace(sampling, sigma2=step["sigma2"])
+            if sampling.decode is None and step["top_p"] is not None:
+                sampling = replace(sampling, decode=TopP(step["top_p"], 1.0))
         return Round(self.run.seed, row["id"], prompt_tokens, len(trace), 0, 1, sampling, trace)
 
     def prompt(self, row: Row) -> Prompt:

@@ -40,6 +40,7 @@ def finished(
         mean_reward=sum(finite) / len(finite) if finite else None,
         best_reward=max(finite, default=None),
         sigma2=proposal.sampling.sigma2,
+        top_p=None if proposal.sampling.decode is None else proposal.sampling.decode.p,
         parents=proposal.parents,
         given=tuple(map(len, proposal.starts)),
     )

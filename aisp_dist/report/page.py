@@ -13,7 +13,7 @@ import numpy as np
 from aisp_dist.arms import BASE
 from aisp_dist.report import figures, samples
 from aisp_dist.report.figures import Look, panel
-from aisp_dist.report.sources import Source
+from aisp_dist.report.sources import LIMITS, Source
 from aisp_dist.report.verdict import verdict
 
 _POINTS = 1500  # of an arm in a scatter; of more prompts every n-th
@@ -229,6 +229,13 @@ def _tradeoff(source: Source, look: Mapping[str, Look]) -> Section:
         panels.append(Panel(drawn, f"Reward against KL: {told(kl)}"))
     else:
         text += " Reward against KL needs `aisp evaluate` on each output."
+    limited = {name: found for name, seeds in source.arms.items() if (found := seeds[0].frontier) is not None}
+    if limited:
+        at = {name: (LIMITS, found) for name, found in limited.items()}
+        panels.append(_line_panel(at, look, "NLL allowed above the base answer's", "reward", "Frontier", False))
+        text += " The frontier is the best kept answer whose NLL per token is at most so far above the base answer's."
+    else:
+        text += " The frontier of reward by allowed NLL needs method.limit, which measures every candidate's."
     lengths, said = _lengths(source, look)
     panels.append(lengths)
     text += said

@@ -23,18 +23,21 @@ from aisp_dist.metrics import interval, spread
 from aisp_dist.place import Place
 
 CURVES = ("mean", "best", "so far", "ess", "kl", "samples", "tokens")  # the last two are sums up to an iteration
+LIMITS = np.linspace(0, 1, 21)  # nats per token above the base answer
 _TRACED = 20_000  # prompts whose traces the curves average; of a larger run every n-th
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Seed:
-    """One finished output. curves: [P', K] by name of CURVES, NaN where a prompt has none. metrics: the last entry of
-    metrics.jsonl. evaluation: evaluation.json."""
+    """One finished output. curves: [P', K] by name of CURVES, NaN where a prompt has none. frontier: [P', L] reward of
+    the best answer within each of LIMITS, of those that were kept; None where candidates have no likelihood. metrics:
+    the last entry of metrics.jsonl. evaluation: evaluation.json."""
 
     output: Output
     table: Table
     curves: Mapping[str, np.ndarray]
+    frontier: np.ndarray | None
     spent: float
     metrics: Json | None
     evaluation: Json | None
@@ -172,13 +175,20 @@ def _read(output: Output) -> Seed:
     step = -(-len(table.ids) // _TRACED)
     wanted = {id for id, at in table.ids.items() if at % step == 0}
     rows: dict[str, dict[str, list[float]]] = {id: {} for id in wanted}
+    bases: dict[str, tuple[float, float | None]] = {}
+    frontier = []
     spent = 0
-    for row in batches(place, "data", ["id", "samples_spent", "curve.list.element"]):
+    for row in batches(place, "data", ["id", "samples_spent", "curve.list.element", "base_nll", "base_reward"]):
         spent += row["samples_spent"]
         if row["id"] in wanted:
             rows[row["id"]]["so far"] = row["curve"] or []
+            bases[row["id"]] = row["base_nll"], row["base_reward"]
     names = {"mean": "mean_reward", "best": "best_reward", "ess": "ess", "kl": "kl"}
-    for row in batches(place, "candidates", ["id", *(f"trace.list.element.{n}" for n in (*names.values(), "lengths"))]):
+    columns = [f"trace.list.element.{n}" for n in (*names.values(), "lengths")]
+    columns += [f"candidates.list.element.{n}" for n in ("nll", "reward")]
+    for row in batches(place, "candidates", ["id", *columns]):
+        if row["id"] in wanted:
+            frontier.append(_frontier(*bases[row["id"]], row["candidates"]))
         if row["id"] in wanted and row["trace"]:
             mine = {name: [step[column] for step in row["trace"]] for name, column in names.items()}
             lengths = [step["lengths"] for step in row["trace"]]
@@ -188,7 +198,18 @@ def _read(output: Output) -> Seed:
     lines = (place.read("metrics.jsonl") or b"").decode("utf-8", "replace").splitlines()
     evaluation = place.read("evaluation.json")
     measured = None if evaluation is None else json.loads(evaluation)
-    return Seed(output, table, curves, spent / len(table.ids), _last(lines), measured)
+    limited = np.array([best for best in frontier if best is not None])
+    return Seed(
+        output, table, curves, limited if len(limited) else None, spent / len(table.ids), _last(lines), measured
+    )
+
+
+def _frontier(base_nll: float, base_reward: float | None, candidates: Sequence[Json]) -> list[float] | None:
+    """Best reward within each of LIMITS, the base answer's where no candidate is; None without likelihoods."""
+    known = [(c["nll"] - base_nll, c["reward"]) for c in candidates if None not in (c["nll"], c["reward"])]
+    if not known or base_reward is None:
+        return None
+    return [max((r for excess, r in known if excess <= limit), default=base_reward) for limit in LIMITS]
 
 
 def batches(place: Place, table: str, columns: Sequence[str], rows: int = 1024) -> Iterator[Json]:

@@ -48,7 +48,8 @@ def _usual(run: Run) -> dict[str, Method]:
     own = run.method
     size: dict[str, Any] = {"num_samples": own.num_samples, "num_iterations": own.num_iterations, "spend": own.spend}
     aisp = own if isinstance(own, Aisp) else Aisp(**size)
-    nucleus, gaussian = Nucleus(top_p=0.95), Gaussian(gaussian=aisp.sigma2)
+    sigma2 = aisp.sigma2 if isinstance(aisp.sigma2, float) and aisp.sigma2 else Aisp().sigma2
+    nucleus, gaussian = Nucleus(top_p=0.95), Gaussian(gaussian=sigma2)
     if isinstance(own, BestOfN) and isinstance(own.sampling_, Nucleus):
         nucleus = own.sampling_
     if isinstance(own, BestOfN) and isinstance(own.sampling_, Gaussian):

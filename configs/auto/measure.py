@@ -37,7 +37,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 AUTO, SHUFFLED = "auto", "auto, rewards shuffled"
-IN_FLIGHT = 24  # prompts
+IN_FLIGHT = 40  # prompts
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def main(args: Sequence[str]) -> None:
     parse = settings.parser("measure", "the protocol of configs/auto")
     parse.add_argument("--workers", type=int, default=2, help="processes")
     parse.add_argument("--case", action="append", help="only this one; may be repeated")
+    parse.add_argument("--table", action="store_true", help="draw nothing; the table of what is there")
     options, run, base_dir = settings.read(parse, args)
     cases = {n: c for n, c in settings.cases(run).items() if not options.case or n in options.case}
     out = Path(run.output)
@@ -70,7 +71,8 @@ def main(args: Sequence[str]) -> None:
         for name, case in cases.items()
         for arm, points in GRIDS.items()
     }
-    work([one for jobs in trials.values() for one in jobs], options.workers)
+    draw = (lambda jobs, workers: None) if options.table else work
+    draw([one for jobs in trials.values() for one in jobs], options.workers)
     results: dict[tuple[str, str], list[Job]] = {}
     for name, case in cases.items():
         auto = case.method.model_dump(mode="json", by_alias=True)
@@ -81,7 +83,11 @@ def main(args: Sequence[str]) -> None:
         for arm, method in found.items():
             seeds = range(case.compare.seeds)
             results[name, arm] = [job(f"result/{name}/{arm}", case, method, seed) for seed in seeds]
-    work([jobs[seed] for seed in range(run.compare.seeds) for jobs in results.values()], options.workers)
+    first = (AUTO, "best-of-n top-p")
+    turns = [
+        (seed > 0, arm not in first, seed, job) for (_, arm), jobs in results.items() for seed, job in enumerate(jobs)
+    ]
+    draw([job for *_, job in sorted(turns, key=lambda turn: turn[:3])], options.workers)
     write(out / "table.json", [row for key, jobs in results.items() for row in rows(*key, jobs, results)])
 
 
@@ -112,6 +118,7 @@ def search(job: Job) -> str:
     judges = {name: rewards.load(name, reward, job.base_dir) for name, reward in run.rewards.items()}
     (held_out,) = (name for name, reward in run.rewards.items() if reward.use == "report")
     answers: dict[Round, asyncio.Future[Rollout]] = {}
+    known: dict[tuple[str, str, str], Score] = {}
 
     async def rollout(round: Round) -> Rollout:
         answers[round] = asyncio.get_running_loop().create_future()
@@ -119,7 +126,9 @@ def search(job: Job) -> str:
         return await answers[round]
 
     async def score(name: str, prompt: Prompt, texts: Sequence[str]) -> list[Score]:
-        return judges[name](prompt, texts)
+        new = [text for text in dict.fromkeys(texts) if (name, prompt.id, text) not in known]
+        known.update({(name, prompt.id, text): s for text, s in zip(new, judges[name](prompt, new), strict=True)})
+        return [known[name, prompt.id, text] for text in texts]
 
     async def nll(_: str, tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]) -> list[float]:
         return [engine.nll(tokens, response) for response in responses]
@@ -170,10 +179,14 @@ def rows(
 ) -> Iterable[dict[str, Any]]:
     """One row for each budget: means with intervals over prompts (a prompt's value is its mean over seeds), and the
     paired differences to the tuned best-of-n with 512 samples."""
-    peer = means(results[case, "best-of-n top-p"], max(BUDGETS))
+    jobs, peers = ([job for job in of if job.file.exists()] for of in (jobs, results[case, "best-of-n top-p"]))
+    if not jobs or not peers:
+        return
+    peer = means(peers, max(BUDGETS))
     for budget in BUDGETS:
         own = means(jobs, budget)
-        row: dict[str, Any] = {"case": case, "arm": arm, "samples": budget, "method": jobs[0].values["method"]}
+        row: dict[str, Any] = {"case": case, "arm": arm, "seeds": len(jobs), "samples": budget}
+        row["method"] = jobs[0].values["method"]
         for name, values in own.items():
             row[name] = interval(values)
             row[f"{name}, less best-of-512"] = interval([a - b for a, b in zip(values, peer[name], strict=True)])

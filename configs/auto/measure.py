@@ -127,7 +127,8 @@ def search(job: Job) -> str:
 
     async def score(name: str, prompt: Prompt, texts: Sequence[str]) -> list[Score]:
         new = [text for text in dict.fromkeys(texts) if (name, prompt.id, text) not in known]
-        known.update({(name, prompt.id, text): s for text, s in zip(new, judges[name](prompt, new), strict=True)})
+        scores = judges[name](prompt, new) if new else []
+        known.update({(name, prompt.id, text): found for text, found in zip(new, scores, strict=True)})
         return [known[name, prompt.id, text] for text in texts]
 
     async def nll(_: str, tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]) -> list[float]:

@@ -10,7 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aisp_dist.config import Aisp, Args, BatchedAisp, BestOfN, ConfigError, Ess, Method, Nucleus, ReControl, Tune
+from aisp_dist.config import (
+    Aisp,
+    Args,
+    BatchedAisp,
+    BestOfN,
+    Branch,
+    ConfigError,
+    Ess,
+    FlipRate,
+    Method,
+    Nucleus,
+    ReControl,
+    Tune,
+)
 
 Point = dict[str, float]  # setting to value
 
@@ -39,6 +52,8 @@ def grids(method: Method, settings: Tune) -> dict[str, list[float]]:
     """The settings of a method that are tuned, and their values. Empty for a method with none."""
     of = settings.grids
     match method:
+        case Aisp(branch=Branch()) | BatchedAisp(branch=Branch()):
+            return {"flip_rate": of.flip_rate, "branch": of.branch}
         case Aisp() | BatchedAisp():
             temperature = {"ess": of.ess} if of.lambda_ is None else {"lambda": of.lambda_}
             return {"sigma2": of.sigma2, **temperature, "alpha": of.alpha}
@@ -55,9 +70,12 @@ def grids(method: Method, settings: Tune) -> dict[str, list[float]]:
 def placed(method: Method, point: Point) -> Method:
     """The method at a point of its grids. Raises ConfigError where the method cannot be there."""
     match method:
+        case Aisp(branch=Branch()) | BatchedAisp(branch=Branch()):
+            rate, ess = FlipRate(flip_rate=point["flip_rate"]), Branch(ess=point["branch"])
+            update: dict[str, Any] = {"decode": rate, "branch": ess}
         case Aisp() | BatchedAisp():
             temperature = Ess(ess=point["ess"]) if "ess" in point else point["lambda"]
-            update: dict[str, Any] = {"sigma2": point["sigma2"], "lambda_": temperature, "alpha": point["alpha"]}
+            update = {"sigma2": point["sigma2"], "lambda_": temperature, "alpha": point["alpha"]}
         case BestOfN():
             update = {"sampling_": method.sampling_.model_copy(update=point)}
         case _:

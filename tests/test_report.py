@@ -329,3 +329,17 @@ def test_few_prompts_are_warned_of():
     assert "Only 6 prompts" in verdict(figures, "aisp", {"best": 8, "aisp": 8}, []).warnings[0]
     with pytest.raises(ConfigError):
         sources.read([Place.at("/nowhere")])
+
+
+def test_the_frontier_is_the_best_answer_by_the_likelihood_that_is_allowed(tmp_path):
+    project = finished.project(tmp_path / "p", count=5)
+    output = finished.output(project, "near", AISP | {"sigma2": 20.0, "limit": {"nll": 9.0}})
+    assert report_main([str(output), "--out", str(tmp_path / "page.html")]) == 0
+    (alt,) = [alt for alt in read(tmp_path / "page.html").alts if alt.startswith("Frontier")]
+    rows, kept = (pq.read_table(output / table).to_pylist() for table in ("data", "candidates"))
+    ends = [
+        max([c["reward"] for c in of["candidates"] if c["nll"] <= row["base_nll"] + 1], default=row["base_reward"])
+        for row, of in zip(rows, kept, strict=True)
+    ]
+    assert sum(ends) < sum(max(c["reward"] for c in of["candidates"]) for of in kept)
+    assert f"ends at {sum(ends) / 5:.3f}" in alt

@@ -8,6 +8,7 @@ from aisp_dist.config import Aisp, Args, BatchedAisp, BestOfN, ConfigError, Gaus
 from aisp_dist.tuning import Search, Trial, grid_points, grids, placed
 
 METHODS = [Aisp(), BatchedAisp(), BestOfN(), BestOfN(sampling_=Gaussian(gaussian=1.0)), Args(), ReControl(value="v")]
+METHODS += [Aisp.model_validate({"preset": "auto"})]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
@@ -28,6 +29,9 @@ def test_a_point_is_in_the_method():
     assert (at.sigma2, at.lambda_.ess, at.alpha, at.num_samples) == (0.3, 0.2, 0.99, 4)
     by_unit = Tune(grids={"lambda": [60.0, 240.0]})
     assert grids(Aisp(), by_unit)["lambda"] == [60.0, 240.0] and "ess" not in grids(Aisp(), by_unit)
+    auto = Aisp.model_validate({"preset": "auto"})
+    found = placed(auto, {"flip_rate": 0.2, "branch": 4.0})
+    assert (found.decode.flip_rate, found.branch.ess, found.sigma2) == (0.2, 4, 0)
     assert placed(BestOfN(), {"top_p": 0.7, "temperature": 0.4}).sampling_.top_p == 0.7
     with pytest.raises(ConfigError, match="tune.grids: aisp cannot be at"):
         placed(Aisp(), {"sigma2": 0.3, "lambda": -1.0, "alpha": 0.9})

@@ -36,6 +36,8 @@ class Grids(Section):
     lambda_: Positive | None = doc("of AISP, in units of the reward; null: tune ess", None, alias="lambda")
     ess: Positive = doc("of AISP, where lambda is null", [0.05, 0.1, 0.2, 0.4])
     alpha: Positive = doc("of AISP", [0.99, 0.999, 0.9999, 0.99999])
+    flip_rate: Positive = doc("of AISP that branches, of its draws", [0.2, 0.3, 0.4])
+    branch: Positive = doc("of AISP that branches: effective number of answers continued", [4.0, 8.0, 16.0])
     temperature: Positive = doc("of best-of-n", [0.4, 0.6, 0.8, 1.0])
     top_p: Positive = doc("of best-of-n", [0.7, 0.8, 0.9, 0.95])
     weight: Positive = doc("of ARGS", [1e-5, 1e-3, 0.1, 1.0, 10.0, 1e3])
@@ -44,8 +46,14 @@ class Grids(Section):
     @model_validator(mode="after")
     def usable(self) -> Grids:
         for name, values in self:
-            upper = 1.0 if name in ("ess", "alpha", "top_p") else float("inf")
-            bad = [v for v in values or () if not 0 < v <= upper or (name == "ess" and v == 1)]
+            upper = 1.0 if name in ("ess", "flip_rate", "alpha", "top_p") else float("inf")
+            below = name in ("ess", "flip_rate")  # 1 itself is no value of these
+            least = 1.0 if name == "branch" else 0.0
+            bad = [v for v in values or () if not 0 < v <= upper or v < least or (below and v == upper)]
+                v
+                for v in values or ()
+                if not 0 < v <= upper or (name in ("ess", "flip_rate") and v == 1) or (name == "branch" and v < 1)
+            ]
             if values is not None and (not values or bad or len(set(values)) < len(values)):
                 raise ValueError(
                     f"{name.rstrip('_')} is {values}; give at least one value, each once, above 0"

@@ -9,14 +9,14 @@ from typing import Any
 import psutil
 import torch
 
-from aisp_dist.config import ConfigError, Generator, Run
+from aisp_dist.config import ConfigError, Generator, Run, Search
 from aisp_dist.doctor import Check, judge
 from aisp_dist.engine import memory
 from aisp_dist.engine.attention import TILE, Pass
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.step import ENDED, STEP
-from aisp_dist.records import BASE_ITERATION, Prompt, Round, Sampling, Trajectory, Weights
+from aisp_dist.records import BASE_ITERATION, Prompt, Rates, Round, Sampling, TopP, Trajectory, Weights
 from aisp_dist.weights import has_experts
 
 Key = tuple[str, int, int]  # prompt id, iteration, sample
@@ -54,6 +54,11 @@ def rounds(run: Run, some: Sequence[Rendered], steps: int, num_rows: int) -> lis
     """The run's own sampling under a control of random weights, in uneven groups, and a base answer: somewhat more
     trajectories than rows."""
     sampling, num, draw = run.method.sampling(), run.method.num_samples, torch.Generator().manual_seed(0)
+    rates = run.method.rates() if isinstance(run.method, Search) else Rates()
+    if rates.noise is not None:  # what each prompt would find for itself: some value does for the promises
+        sampling = replace(sampling, sigma2=0.5)
+    if rates.drawing is not None:
+        sampling = replace(sampling, decode=TopP(0.9, 1.0))
     weights = [(2 * torch.randn(num, generator=draw)).softmax(0) for _ in range(3 if sampling.sigma2 else 0)]
     trace = tuple(Weights(tuple(w.tolist()), tuple(1 + i % steps for i in range(num))) for w in weights)
     groups = [(2, num_rows // 2 + 1), (1, num_rows // 3 + 1), (BASE_ITERATION, 1), (0, num_rows // 4 + 1), (3, 1)]

@@ -50,10 +50,6 @@ class Grids(Section):
             below = name in ("ess", "flip_rate")  # 1 itself is no value of these
             least = 1.0 if name == "branch" else 0.0
             bad = [v for v in values or () if not 0 < v <= upper or v < least or (below and v == upper)]
-                v
-                for v in values or ()
-                if not 0 < v <= upper or (name in ("ess", "flip_rate") and v == 1) or (name == "branch" and v < 1)
-            ]
             if values is not None and (not values or bad or len(set(values)) < len(values)):
                 raise ValueError(
                     f"{name.rstrip('_')} is {values}; give at least one value, each once, above 0"

@@ -2,6 +2,7 @@
 command's output as an SVG.
 
     python .github/figures.py record mini outputs/mini/compare "aisp compare configs/paper/mini.yaml"
+    python .github/figures.py record auto outputs/auto "python configs/auto/measure.py configs/auto/auto.yaml"
     python .github/figures.py record students outputs/distill "python configs/distill/proof.py"
     aisp align configs/quickstart.yaml | python .github/figures.py picture
 """
@@ -53,7 +54,33 @@ def students_table(rows: list) -> list[str]:
     return lines
 
 
-PARTS = {"mini": (mini, mini_table), "students": (students, students_table)}
+def auto(folder: Path) -> list:
+    return json.loads((folder / "table.json").read_text())
+
+
+def auto_table(rows: list) -> list[str]:
+    peer, out = "less best-of-512", []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        heads = [case, "samples", "seeds", "reward", peer, "held-out", "NLL / token", peer, "diversity", peer]
+        out += ["| " + " | ".join([*heads, "tokens drawn"]) + " |", "|---" * 11 + "|"]
+        for row in rows:
+            own = row["case"] == case and row["samples"] in ((128, 512) if "shuffled" not in row["arm"] else (512,))
+            if own:
+                cells = [row["arm"], f"{row['samples']}", f"{row['seeds']}"]
+                for name in ("reward", "held-out", "nll", "diversity"):
+                    cells.append(f"{row[name][0]:.2f}" if name != "reward" else interval(row[name]))
+                    cells += [] if name == "held-out" else [interval(row[f"{name}, {peer}"])]
+                out.append("| " + " | ".join([*cells, f"{row['drawn'][0]:,.0f}"]) + " |")
+        out.append("")
+    sizes = sorted({row["samples"] for row in rows})
+    out += ["| reward at samples | " + " | ".join(map(str, sizes)) + " |", "|---" * (1 + len(sizes)) + "|"]
+    for case, arm in dict.fromkeys((row["case"], row["arm"]) for row in rows):
+        values = {row["samples"]: row["reward"][0] for row in rows if (row["case"], row["arm"]) == (case, arm)}
+        out.append(f"| {case}: {arm} | " + " | ".join(f"{values[size]:.2f}" for size in sizes) + " |")
+    return out
+
+
+PARTS = {"auto": (auto, auto_table), "mini": (mini, mini_table), "students": (students, students_table)}
 
 
 def interval(values: list) -> str:

@@ -125,7 +125,12 @@ def test_branching_finds_more_than_drawing_anew_and_the_shuffled_control_does_no
 
 @pytest.mark.parametrize(
     "method",
-    [AUTO | {"sigma2": 0.0}, AUTO, {"kind": "best_of_n", "num_samples": 24, "num_iterations": 1, "sampling": DRAWN}],
+    [
+        AUTO | {"sigma2": 0.0},
+        AUTO,
+        AUTO | {"shuffle_rewards": True},
+        {"kind": "best_of_n", "num_samples": 24, "num_iterations": 1, "sampling": DRAWN},
+    ],
 )
 def test_the_limit_rules_selection_and_what_is_continued(tmp_path, method):
     project = finished.project(tmp_path / "p", 4)

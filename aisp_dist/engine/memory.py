@@ -37,7 +37,8 @@ def parts(lm: LM, num_rows: int, num_steps: int, prompt_tokens: int, num_control
         "weights": sum(weights.values()),
         "prompts": prompt_tokens * lm.token_bytes,
         "suffixes": num_rows * num_steps * lm.token_bytes,
-        "logits": lm.vocab_size * (num_rows * (8 + itemsize) + 32 * 60),  # and those of which tokens are drawn
+        # Twice, where the base model's own are wanted too; and those of which tokens are drawn.
+        "logits": lm.vocab_size * (num_rows * (12 + 2 * itemsize) + 32 * 60),
         "controls": 8 * (num_controls + 1) * num_steps * lm.hidden_size,  # twice while the table grows
         "prefill": longest * (scores + 16 * lm.hidden_size * itemsize + lm.token_bytes),
     }

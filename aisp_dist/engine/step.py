@@ -32,7 +32,7 @@ Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V], 
 # length: tokens of its prompt. plan, control: its lines in Plans and Controls. key0, key1, word: its noise.
 STEP, ENDED, FINITE, TOKEN, LENGTH, PLAN, CONTROL, KEY0, KEY1, WORD = range(10)
 _EMPTY = (1, 1, 1, *[0] * 7)
-_DRAWN = 32  # rows whose tokens are drawn together: a draw takes 60 bytes for each logit
+_DRAWN = 32  # rows whose tokens are drawn or measured together: a draw takes 60 bytes for each logit
 
 
 class Seat(NamedTuple):
@@ -206,9 +206,10 @@ class Batch:
 
     def measure(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> None:
         """Keeps -log P_LLM(y_t | x, y_<t) from the base model's logits. A row that ended repeats its last step."""
-        log_B = torch.log_softmax(logits_BV, -1).gather(1, token_B[:, None])
+        parts = zip(torch.split(logits_BV, _DRAWN), torch.split(token_B[:, None], _DRAWN), strict=True)
+        log_B1 = torch.cat([torch.log_softmax(part, -1).gather(1, token) for part, token in parts])
         at_B1, going_B1 = self.rows_BF[:, STEP, None] - 1, self.rows_BF[:, ENDED, None] == 0
-        self.nll_BT.scatter_(1, at_B1, torch.where(going_B1, -log_B.double(), self.nll_BT.gather(1, at_B1)))
+        self.nll_BT.scatter_(1, at_B1, torch.where(going_B1, -log_B1.double(), self.nll_BT.gather(1, at_B1)))
 
     def record(self, token_B: torch.Tensor, finite: torch.Tensor) -> None:
         """Appends the tokens, moves rows on, and marks those that end. An ended row repeats its last step unseen."""

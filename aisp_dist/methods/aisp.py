@@ -27,7 +27,9 @@ def propose(
         return Proposal(k, n, sampling, trace)
     rewards: list[float | None] = []
     for j in range(k):
-        rewards += _told(settings, key, j, [c.eligible_reward for c in seen[j * n : (j + 1) * n]])
+        of = seen[j * n : (j + 1) * n]
+        told = _told(settings, key, j, [c.eligible_reward for c in of])
+        rewards += [reward if c.within else None for c, reward in zip(of, told, strict=True)]
     chosen = branch.parents(settings.branch, key, k, n, rewards, [len(c.token_ids) for c in seen])
     starts = tuple(seen[parent].token_ids[:length] if length else () for parent, length in chosen)
     return Proposal(k, n, sampling, trace, starts, tuple(parent for parent, _ in chosen))

@@ -32,9 +32,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "best-of-n top-p": [
         {"sampling": {"top_p": p, "temperature": t}} for p, t in ((0.8, 1.0), (0.9, 1.0), (0.95, 1.0), (0.9, 0.8))
     ],
-    "aisp as published": [
-        {"sigma2": sigma2, "lambda": {"ess": ess}} for sigma2, ess in ((0.3, 0.1), (1.0, 0.1), (1.0, 0.3), (3.0, 0.1))
-    ],
+    "aisp as published": [{"sigma2": sigma2, "lambda": {"ess": 0.1}} for sigma2 in (0.1, 0.3, 0.5, 1.0)],
 }
 AUTO, SHUFFLED = "auto", "auto, rewards shuffled"
 IN_FLIGHT = 40  # prompts

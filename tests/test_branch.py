@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import finished
 import pyarrow.parquet as pq
 import pytest
 
 from aisp_dist import config
+from aisp_dist.evaluate import outputs
 from aisp_dist.limit import within
 from aisp_dist.manifest import read_run
 from aisp_dist.methods import branch
@@ -17,7 +20,7 @@ from aisp_dist.philox import prompt_key
 from aisp_dist.place import Place
 from aisp_dist.records import Rates
 from aisp_dist.verify import verify
-from jobs import settings
+from jobs import evaluate, settings
 
 KEY = prompt_key(0, "p")
 DRAWN = {"top_p": 0.95, "temperature": 1.5}  # the tiny model is far from certain, and this farther
@@ -144,8 +147,11 @@ def test_the_limit_rules_selection_and_what_is_continued(tmp_path, method):
             assert one["within"] == (one["nll"] <= bound and diversity(one["text"]) >= NEAR["diversity"])
             better += one["reward"] > row["reward"]
             assert not (one["within"] and one["reward"] > row["reward"])
-        for step in of["trace"]:
+        for k, step in enumerate(of["trace"]):
             assert all(of["candidates"][parent]["within"] for parent in step["parents"] if parent >= 0)
+            drawn = of["candidates"][6 * k : 6 * (k + 1)]
+            if step["weights"] and not method.get("shuffle_rewards"):
+                assert all((w > 0) <= c["within"] for w, c in zip(step["weights"], drawn, strict=True))
     assert better  # it has cost something
     data, kept = rows(free)
     assert all(one["within"] and one["nll"] is None for of in kept for one in of["candidates"])
@@ -180,3 +186,25 @@ def test_the_resolved_configuration_says_what_auto_was(tmp_path):
     output = finished.output(finished.project(tmp_path / "p", 1), "out", AUTO)
     method = read_run(Place.at(output))["config"]["method"]
     assert method["preset"] == "auto" and method["branch"] == {"ess": config.AUTO["branch"]["ess"]}
+
+
+def test_an_output_of_auto_is_evaluated_as_what_each_prompt_was(tmp_path):
+    """The draws of the KL estimate are of the prompt's own top_p and sigma2, which its trace has."""
+    project = finished.project(tmp_path / "p", 3)
+    rates = {"decode": {"flip_rate": 0.5}, "sigma2": {"flip_rate": 0.2}}
+    noisy = finished.output(project, "noisy", AUTO | rates, save={"candidates": "all"})
+    still = finished.output(project, "still", AUTO | rates | {"sigma2": 0.0}, save={"candidates": "all"})
+    for output in (noisy, still):
+        assert evaluate.main([str(output), "--sample", "3"]) == 0
+    found, without = (json.loads((output / "evaluation.json").read_text()) for output in (noisy, still))
+    assert found["kl"]["exact"][0] > 0 and 0 < found["flips"][0]["rate"][0] < 1
+    assert without["kl"] is None and "sigma2: 0" in without["omitted"]["kl"] and without["flips"] is None
+    opened = outputs.open_output(Place.at(noisy))
+    for row in opened_rows(opened):
+        sampling = opened.round(row, (1, 2)).sampling
+        assert (sampling.sigma2, sampling.decode.p) == (row["trace"][0]["sigma2"], row["trace"][0]["top_p"])
+
+
+def opened_rows(opened):
+    _, kept = rows(Path(str(opened.place)))
+    return [{"id": of["id"], "trace": of["trace"]} for of in kept]

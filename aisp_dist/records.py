@@ -120,10 +120,12 @@ class Rates(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Weights(_Record):
-    """One finished iteration, as the trace keeps it: w_i (fp32 values) and the lengths T_i in tokens."""
+    """One finished iteration, as the trace keeps it: w_i (fp32 values), the lengths T_i in tokens, and how many of
+    those were given; () where none was."""
 
     weights: tuple[float, ...]
     lengths: tuple[int, ...]
+    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ def test_a_prompt_without_an_answer_within_the_limit_fails_with_the_fix(tmp_path
     ("method", "said"),
     [
         ({"sigma2": 0}, "sigma2 is 0 without branch"),
-        ({"branch": {}}, "greedy decoding would do as before"),
+        ({"branch": {}, "sigma2": 0}, "greedy decoding without noise would do as before"),
         ({"limit": {}}, "nothing is limited"),
         ({"preset": "best"}, "'best'"),
         ({"sigma2": {"flip_rate": 1.5}}, "flip_rate"),

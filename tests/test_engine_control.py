@@ -106,3 +106,30 @@ def test_the_first_iteration_costs_nothing(lm: model.LM) -> None:
     rollout = Engine(lm, SAMPLES, STEPS).run([request(("ar1", 0.7), "full", 0)])[0]
     assert {(t.control_cost, t.control_sq) for t in rollout.trajectories} == {(0.0, 0.0)}
     assert rollout.u_sq == 0.0
+
+
+@kinds
+@pytest.mark.parametrize("after_eos", ["full", "marginal"])
+def test_what_is_given_teaches_nothing_where_its_noise_has_done_nothing(
+    lm: model.LM, kind: tuple[str, float], after_eos: str
+) -> None:
+    """Independent noise: the steps of given tokens keep the mean that they had and cost nothing, the others do as
+    without. Other kinds: their noise acts later, and counts."""
+    plain = request(kind, after_eos, 1)
+    first = 3
+    begun = dataclasses.replace(
+        plain,
+        trace=tuple(dataclasses.replace(w, given=(first,) * SAMPLES) for w in plain.trace),
+        starts=((11,) * first,) * SAMPLES,
+    )
+    m, free = whitened(begun), whitened(plain)
+    if kind[0] != "independent":
+        assert torch.equal(m, free)
+        return
+    assert not m[:first].any() and torch.equal(m[first:], free[first:]) and free[:first].any()
+    (rollout,) = Engine(lm, 32, STEPS).run([begun])
+    for i, trajectory in enumerate(rollout.trajectories):
+        upto = STEPS if after_eos == "full" else len(trajectory.token_ids)
+        e = slow_path.white(begun, 1, i, STEPS, DIM)
+        costs = (m[first:upto] * e[first:upto]).sum(), m[first:upto].square().sum()
+        assert (trajectory.control_cost, trajectory.control_sq) == pytest.approx(tuple(map(float, costs)), abs=1e-5)

@@ -122,10 +122,10 @@ class Search(Section):
     def drawn(self) -> Search:
         if self.sigma2 == 0 and not self.branch:
             raise ValueError("sigma2 is 0 without branch, so nothing would be searched; give a variance, or branch")
-        if self.branch and self.decode == "greedy":
+        if self.branch and self.decode == "greedy" and self.sigma2 == 0:
             raise ValueError(
-                "branch continues an answer from where it is cut, which greedy decoding would do as before; give "
-                "decode: {top_p: 0.8}"
+                "branch continues an answer from where it is cut, which greedy decoding without noise would do as "
+                "before; give decode: {top_p: 0.8}, or sigma2"
             )
         return self
 

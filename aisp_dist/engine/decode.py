@@ -216,8 +216,8 @@ class Engine:
                 raise ValueError(f"a start has {max(map(len, round.starts))} tokens; max_new_tokens must be more")
             if odd := {t for start in round.starts for t in start if not 0 <= t < vocab or t in self.end_ids}:
                 raise ValueError(f"a start holds {min(odd)}, an end token or none of the vocabulary's {vocab}")
-        if any(len(entry.weights) != len(entry.lengths) for entry in round.trace):
-            raise ValueError("an iteration of the trace has not one length per weight")
+        if any(len(w.weights) != len(w.lengths) or (w.given and len(w.given) != len(w.weights)) for w in round.trace):
+            raise ValueError("an iteration of the trace has not one length, and one start, per weight")
 
     def _admit(self) -> None:
         """Waiting trajectories into free slots, those of the oldest prompt first: so prompts are finished one after the

@@ -32,7 +32,7 @@ from aisp_dist.records import Prompt, Round, TopP, Weights
 _BOTH = ("reward", "rewards", "nll", "num_tokens")  # columns that the base answer has too, as base_*
 _COLUMNS = ["id", "source_index", "prompt", "completion", "base_completion", "finish_reason"]
 _COLUMNS += [prefix + name for name in _BOTH for prefix in ("", "base_")]
-_TRACE = [f"trace.list.element.{name}" for name in ("weights", "lengths", "sigma2", "top_p")]
+_TRACE = [f"trace.list.element.{name}" for name in ("weights", "lengths", "sigma2", "top_p", "given")]
 _CANDIDATE = [f"candidates.list.element.{name}" for name in ("iteration", "sample", "token_ids")]
 Row = dict[str, Any]
 
@@ -50,7 +50,7 @@ class Output:
 
     def round(self, row: Row, prompt_tokens: tuple[int, ...]) -> Round:
         """What its search was after the last iteration; without trace where the output keeps none."""
-        trace = tuple(Weights(tuple(step["weights"]), tuple(step["lengths"])) for step in row["trace"])
+        trace = tuple(Weights(*(tuple(step[n]) for n in ("weights", "lengths", "given"))) for step in row["trace"])
         trace = trace if any(entry.weights for entry in trace) else ()
         sampling = self.run.method.sampling()
         if row["trace"]:  # what a flip rate leaves open is the prompt's own

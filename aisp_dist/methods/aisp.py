@@ -22,7 +22,7 @@ def propose(
     if over(settings, state):
         return None
     k, n = len(state), settings.num_samples
-    trace = tuple(Weights(done.weights, done.lengths) for done in state) if sampling.sigma2 else ()
+    trace = tuple(Weights(done.weights, done.lengths, done.given) for done in state) if sampling.sigma2 else ()
     if settings.branch is None or not state:
         return Proposal(k, n, sampling, trace)
     rewards: list[float | None] = []

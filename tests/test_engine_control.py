@@ -117,19 +117,16 @@ def test_what_is_given_teaches_nothing_where_its_noise_has_done_nothing(
     without. Other kinds: their noise acts later, and counts."""
     plain = request(kind, after_eos, 1)
     first = 3
-    begun = dataclasses.replace(
-        plain,
-        trace=tuple(dataclasses.replace(w, given=(first,) * SAMPLES) for w in plain.trace),
-        starts=((11,) * first,) * SAMPLES,
-    )
-    m, free = whitened(begun), whitened(plain)
+    taught = tuple(dataclasses.replace(w, given=(first,) * SAMPLES) for w in plain.trace)
+    m, free = whitened(dataclasses.replace(plain, trace=taught)), whitened(plain)
     if kind[0] != "independent":
         assert torch.equal(m, free)
         return
     assert not m[:first].any() and torch.equal(m[first:], free[first:]) and free[:first].any()
+    begun = dataclasses.replace(plain, starts=((11,) * first,) * SAMPLES)
     (rollout,) = Engine(lm, 32, STEPS).run([begun])
     for i, trajectory in enumerate(rollout.trajectories):
         upto = STEPS if after_eos == "full" else len(trajectory.token_ids)
         e = slow_path.white(begun, 1, i, STEPS, DIM)
-        costs = (m[first:upto] * e[first:upto]).sum(), m[first:upto].square().sum()
+        costs = (free[first:upto] * e[first:upto]).sum(), free[first:upto].square().sum()
         assert (trajectory.control_cost, trajectory.control_sq) == pytest.approx(tuple(map(float, costs)), abs=1e-5)

@@ -80,7 +80,9 @@ def write(folder: Path, **changes) -> None:
             "words": {"kind": "function", "function": "rewards.py:words"},
             "minus": {"kind": "function", "function": "rewards.py:minus", "use": "report"},
         },
-        "method": {"kind": "aisp", "num_samples": 8, "num_iterations": 3},
+        # Everything that a search may ask of a generator: noise, draws, given tokens, likelihoods, a calibration.
+        "method": {"kind": "aisp", "preset": "auto", "num_samples": 8, "num_iterations": 3, "noise": "shared"}
+        | {"sigma2": {"flip_rate": 0.1}, "limit": {"nll": 3.0}},
         "save": {"rows_per_file": 5, "flush_seconds": 0.2},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config | changes))
@@ -313,7 +315,7 @@ def test_tune_spends_the_same_on_every_arm_and_its_configuration_is_compared_nex
     }
     assert asked == set(QUESTIONS[8:10]), "those after the ones that compare takes"
     tuned = yaml.safe_load((project / "out/tune/tuned.yaml").read_text())
-    assert tuned["method"]["sigma2"] == found[0]["best"]["sigma2"]
+    assert tuned["method"]["decode"]["flip_rate"] == found[0]["best"]["flip_rate"]
     arms = tuned["compare"]["arms"]
     assert (
         arms["aisp, rewards shuffled"] == tuned["method"] | {"shuffle_rewards": True} and "best-of-n gaussian" in arms

@@ -54,8 +54,18 @@ def students_table(rows: list) -> list[str]:
     return lines
 
 
+SHOWN = (128, 512)  # samples whose rows are whole; of the others the curve has the reward
+
+
 def auto(folder: Path) -> list:
-    return json.loads((folder / "table.json").read_text())
+    rows = json.loads((folder / "table.json").read_text())
+    kept = []
+    for row in rows:
+        names = [
+            n for n in row if n != "method" and (row["samples"] in SHOWN or n in ("case", "arm", "samples", "reward"))
+        ]
+        kept.append({n: [round(x, 4) for x in row[n]] if isinstance(row[n], list) else row[n] for n in names})
+    return kept
 
 
 def auto_table(rows: list) -> list[str]:
@@ -64,7 +74,7 @@ def auto_table(rows: list) -> list[str]:
         heads = [case, "samples", "seeds", "reward", peer, "held-out", "NLL / token", peer, "diversity", peer]
         out += ["| " + " | ".join([*heads, "tokens drawn"]) + " |", "|---" * 11 + "|"]
         for row in rows:
-            own = row["case"] == case and row["samples"] in ((128, 512) if "shuffled" not in row["arm"] else (512,))
+            own = row["case"] == case and row["samples"] in (SHOWN if "shuffled" not in row["arm"] else SHOWN[1:])
             if own:
                 cells = [row["arm"], f"{row['samples']}", f"{row['seeds']}"]
                 for name in ("reward", "held-out", "nll", "diversity"):

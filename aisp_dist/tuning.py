@@ -52,8 +52,9 @@ def grids(method: Method, settings: Tune) -> dict[str, list[float]]:
     """The settings of a method that are tuned, and their values. Empty for a method with none."""
     of = settings.grids
     match method:
-        case Aisp(branch=Branch()) | BatchedAisp(branch=Branch()):
-            return {"flip_rate": of.flip_rate, "branch": of.branch}
+        case Aisp(branch=Branch(), sigma2=0) | BatchedAisp(branch=Branch(), sigma2=0):
+            rates = {"flip_rate": of.flip_rate} if isinstance(method.decode, FlipRate) else {}
+            return {**rates, "branch": of.branch}
         case Aisp() | BatchedAisp():
             temperature = {"ess": of.ess} if of.lambda_ is None else {"lambda": of.lambda_}
             return {"sigma2": of.sigma2, **temperature, "alpha": of.alpha}
@@ -70,9 +71,10 @@ def grids(method: Method, settings: Tune) -> dict[str, list[float]]:
 def placed(method: Method, point: Point) -> Method:
     """The method at a point of its grids. Raises ConfigError where the method cannot be there."""
     match method:
-        case Aisp(branch=Branch()) | BatchedAisp(branch=Branch()):
-            rate, ess = FlipRate(flip_rate=point["flip_rate"]), Branch(ess=point["branch"])
-            update: dict[str, Any] = {"decode": rate, "branch": ess}
+        case Aisp(branch=Branch(), sigma2=0) | BatchedAisp(branch=Branch(), sigma2=0):
+            update: dict[str, Any] = {"branch": Branch(ess=point["branch"])}
+            if "flip_rate" in point:
+                update["decode"] = FlipRate(flip_rate=point["flip_rate"])
         case Aisp() | BatchedAisp():
             temperature = Ess(ess=point["ess"]) if "ess" in point else point["lambda"]
             update = {"sigma2": point["sigma2"], "lambda_": temperature, "alpha": point["alpha"]}

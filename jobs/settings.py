@@ -171,7 +171,8 @@ def check(values: Mapping[str, Any]) -> Run:
             key, found = _locate(fault["loc"], values, absent=fault["type"] in ("extra_forbidden", "missing"))
             message = fault["msg"].removeprefix("Value error, ")
             if fault["type"] == "extra_forbidden":
-                close = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(), n=1)
+                own = str(fault["loc"][-1])  # a known key may be unknown where it stands
+                close = [k for k in difflib.get_close_matches(own, _known_keys(), n=1) if k != own]
                 message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "; see `aisp schema`")
             elif fault["type"] == "missing":
                 message = "missing; it has no default"

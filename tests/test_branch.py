@@ -55,7 +55,7 @@ def test_a_cut_is_anywhere_before_the_last_token_and_evenly():
 
 
 def test_what_may_not_be_continued_never_is_and_with_nothing_all_begin_anew():
-    assert {parent for parent, _ in parents([None, 1.0, None, 0.9], ess=2.0)} == {1, 3}
+    assert {parent for parent, _ in parents([None, 1.0, None, 0.9, 0.95, 0.97], ess=3.0)} == {1, 3, 4, 5}
     assert parents([None, None], samples=3) == ((-1, 0),) * 3
 
 
@@ -65,8 +65,10 @@ def test_draws_are_keyed_and_free_of_the_rewards_unit():
     assert parents(rewards) != parents(rewards, iteration=2) != parents(rewards, key=prompt_key(1, "p"))
 
 
-def test_fewer_answers_than_the_effective_number_count_the_same():
-    assert Counter(parent for parent, _ in parents([0.0, 9.0], ess=8.0)) == {0: 1000, 1: 1000}
+def test_of_few_answers_no_more_than_half_are_continued():
+    drawn = Counter(parent for parent, _ in parents([0.0, 1.0, 2.0, 3.0], ess=8.0))
+    assert 1 / sum((n / 2000) ** 2 for n in drawn.values()) == pytest.approx(2.0, rel=0.01)
+    assert {parent for parent, _ in parents([0.0, 9.0], ess=8.0)} == {1}
 
 
 def test_a_limit_is_on_likelihood_beside_the_base_answer_and_on_repetition():

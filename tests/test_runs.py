@@ -315,7 +315,7 @@ def test_tune_spends_the_same_on_every_arm_and_its_configuration_is_compared_nex
     }
     assert asked == set(QUESTIONS[8:10]), "those after the ones that compare takes"
     tuned = yaml.safe_load((project / "out/tune/tuned.yaml").read_text())
-    assert tuned["method"]["decode"]["flip_rate"] == found[0]["best"]["flip_rate"]
+    assert tuned["method"]["sigma2"] == found[0]["best"]["sigma2"]
     arms = tuned["compare"]["arms"]
     assert (
         arms["aisp, rewards shuffled"] == tuned["method"] | {"shuffle_rewards": True} and "best-of-n gaussian" in arms

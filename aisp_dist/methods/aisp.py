@@ -27,9 +27,7 @@ def propose(
         return Proposal(k, n, sampling, trace)
     rewards: list[float | None] = []
     for j in range(k):
-        of = seen[j * n : (j + 1) * n]
-        told = _told(settings, key, j, [c.eligible_reward for c in of])
-        rewards += [reward if c.within else None for c, reward in zip(of, told, strict=True)]
+        rewards += _told(settings, key, j, [c.eligible_reward for c in seen[j * n : (j + 1) * n]])
     chosen = branch.parents(settings.branch, key, k, n, rewards, [len(c.token_ids) for c in seen])
     starts = tuple(seen[parent].token_ids[:length] if length else () for parent, length in chosen)
     return Proposal(k, n, sampling, trace, starts, tuple(parent for parent, _ in chosen))
@@ -48,9 +46,14 @@ def update(
 
 
 def _told(settings: Search, key: Key, iteration: int, rewards: Sequence[float | None]) -> list[float | None]:
-    """What the search is told of an iteration's rewards; the shuffled control, another sample's."""
-    order = permutation(key, iteration, len(rewards)) if settings.shuffle_rewards else range(len(rewards))
-    return [rewards[j] for j in order]
+    """What the search is told of an iteration's rewards; the shuffled control, another sample's of those that count."""
+    if not settings.shuffle_rewards:
+        return list(rewards)
+    counting = [j for j, reward in enumerate(rewards) if reward is not None]
+    told = list(rewards)
+    for j, other in zip(counting, permutation(key, iteration, len(counting)), strict=True):
+        told[j] = rewards[counting[other]]
+    return told
 
 
 def penalty(control_cost: float, control_sq: float, alpha: float, sigma2: float) -> float:

@@ -36,7 +36,8 @@ def parents(
         return ((-1, 0),) * num_samples
     r = [rewards[j] or 0.0 for j in able]
     level = [0.0] * len(r)
-    reached = list(accumulate(softmax(r, level, ess_temperature(r, level, settings.ess))))
+    target = min(settings.ess, max(1.0, len(r) / 2))  # of few answers as many would be all of them, good and bad alike
+    reached = list(accumulate(softmax(r, level, ess_temperature(r, level, target))))
     drawn = []
     for sample in range(num_samples):
         which, where, *_ = philox4x32((0, sample, iteration, BRANCH), key)

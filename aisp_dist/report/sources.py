@@ -19,6 +19,7 @@ from aisp_dist.arms import BASE
 from aisp_dist.config import ConfigError, Method
 from aisp_dist.evaluate import outputs
 from aisp_dist.evaluate.outputs import Output, Table
+from aisp_dist.limit import within
 from aisp_dist.metrics import interval, spread
 from aisp_dist.place import Place
 
@@ -185,10 +186,14 @@ def _read(output: Output) -> Seed:
             bases[row["id"]] = row["base_nll"], row["base_reward"]
     names = {"mean": "mean_reward", "best": "best_reward", "ess": "ess", "kl": "kl"}
     columns = [f"trace.list.element.{n}" for n in (*names.values(), "lengths")]
-    columns += [f"candidates.list.element.{n}" for n in ("nll", "reward")]
+    columns += [f"candidates.list.element.{n}" for n in ("nll", "reward", "text")]
+    limit = output.run.method.limit
+    other = None if limit is None else limit.model_copy(update={"nll": None})  # likelihood is what the frontier is over
     for row in batches(place, "candidates", ["id", *columns]):
         if row["id"] in wanted:
-            frontier.append(_frontier(*bases[row["id"]], row["candidates"]))
+            frontier.append(
+                _frontier(*bases[row["id"]], [c for c in row["candidates"] if within(other, c["text"], None, None)])
+            )
         if row["id"] in wanted and row["trace"]:
             mine = {name: [step[column] for step in row["trace"]] for name, column in names.items()}
             lengths = [step["lengths"] for step in row["trace"]]

@@ -159,7 +159,7 @@ async def _search(
     answered = isinstance(_answer(run, base_drawn.trajectories[0].text, thinks), str)
     shown = [best.text, base.text][: 1 + answered]
     losses, *reports = await _together(
-        nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids]),
+        nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids][: 1 + (base_nll is None)]),
         *(score(name, prompt, shown) for name in held_out),
     )
     judged = [(name, [*(s.value for s in scores), None]) for name, scores in zip(held_out, reports, strict=True)]
@@ -173,7 +173,7 @@ async def _search(
         best=best,
         base=base,
         nll=losses[0],
-        base_nll=losses[1],
+        base_nll=losses[1] if base_nll is None else base_nll,
         samples_spent=len(candidates),
         quarantined=sum(c.reason is not None for c in candidates),
         curve=tuple(curve),

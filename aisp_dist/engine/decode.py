@@ -23,6 +23,7 @@ import torch
 
 from aisp_dist import noise
 from aisp_dist.engine import attention, memory
+from aisp_dist.engine.admissible import check
 from aisp_dist.engine.blocks import Blocks
 from aisp_dist.engine.control import Control, cost, rebuild
 from aisp_dist.engine.guide import Guide, Unscored, choose
@@ -122,7 +123,7 @@ class Engine:
 
     def submit(self, round: Round) -> None:
         """Queues a round's trajectories. Raises ValueError for a round that cannot be decoded."""
-        self._check(round)
+        check(round, self.lm, self.max_new_tokens, self.end_ids, self.guide, self.kv.capacity)
         key = (round.seed, round.prompt_id, round.prompt_tokens)
         prompt = self.prompts.setdefault(key, _Prompt(round.prompt_tokens, next(self._age)))
         self.prompts.move_to_end(key)
@@ -180,45 +181,6 @@ class Engine:
             total.append(self.lm.logits(states).log_softmax(-1).gather(1, target[:, None]).double().sum())
         return -float(torch.stack(total).sum()) / len(response_tokens)
 
-    def _check(self, round: Round) -> None:
-        length, context = len(round.prompt_tokens), self.lm.context_length
-        if not length:
-            raise ValueError("the prompt has no tokens; it needs at least one to decode from")
-        if context is not None and length + self.max_new_tokens > context + 1:
-            raise ValueError(
-                f"{length} prompt tokens + {self.max_new_tokens} new tokens exceed the model's {context} positions; "
-                "lower generator.max_new_tokens or prompts.max_tokens"
-            )
-        low, high, vocab = min(round.prompt_tokens), max(round.prompt_tokens), self.lm.vocab_size
-        if low < 0 or high >= vocab:
-            raise ValueError(
-                f"prompt tokens {low} to {high} leave the model's vocabulary of {vocab}; use its tokenizer"
-            )
-        guide, own = round.sampling.guide, self.guide
-        if (isinstance(guide, Ascent) and not own.value) or (isinstance(guide, TokenReward) and not own.judge):
-            raise ValueError(f"the round asks for {guide}, and the engine was made without what it needs")
-        if not 0 <= round.start < round.stop:
-            raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")
-        if round.sampling.sigma2 or round.sampling.decode:
-            noise.sample_word(round.iteration, round.stop - 1)
-        if length > self.kv.capacity:
-            raise ValueError(
-                f"{length} prompt tokens take {length * self.lm.token_bytes / 1e9:.2f} GB of keys and values, beside "
-                f"the rows' there are {self.kv.capacity * self.lm.token_bytes / 1e9:.2f} GB; lower "
-                "prompts.max_tokens, generator.batch_rows or generator.max_new_tokens"
-            )
-        if round.starts:
-            if len(round.starts) != round.stop - round.start:
-                raise ValueError(
-                    f"{len(round.starts)} starts for {round.stop - round.start} samples; give one for each"
-                )
-            if max(map(len, round.starts)) >= self.max_new_tokens:
-                raise ValueError(f"a start has {max(map(len, round.starts))} tokens; max_new_tokens must be more")
-            if odd := {t for start in round.starts for t in start if not 0 <= t < vocab or t in self.end_ids}:
-                raise ValueError(f"a start holds {min(odd)}, an end token or none of the vocabulary's {vocab}")
-        if any(len(w.weights) != len(w.lengths) or (w.given and len(w.given) != len(w.weights)) for w in round.trace):
-            raise ValueError("an iteration of the trace has not one length, and one start, per weight")
-
     def _admit(self) -> None:
         """Waiting trajectories into free slots, those of the oldest prompt first: so prompts are finished one after the
         other, and a kill finds few of them half done."""
@@ -267,7 +229,7 @@ class Engine:
 
     def _decode(self) -> None:
         """`stride` tokens for every row. Where memory ends, the youngest trajectory starts again later; the oldest one
-        fits by itself (`_check`)."""
+        fits by itself (`check`)."""
         while not self.kv.reserve([min(r.length + self.stride, self.max_new_tokens) if r else 0 for r in self.rows]):
             if not self._forget():
                 _, slot = max((row.age, slot) for slot, row in enumerate(self.rows) if row)

@@ -127,8 +127,10 @@ class Batch:
         self.rows_BF[slots] = torch.tensor(rows, device=device)
         self.z0_BD[slots] = torch.stack([seat.z_D for seat in seats])
         self.filter_BD[slots] = 0
-        starts = [(*seat.start, *[-1] * (self.num_steps - len(seat.start))) for seat in seats]
-        self.start_BT[slots] = torch.tensor(starts, device=device)
+        self.start_BT[slots] = -1
+        for seat in seats:
+            if seat.start:
+                self.start_BT[seat.slot, : len(seat.start)] = torch.tensor(seat.start, device=device)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Empties rows."""

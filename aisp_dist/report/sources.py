@@ -186,11 +186,11 @@ def _read(output: Output) -> Seed:
             bases[row["id"]] = row["base_nll"], row["base_reward"]
     names = {"mean": "mean_reward", "best": "best_reward", "ess": "ess", "kl": "kl"}
     columns = [f"trace.list.element.{n}" for n in (*names.values(), "lengths")]
-    columns += [f"candidates.list.element.{n}" for n in ("nll", "reward", "text")]
-    limit = output.run.method.limit
-    other = None if limit is None else limit.model_copy(update={"nll": None})  # likelihood is what the frontier is over
+    limit = output.run.method.limit  # without one no candidate has a likelihood
+    columns += [f"candidates.list.element.{n}" for n in ("nll", "reward", "text") if limit]
+    other = limit and limit.model_copy(update={"nll": None})  # likelihood is what the frontier is over
     for row in batches(place, "candidates", ["id", *columns]):
-        if row["id"] in wanted:
+        if limit and row["id"] in wanted:
             frontier.append(
                 _frontier(*bases[row["id"]], [c for c in row["candidates"] if within(other, c["text"], None, None)])
             )

@@ -1,0 +1,46 @@
+"""Which rounds an engine can decode: those that fit the model, its memory and what the engine was made with."""
+
+from __future__ import annotations
+
+from aisp_dist import noise
+from aisp_dist.engine.guide import Guide
+from aisp_dist.engine.lm import LM
+from aisp_dist.records import Ascent, Round, TokenReward
+
+
+def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], own: Guide, capacity: int) -> None:
+    """Raises ValueError for a round that cannot be decoded. own: what the engine has for guides. capacity: tokens of
+    prompts that it can hold."""
+    length, context = len(round.prompt_tokens), lm.context_length
+    if not length:
+        raise ValueError("the prompt has no tokens; it needs at least one to decode from")
+    if context is not None and length + max_new_tokens > context + 1:
+        raise ValueError(
+            f"{length} prompt tokens + {max_new_tokens} new tokens exceed the model's {context} positions; "
+            "lower generator.max_new_tokens or prompts.max_tokens"
+        )
+    low, high, vocab = min(round.prompt_tokens), max(round.prompt_tokens), lm.vocab_size
+    if low < 0 or high >= vocab:
+        raise ValueError(f"prompt tokens {low} to {high} leave the model's vocabulary of {vocab}; use its tokenizer")
+    guide = round.sampling.guide
+    if (isinstance(guide, Ascent) and not own.value) or (isinstance(guide, TokenReward) and not own.judge):
+        raise ValueError(f"the round asks for {guide}, and the engine was made without what it needs")
+    if not 0 <= round.start < round.stop:
+        raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")
+    if round.sampling.sigma2 or round.sampling.decode:
+        noise.sample_word(round.iteration, round.stop - 1)
+    if length > capacity:
+        raise ValueError(
+            f"{length} prompt tokens take {length * lm.token_bytes / 1e9:.2f} GB of keys and values, beside "
+            f"the rows' there are {capacity * lm.token_bytes / 1e9:.2f} GB; lower "
+            "prompts.max_tokens, generator.batch_rows or generator.max_new_tokens"
+        )
+    if round.starts:
+        if len(round.starts) != round.stop - round.start:
+            raise ValueError(f"{len(round.starts)} starts for {round.stop - round.start} samples; give one for each")
+        if max(map(len, round.starts)) >= max_new_tokens:
+            raise ValueError(f"a start has {max(map(len, round.starts))} tokens; max_new_tokens must be more")
+        if odd := {t for start in round.starts for t in start if not 0 <= t < vocab or t in end_ids}:
+            raise ValueError(f"a start holds {min(odd)}, an end token or none of the vocabulary's {vocab}")
+    if any(len(w.weights) != len(w.lengths) or (w.given and len(w.given) != len(w.weights)) for w in round.trace):
+        raise ValueError("an iteration of the trace has not one length, and one start, per weight")

@@ -85,7 +85,7 @@ class Spend(Section):
 # What `preset: auto` says where the configuration is silent; configs/auto/ has the measurements that chose it.
 AUTO: dict[str, Any] = {
     "sigma2": 0.0,
-    "decode": {"flip_rate": 0.3},
+    "decode": {"flip_rate": 0.28},
     "branch": {"ess": 8.0},
 }
 

@@ -19,8 +19,8 @@ from actors.placement import Group
 from actors.pool import Pool
 from actors.scorer import Scorer
 from aisp_dist.config import ConfigError, HttpReward, Run
-from aisp_dist.endpoint import Unavailable
-from aisp_dist.lease import Lease
+from aisp_dist.output.lease import Lease
+from aisp_dist.rewards.client import Unavailable
 
 log = logging.getLogger("aisp")
 

@@ -21,19 +21,20 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.figures import Figures, gauges
+from actors.counts import Counts, gauges
 from actors.pool import Pool
-from aisp_dist import guard, prompts, render, thinking
 from aisp_dist.align import align
+from aisp_dist.analysis import guard
 from aisp_dist.config import BatchedAisp, ConfigError, Run
-from aisp_dist.lease import Lease, LeaseLost, read_owners
-from aisp_dist.place import Place
+from aisp_dist.data import prompts, render, thinking
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import Lease, LeaseLost, read_owners
+from aisp_dist.output.schema import ColumnType
+from aisp_dist.output.writer import Store
 from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Sampling, Score
-from aisp_dist.schema import ColumnType
-from aisp_dist.store import Store
 
 if TYPE_CHECKING:
-    from actors.exporter import Exporter
+    from actors.metrics import Exporter
 
 log = logging.getLogger("aisp")
 
@@ -114,9 +115,9 @@ class Coordinator:
         self.pools: Mapping[str, Pool] = {}
         self.total: int | None = None  # of inputs, once somebody has counted them
         self.flushing: float | None = None  # since when, by the loop's time
-        self.sums: Counter[str] = Counter()  # of this output, by the names of Figures
+        self.sums: Counter[str] = Counter()  # of this output, by the names of Counts
         self.tally = guard.Tally()  # of this output, since this command began
-        self.before = Figures()  # what its replicas had counted before it
+        self.before = Counts()  # what its replicas had counted before it
 
     def __repr__(self) -> str:
         return self.name
@@ -163,27 +164,27 @@ class Coordinator:
             if not self.task.cancelled() and isinstance(error := self.task.exception(), OSError):
                 raise error
 
-    async def progress(self, total: int | None = None) -> Figures:
+    async def progress(self, total: int | None = None) -> Counts:
         """The figures so far. total: how many inputs there are, if the caller knows."""
         self.total = total if total is not None else self.total
         return self._figures()
 
-    def _figures(self) -> Figures:
+    def _figures(self) -> Counts:
         counts = self.store.counts() if self.store else None
-        now = Figures(
+        now = Counts(
             done=counts.done if counts else 0,
             failed=counts.failed if counts else 0,
             committed=counts.committed if counts else 0,
             queued={role: len(pool.waiting) for role, pool in self.pools.items()},
             alive={role: sum(slot.up for slot in pool.fleet.slots) for role, pool in self.pools.items()},
         )
-        return Figures(**dict[str, Any](self.sums)) + now + (self._of_replicas() - self.before)
+        return Counts(**dict[str, Any](self.sums)) + now + (self._of_replicas() - self.before)
 
-    def _of_replicas(self) -> Figures:
+    def _of_replicas(self) -> Counts:
         """What the replicas have counted since they were started, for this output and earlier ones."""
         grown = {role: pool.fleet.figures() for role, pool in self.pools.items()}
         decoded = grown.get("generator", {})
-        return Figures(
+        return Counts(
             repeats=sum(pool.repeats for pool in self.pools.values()),
             restarts=sum(pool.fleet.restarts for pool in self.pools.values()),
             busy={role: figures.get("busy_seconds", 0.0) for role, figures in grown.items()},

@@ -12,9 +12,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from aisp_dist import methods, thinking
+from aisp_dist import methods
 from aisp_dist.config import Run, Search
-from aisp_dist.limit import within
+from aisp_dist.data import thinking
+from aisp_dist.methods.limit import within
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import (
     BASE_ITERATION,

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from actors.coordinator import Table, TooManyFailed, window
-from aisp_dist import guard, manifest, prompts, summary
+from aisp_dist.analysis import guard, summary
 from aisp_dist.config import ConfigError
+from aisp_dist.data import prompts
+from aisp_dist.output import manifest
 from jobs import cli, cost, prepare, session, settings
 from jobs.progress import Progress, say
 

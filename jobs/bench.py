@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> int:
     options = parser(what).parse_args(args[1:])
     load = os.getloadavg()[0]
     with contextlib.redirect_stdout(sys.stderr):
-        module = importlib.import_module("actors.rounds" if what == "coordinator" else "actors.simulation")
+        module = importlib.import_module("tests.bench.rounds" if what == "coordinator" else "tests.bench.simulation")
         result: dict[str, Any] = module.measure(options)
     print(json.dumps({"bench": what, "load_average_before": load, **result}, indent=2))
     return 0 if result["agrees"] else 1

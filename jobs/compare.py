@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from actors.figures import Figures
-from aisp_dist import arms, comparison, manifest
+from actors.counts import Counts
+from aisp_dist.analysis import arms, compare
 from aisp_dist.config import Args, ConfigError, Method, ReControl, Run
-from aisp_dist.place import Place
+from aisp_dist.output import manifest
+from aisp_dist.output.filesystem import Place
 from jobs import cli, cost, prepare, session, settings
 from jobs.prepare import Prepared
 from jobs.progress import Progress, Total, say
@@ -66,10 +67,10 @@ def _compare(run: Run, base_dir: Path, output: Place) -> None:
     held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
     outputs = {arm: [p.output for p in seeds] for arm, seeds in plans.items()}
     main = arms.main_arm(run, found)
-    result = comparison.compare(outputs, held_out, main, found, _limit(run, run.compare.prompts))
+    result = compare.compare(outputs, held_out, main, found, _limit(run, run.compare.prompts))
     places = {arm: [place.uri.removeprefix(f"{output.uri}/") for place in seeds] for arm, seeds in outputs.items()}
     output.write("comparison.json", json.dumps(result.json() | {"outputs": places}, indent=2).encode())
-    print(comparison.text(result))
+    print(compare.text(result))
     figures = filling.figures
     if not figures.samples:
         return
@@ -115,7 +116,7 @@ class Filling:
     drawn now."""
 
     def __init__(self) -> None:
-        self.figures, self.seconds, self.actors = Figures(), 0.0, 1
+        self.figures, self.seconds, self.actors = Counts(), 0.0, 1
         self.stack = ExitStack()
         self.session: session.Session | None = None
         self.brought: str | None = None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from actors import sizing
-from actors.figures import Figures
+from actors.counts import Counts
 from aisp_dist.config import Run
 
 
-def text(
-    run: Run, inputs: int, figures: Figures, seconds: float, actors: int, size: int, rows: int, each: float
-) -> str:
+def text(run: Run, inputs: int, figures: Counts, seconds: float, actors: int, size: int, rows: int, each: float) -> str:
     """Time, replicas, GPU-hours and bytes of `inputs` prompts. figures, seconds: of what `actors` generators drew here;
     size: bytes of `rows` rows; each: samples that a prompt was seen to spend, which counts where method.spend rules."""
     wanted = round(inputs * (each if run.method.spend else run.method.num_samples * run.method.num_iterations))

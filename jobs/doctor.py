@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> int:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from aisp_dist.doctor import examine
+    from aisp_dist.analysis.doctor import examine
 
     disable_progress_bar()
     out, checks = sys.stdout, []

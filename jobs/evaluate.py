@@ -13,8 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from aisp_dist.config import ConfigError, JudgeSettings, Reward, Run
-from aisp_dist.fingerprint import locate_reward
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.fingerprint import locate_reward
 from jobs import cli, settings, verify
 from jobs.progress import say
 from jobs.status import OUTPUT
@@ -46,7 +46,7 @@ def main(args: Sequence[str]) -> int:
     if options.embeddings and importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError("--embeddings needs sentence-transformers; pip install 'aisp-dist[evaluate]'")
 
-    from aisp_dist.evaluate import outputs
+    from aisp_dist.analysis.evaluate import outputs
 
     trials = [outputs.open_output(Place.at(output)) for output in options.outputs]
     against = outputs.open_output(Place.at(options.against)) if options.against else None
@@ -58,8 +58,10 @@ def main(args: Sequence[str]) -> int:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from aisp_dist import endpoint, judge, rewards
-    from aisp_dist.evaluate import document, texts
+    from aisp_dist import rewards
+    from aisp_dist.analysis import judge
+    from aisp_dist.analysis.evaluate import document, texts
+    from aisp_dist.rewards import client
 
     disable_progress_bar()
     columns = trials[0].run.prompts.keep
@@ -71,7 +73,7 @@ def main(args: Sequence[str]) -> int:
     try:
         asked = document.Asked(options.sample, options.seed, generator, embed, loaded, ask)
         found = document.evaluate(trials, asked, against)
-    except endpoint.Unavailable as error:
+    except client.Unavailable as error:
         kept = f"; what the judge has said is kept in {cache}" if cache else ""
         raise cli.Exit(1, f"{error}{kept}; once that is mended give the same command") from None
     data = (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()
@@ -94,7 +96,7 @@ def _judge(options: Any) -> JudgeSettings | None:
     except ValidationError as error:
         raise ConfigError(f"--judge: {'; '.join(fault['msg'] for fault in error.errors())}") from None
 
-    from aisp_dist.endpoint import Client
+    from aisp_dist.rewards.client import Client
 
     Client("judge", judge)
     return judge

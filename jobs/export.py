@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
-from aisp_dist import export
-from aisp_dist.alpaca_eval import alpaca_eval
+from aisp_dist.analysis import export
+from aisp_dist.analysis.alpaca_eval import alpaca_eval
+from aisp_dist.analysis.evaluate import outputs
+from aisp_dist.analysis.evaluate.outputs import Output
 from aisp_dist.config import ConfigError
-from aisp_dist.evaluate import outputs
-from aisp_dist.evaluate.outputs import Output
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
 from jobs import cli, evaluate, settings
 from jobs.progress import say
 

@@ -13,15 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aisp_dist import arms, comparison, schema
+from aisp_dist.analysis import arms, compare
 from aisp_dist.config import BestOfN, ConfigError, FunctionReward, Method, Prompts, Run
-from aisp_dist.place import Place
+from aisp_dist.output import schema
+from aisp_dist.output.filesystem import Place
 from jobs import cli, prepare, settings
 from jobs.compare import Filling, folder
 from jobs.progress import say
 
 if TYPE_CHECKING:
-    from aisp_dist.tasks import Group
+    from aisp_dist.analysis.tasks import Group
 
 
 def main(args: Sequence[str]) -> int:
@@ -44,7 +45,7 @@ def main(args: Sequence[str]) -> int:
     if options.unsafe_code:
         os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # what the metric code_eval asks for beside lm-eval's consent
 
-    from aisp_dist import tasks
+    from aisp_dist.analysis import tasks
 
     built = tasks.load(names, options.include_path, options.unsafe_code)
     chat, cap = options.apply_chat_template, options.cap_new_tokens
@@ -150,7 +151,7 @@ class Answers:
             self.rows[group.name] = self._draw(group)
         column = "base_completion" if arm == arms.BASE else "completion"
         rows = self.rows[group.name][self.greedy if arm == arms.BASE else arm]
-        return [comparison.words_of(rows[line["id"]][column]) for line in group.lines]
+        return [compare.words_of(rows[line["id"]][column]) for line in group.lines]
 
     def spent(self, arm: str) -> dict[str, dict[str, float]]:
         """By task, means over its prompts: samples drawn, tokens of the answer, its reward (NaN where none is)."""
@@ -208,7 +209,7 @@ def _json(value: Any, **options: Any) -> str:
 
 
 def _table(found: Mapping[str, Any], gold_column: str | None) -> str:
-    from aisp_dist.tasks import metrics
+    from aisp_dist.analysis.tasks import metrics
 
     rows = [["task", "metric", "arm", "value", "stderr", "samples", "tokens", "reward"]]
     scores = {arm: {row[:2]: row[2:] for row in metrics(result)} for arm, result in found.items()}
@@ -222,7 +223,7 @@ def _table(found: Mapping[str, Any], gold_column: str | None) -> str:
     end = ["samples, tokens and reward: means over the task's prompts"]
     if gold_column:
         end.append(f"oracle: the rewards saw the gold answers as {gold_column!r}; an upper bound, not a result")
-    return "\n".join([*comparison.aligned(rows), *end])
+    return "\n".join([*compare.aligned(rows), *end])
 
 
 if __name__ == "__main__":

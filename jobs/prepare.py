@@ -15,9 +15,11 @@ from typing import Any
 from pydantic import SecretStr
 
 from actors.coordinator import Table
-from aisp_dist import checkpoints, fingerprint, lease, manifest, prompts, schema, weights
 from aisp_dist.config import ConfigError, FunctionReward, HttpReward, ModelReward, Reward, Run
-from aisp_dist.place import Place
+from aisp_dist.data import prompts
+from aisp_dist.engine import checkpoints, sizes
+from aisp_dist.output import fingerprint, lease, manifest, schema
+from aisp_dist.output.filesystem import Place
 
 _SAMPLE = 1000  # input lines that decide the types of kept columns
 
@@ -68,7 +70,7 @@ class Prepared:
     def _same_rows(self) -> str:
         generator = self.located.generator
         directory = checkpoints.cached(generator.model, generator.revision)
-        if directory and weights.has_experts(weights.read_config(directory)):
+        if directory and sizes.has_experts(sizes.read_config(directory)):
             return "up to rounding: the base model is a mixture of experts, whose bits depend on what shares a batch"
         same = "bit for bit on the same kind of hardware and software"
         if any(isinstance(reward, HttpReward) for reward in self.run.rewards.values()):
@@ -97,7 +99,7 @@ def check(run: Run, base_dir: Path) -> Run:
 
 def _check_rest(run: Run, base_dir: Path) -> Run:
     located = fingerprint.locate(run, base_dir)
-    weights.check(run.generator, located.generator.model)
+    sizes.check(run.generator, located.generator.model)
     schema.schemas("chat", dict.fromkeys(run.prompts.keep, "string"))
     next(prompts.read(located.prompts), None)
     return located

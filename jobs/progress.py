@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from actors.figures import Figures, seconds_left, share
-from aisp_dist import prompts
+from actors.counts import Counts, seconds_left, share
 from aisp_dist.config import ConfigError, Run
-from aisp_dist.place import Place
+from aisp_dist.data import prompts
+from aisp_dist.output.filesystem import Place
 
 _PLAIN, _TERMINAL = 5.0, 0.5  # seconds between updates
 _REMOTE = 60.0  # seconds between lines of metrics.jsonl where each is a copy of the whole
@@ -43,7 +43,7 @@ class Progress:
         self.rows_per_file, self.shard = run.save.rows_per_file, shard
         self.samples_each = run.method.num_samples * run.method.num_iterations + 1  # the base answer is one
         self.began = self.shown = self.logged = time.monotonic()
-        self.now: Figures | None = None
+        self.now: Counts | None = None
         self.bar: Bar | None = None
 
     def __enter__(self) -> Progress:
@@ -60,7 +60,7 @@ class Progress:
             say(self.line(self.now))
             self._log(self.now)
 
-    def __call__(self, now: Figures) -> None:
+    def __call__(self, now: Counts) -> None:
         self.now = now
         time_now = time.monotonic()
         if time_now - self.shown >= (_PLAIN if self.bar is None else _TERMINAL):
@@ -73,7 +73,7 @@ class Progress:
             self.logged = time_now
             self._log(now)
 
-    def _log(self, now: Figures) -> None:
+    def _log(self, now: Counts) -> None:
         left = self.seconds_left(now)
         entry = {"time": time.time(), "seconds": self.seconds, "total": self.total, "seconds_left": left}
         entry |= now.json()
@@ -91,14 +91,14 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def seconds_left(self, now: Figures) -> float | None:
+    def seconds_left(self, now: Counts) -> float | None:
         return seconds_left(now, now.samples / self.seconds, self.total, self.samples_each)
 
     @property
     def samples(self) -> int:
         return self.now.samples if self.now else 0
 
-    def line(self, now: Figures) -> str:
+    def line(self, now: Counts) -> str:
         total, seconds = self.total, self.seconds
         parts = [f"{self.title}{now.finished}/{'?' if total is None else total} prompts"]
         if not now.fresh:

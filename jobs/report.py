@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from aisp_dist.config import ConfigError
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
 from jobs import cli, settings
 from jobs.status import OUTPUT
 
@@ -23,7 +23,7 @@ def main(args: Sequence[str]) -> int:
     if (options.out or "x").endswith("/"):
         raise ConfigError(f"--out is {options.out}, a folder; name a file in it")
 
-    from aisp_dist.report import page, sources
+    from aisp_dist.analysis.report import page, sources
 
     places = [Place.at(output) for output in options.outputs]
     data = page.render(sources.read(places), options.samples)

@@ -17,13 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actors.coordinator import Table
-from aisp_dist import endpoint, fingerprint, manifest, parts, rescore, rewards, schema, summary
+from aisp_dist import rewards
+from aisp_dist.analysis import rescore, summary
+from aisp_dist.analysis.evaluate.outputs import Output, open_output
 from aisp_dist.config import ConfigError, ModelReward, Run
-from aisp_dist.evaluate.outputs import Output, open_output
-from aisp_dist.lease import Lease, LeaseLost
-from aisp_dist.place import Place
+from aisp_dist.output import fingerprint, manifest, parts, schema
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import Lease, LeaseLost
 from aisp_dist.records import Failed, Input, Prompt, Result, Score
-from aisp_dist.rewards import RewardError, RewardFn
+from aisp_dist.rewards import RewardError, RewardFn, client
 from jobs import cli, settings, verify
 from jobs.prepare import Prepared, check_output, pin_rewards
 from jobs.progress import say
@@ -60,7 +62,7 @@ def main(args: Sequence[str]) -> int:
         manifest.write_run(prepared.output, record)
         try:
             _fill(parent, prepared, mine, lambda line, rows: _result(line, rows, prepared.run, known, scorer))
-        except endpoint.Unavailable as error:
+        except client.Unavailable as error:
             raise cli.Exit(1, f"{error}; once that is mended the same command goes on") from None
         except LeaseLost as error:
             raise cli.Exit(1, str(error)) from None

@@ -17,11 +17,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from actors.coordinator import Table
-from actors.figures import Figures, share
-from aisp_dist import lease, manifest
+from actors.counts import Counts, share
+from aisp_dist.analysis.guard import GuardStop
 from aisp_dist.config import ConfigError, Run
-from aisp_dist.guard import GuardStop
-from aisp_dist.place import Place
+from aisp_dist.output import lease, manifest
+from aisp_dist.output.filesystem import Place
 from jobs.cli import Exit
 from jobs.prepare import Prepared
 from jobs.progress import Progress
@@ -52,8 +52,8 @@ class _Shard:
     run: Any = None
     asked: Any = None  # for figures, and since when
     since: float = 0.0
-    figures: Figures = field(default_factory=Figures)
-    carried: Figures = field(default_factory=Figures)
+    figures: Counts = field(default_factory=Counts)
+    carried: Counts = field(default_factory=Counts)
 
 
 class Session:
@@ -115,7 +115,7 @@ class Session:
             manifest.write_run(prepared.output, prepared.record())
             self._fill([replace(table, lease=mine, shard=shard.share) for shard in self.shards], progress)
 
-    def trial(self, table: Table, prompts: int) -> tuple[Figures, float, int]:
+    def trial(self, table: Table, prompts: int) -> tuple[Counts, float, int]:
         """Search the first prompts for real, into a directory that is gone afterwards: figures, seconds, bytes. By the
         first coordinator alone."""
         with tempfile.TemporaryDirectory(prefix="aisp-trial-") as folder:
@@ -135,7 +135,7 @@ class Session:
 
         shards = self.shards[: len(tables)]
         for shard, table in zip(shards, tables, strict=True):
-            shard.figures = shard.carried = Figures()
+            shard.figures = shard.carried = Counts()
             shard.asked, shard.run = None, shard.coordinator.relabel.remote(table)
         running = list(shards)
         try:
@@ -181,7 +181,7 @@ class Session:
             shard.asked, shard.since = self._ask(shard, total), time.monotonic()
         if self._await([shard.asked], limit):
             asked, shard.asked = shard.asked, None
-            now: Figures = self._value(asked)
+            now: Counts = self._value(asked)
             if now.committed > shard.figures.committed:
                 shard.deaths = 0
             shard.figures = now
@@ -206,7 +206,7 @@ class Session:
 
         from actors.cluster import start_pools
         from actors.coordinator import Coordinator, window
-        from actors.exporter import Exporter
+        from actors.metrics import Exporter
 
         if shard.coordinator is not None:
             ray.kill(shard.coordinator)  # it may only have been out of reach: never two of one shard
@@ -252,7 +252,7 @@ class Session:
             raise Exit(1, f"coordinator {shard.index} died {shard.deaths} times; the same command goes on") from error
         self.say("the coordinator died; starting it again from what is written")
         shard.carried += shard.figures.grown()
-        shard.figures = Figures()
+        shard.figures = Counts()
         self._start(shard)
 
     def _await(self, refs: list[Any], limit: float) -> bool:
@@ -298,8 +298,8 @@ class Session:
         self.signal = number
 
 
-def _sum(shards: Sequence[_Shard]) -> Figures:
-    return sum((shard.carried + shard.figures for shard in shards), Figures())
+def _sum(shards: Sequence[_Shard]) -> Counts:
+    return sum((shard.carried + shard.figures for shard in shards), Counts())
 
 
 def connect(run: Run, say: Callable[[str], None]) -> None:

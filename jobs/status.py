@@ -6,8 +6,8 @@ import json
 import time
 from collections.abc import Sequence
 
-from aisp_dist import verify
-from aisp_dist.place import Place
+from aisp_dist.output import verify
+from aisp_dist.output.filesystem import Place
 from jobs import cli, settings
 
 OUTPUT = "output of a run: a directory, or s3://bucket/path with access from AWS's environment variables"

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from aisp_dist import fingerprint
 from aisp_dist.config import ConfigError, Generator, HttpReward, ModelReward, Prompts, Run
+from aisp_dist.data.sources import is_local
+from aisp_dist.output import fingerprint
 from aisp_dist.rewards import templates
-from aisp_dist.sources import is_local
 from jobs import cli, prepare, settings
 from jobs.cli import Exit
 from jobs.progress import say

@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aisp_dist import fingerprint, prompts
 from aisp_dist.config import BestOfN, ConfigError, Run
+from aisp_dist.data import prompts
+from aisp_dist.output import fingerprint
 from aisp_dist.records import Prompt, Round, Sampling, TopP
 from jobs import cli, prepare, settings
 from jobs.progress import say
 
 if TYPE_CHECKING:
-    from aisp_dist.value import States
+    from aisp_dist.methods.value import States
 
 _TOGETHER = 64  # prompts decoded and scored at a time
 
@@ -69,7 +70,7 @@ def main(args: Sequence[str]) -> int:
 def _train(options: Any, run: Run, base_dir: Path, parts: dict[str, Any], asked: Sequence[Prompt]) -> None:
     import torch
 
-    from aisp_dist import value
+    from aisp_dist.methods import value
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     responses = list(_responses(run, base_dir, asked, options.states))
@@ -105,8 +106,10 @@ def _train(options: Any, run: Run, base_dir: Path, parts: dict[str, Any], asked:
 def _responses(run: Run, base_dir: Path, asked: Sequence[Prompt], keep: int) -> Iterator[States]:
     """One response of each prompt by nucleus sampling, scored, and the states that are kept of it. A prompt that cannot
     be rendered and a response without a finite reward are passed over and counted."""
-    from aisp_dist import render, rewards, value
+    from aisp_dist import rewards
+    from aisp_dist.data import render
     from aisp_dist.engine import decode, model
+    from aisp_dist.methods import value
     from aisp_dist.rewards.combine import combine
 
     lm = model.load(run.generator)

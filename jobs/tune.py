@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from aisp_dist import arms, metrics, prompts, tuning
+from aisp_dist.analysis import arms, metrics, tune
 from aisp_dist.config import Aisp, BestOfN, ConfigError, Method, Run
-from aisp_dist.place import Place
+from aisp_dist.data import prompts
+from aisp_dist.output.filesystem import Place
 from jobs import cli, compare, prepare, settings
 from jobs.progress import say
 
@@ -35,8 +36,8 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError("compare.cases: one case is tuned at a time; give a configuration without cases")
     wanted = _arms(run, options.arm)
     for method in wanted.values():
-        for point, _ in tuning.grid_points(tuning.grids(method, run.tune), run.tune.trials, run.seed):
-            tuning.placed(method, point)
+        for point, _ in tune.grid_points(tune.grids(method, run.tune), run.tune.trials, run.seed):
+            tune.placed(method, point)
     run = _tuning_prompts(run, base_dir)
     output = Place.at(run.output, run.runtime.storage_options) / "tune"
     with compare.Filling() as filling:
@@ -72,15 +73,13 @@ def _tuning_prompts(run: Run, base_dir: Path) -> Run:
     return run.model_copy(update={"prompts": after})
 
 
-def _search(
-    run: Run, base_dir: Path, output: Place, arm: str, method: Method, filling: compare.Filling
-) -> tuning.Search:
-    search = tuning.Search(method, run.tune, run.seed)
+def _search(run: Run, base_dir: Path, output: Place, arm: str, method: Method, filling: compare.Filling) -> tune.Search:
+    search = tune.Search(method, run.tune, run.seed)
     for k, (point, seed) in enumerate(search):
         trial = run.model_copy(update={"seed": run.seed + seed})
         told = json.dumps([point, seed, run.prompts.skip, run.tune.prompts], sort_keys=True)
         name = f"{arm}-{hashlib.blake2b(told.encode(), digest_size=4).hexdigest()}"  # whatever the search that asks
-        plans = compare.prepare_all(trial, base_dir, output, {name: tuning.placed(method, point)}, run.tune.prompts, 1)
+        plans = compare.prepare_all(trial, base_dir, output, {name: tune.placed(method, point)}, run.tune.prompts, 1)
         (prepared,) = plans[name]
         filling.fill(f"{arm} {k + 1}/{run.tune.trials}", prepared)
         search.tell(_trial(prepared.output, point, seed))
@@ -88,20 +87,20 @@ def _search(
     return search
 
 
-def _trial(output: Place, point: tuning.Point, seed: int) -> tuning.Trial:
+def _trial(output: Place, point: tune.Point, seed: int) -> tune.Trial:
     rows = output.dataset("data").to_table(columns=["reward", "nll", "base_nll", "samples_spent"])
     if not rows.num_rows:
         raise cli.Exit(1, f"no prompt of {output} has an answer; the reasons are in its failed/")
     reward, nll, base_nll, spent = (rows[name].to_numpy() for name in rows.column_names)
     means = float(np.mean(nll)), float(np.mean(base_nll))
-    return tuning.Trial(point, seed, metrics.interval(reward), *means, int(spent.sum()))
+    return tune.Trial(point, seed, metrics.interval(reward), *means, int(spent.sum()))
 
 
 def _write(
     output: Place,
     values: Mapping[str, Any],
     run: Run,
-    found: Mapping[str, tuning.Search],
+    found: Mapping[str, tune.Search],
 ) -> None:
     """trials.json and tuned.yaml: the configuration with every tuned arm in its place, for `aisp compare` into an
     output of its own. What was not tuned, or left out by a null, stays so; arms that an earlier call tuned in the same
@@ -116,7 +115,7 @@ def _write(
     output.write("trials.json", json.dumps({"tune": way, "arms": trials}).encode())
     there = arms.arms(run)
     best = {one["arm"]: one["best"] for one in trials if one["arm"] in there}
-    tuned = {arm: tuning.placed(there[arm], point) for arm, point in best.items()}
+    tuned = {arm: tune.placed(there[arm], point) for arm, point in best.items()}
     method = next((tuned[arm] for arm in tuned if there[arm] == run.method), run.method)
     named: dict[str, Method | None] = {arm: None for arm, method in run.compare.arms.items() if method is None}
     named |= there | tuned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aisp_dist import arms
+from aisp_dist.analysis import arms
 from jobs import cli, prepare, settings
 
 

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from aisp_dist import fingerprint, manifest, prompts, verify
 from aisp_dist.config import ConfigError
-from aisp_dist.place import Place
+from aisp_dist.data import prompts
+from aisp_dist.output import fingerprint, manifest, verify
+from aisp_dist.output.filesystem import Place
 from aisp_dist.records import Input
 from jobs import cli, settings
 from jobs.status import OUTPUT

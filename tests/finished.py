@@ -10,14 +10,16 @@ from typing import Any
 
 import tiny
 
-from aisp_dist import manifest, prompts, rewards
+from aisp_dist import rewards
 from aisp_dist.align import align
+from aisp_dist.data import prompts
+from aisp_dist.data.render import render
 from aisp_dist.engine.calibrate import calibrate
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.model import load
-from aisp_dist.lease import Lease
+from aisp_dist.output import manifest
+from aisp_dist.output.lease import Lease
 from aisp_dist.records import Failed, Prompt
-from aisp_dist.render import render
 from jobs import prepare, settings
 
 REWARDS = """

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.writer import Store
 from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Iteration, Prompt, Result
-from aisp_dist.store import Store
 
 COLUMNS = {"answer": "string", "grade": "int64", "extra": "json"}
 NUM_SAMPLES, NUM_ITERATIONS = 3, 2

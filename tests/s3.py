@@ -14,7 +14,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from aisp_dist.config import StorageOptions
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
 
 BUCKET = "bucket"
 KEYS = {"access_key": "id-that-is-planted", "secret_key": "secret+that/is-planted"}

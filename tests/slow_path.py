@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aisp_dist import noise
+from aisp_dist.engine import noise
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.step import STEP
 from aisp_dist.records import Rollout, Round, Sampling, Weights

@@ -1,4 +1,4 @@
-"""configs/auto: the protocol's files say what PROTOCOL.md says, and its measurement is a run's own search."""
+"""tests/bench/population: the protocol's files say what PROTOCOL.md says, and its measurement is a run's own search."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from aisp_dist import arms, metrics
+from aisp_dist.analysis import arms, metrics
 from aisp_dist.config import Aisp
 from jobs import prepare, settings
 
-AUTO = Path(__file__).parent.parent / "configs" / "auto"
+AUTO = Path(__file__).parent.parent / "tests" / "bench" / "population"
 
 
 @pytest.fixture

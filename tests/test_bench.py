@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from aisp_dist.bench import command, paired, peers, pipeline, score, shapes
+from aisp_dist.bench import command, paired, peers, shapes
 from aisp_dist.bench.decode import SUITES, roofline, workloads
 from aisp_dist.bench.workload import Workload
 from jobs import cli
+from tests.bench import pipeline, score
 
 DECODE = ["decode", "--prompt-tokens", "20", "--new-tokens", "6", "--samples", "3", "--repeat", "1"]
 

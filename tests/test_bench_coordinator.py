@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 
-from actors.rounds import Instant
 from aisp_dist.records import Prompt, Round, Sampling
 from jobs import cli
+from tests.bench.rounds import Instant
 
 pytestmark = pytest.mark.ray
 

@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from aisp_dist import config
-from aisp_dist.evaluate import outputs
-from aisp_dist.limit import within
-from aisp_dist.manifest import read_run
+from aisp_dist.analysis.evaluate import outputs
+from aisp_dist.analysis.metrics import diversity
 from aisp_dist.methods import branch
-from aisp_dist.metrics import diversity
+from aisp_dist.methods.limit import within
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.manifest import read_run
+from aisp_dist.output.verify import verify
 from aisp_dist.philox import prompt_key
-from aisp_dist.place import Place
 from aisp_dist.records import Rates
-from aisp_dist.verify import verify
 from jobs import evaluate, settings
 
 KEY = prompt_key(0, "p")

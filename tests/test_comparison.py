@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aisp_dist import arms, comparison
-from aisp_dist.arms import AISP, GAUSSIAN, RANDOM, SHUFFLED, TOP_P
+from aisp_dist.analysis import arms, compare
+from aisp_dist.analysis.arms import AISP, GAUSSIAN, RANDOM, SHUFFLED, TOP_P
 from aisp_dist.config import Aisp, BestOfN, ConfigError, Gaussian, Nucleus, Run
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
 
 
 def write(folder, rewards: dict[str, float], base=0.0, judge=1.0):
@@ -34,14 +34,14 @@ def test_paired_differences_are_over_the_prompts_that_every_arm_finished(tmp_pat
         AISP: [write(tmp_path / "a", {"x": 3.0, "y": 1.5})],
         SHUFFLED: [write(tmp_path / "s", {"x": 1.0, "y": 1.0, "z": 1.0})],
     }
-    found = comparison.compare(outputs, ["judge"])
+    found = compare.compare(outputs, ["judge"])
     arms = {arm.name: arm for arm in found.arms}
     assert found.left_out == 1 and all(arm.prompts == 2 for arm in found.arms)
     assert arms[TOP_P].reward.mean == 1.5 and arms[TOP_P].versus.mean == pytest.approx((2.0 - 0.5) / 2)
     assert arms[AISP].versus == (0, 0, 0) and arms["base"].reward.mean == 0
     assert arms[AISP].held_out["judge"].mean == 2.25 and "judge" not in arms["base"].held_out
     assert found.loss["prompt"] == "ask y" and found.loss["best_of_n_reward"] == 2.0
-    text = comparison.text(found)
+    text = compare.text(found)
     assert "where aisp loses most" in text and "over 2 prompts; 1 that failed in some arm are left out" in text
 
 
@@ -53,11 +53,11 @@ def test_a_rescored_arm_has_the_likelihoods_that_it_knows(tmp_path):
         pq.write_table(pa.Table.from_pylist([r | {"nll": None if r["id"] in unknown else 2.0} for r in rows]), file)
         return [place]
 
-    found = comparison.compare({AISP: rescored("a"), TOP_P: rescored("p", "x"), "none": rescored("n", "x", "y")}, [])
+    found = compare.compare({AISP: rescored("a"), TOP_P: rescored("p", "x"), "none": rescored("n", "x", "y")}, [])
     arms = {arm.name: arm for arm in found.arms}
     assert arms[TOP_P].nll == (2, 2, 2) and arms[TOP_P].nll_versus == (0, 0, 0)
     assert arms["none"].nll is arms["none"].nll_versus is None and arms["base"].nll_versus == (1.5, 1.5, 1.5)
-    assert "nan" not in comparison.text(found)
+    assert "nan" not in compare.text(found)
 
 
 def test_seeds_are_averaged_before_prompts(tmp_path):
@@ -70,9 +70,9 @@ def test_seeds_are_averaged_before_prompts(tmp_path):
         AISP: two("a", 2.0, 4.0),
         SHUFFLED: two("s", 0.0, 0.0),
     }
-    arms = {arm.name: arm for arm in comparison.compare(outputs, []).arms}
+    arms = {arm.name: arm for arm in compare.compare(outputs, []).arms}
     assert arms[AISP].reward == (3, 3, 3) and arms[TOP_P].versus == (2, 2, 2)
-    assert comparison.compare(outputs, []).loss is None
+    assert compare.compare(outputs, []).loss is None
 
 
 def test_prompts_that_fail_everywhere_are_counted_and_more_rows_than_asked_are_not(tmp_path):
@@ -88,10 +88,10 @@ def test_prompts_that_fail_everywhere_are_counted_and_more_rows_than_asked_are_n
         return found
 
     outputs = {AISP: [place("a", {"x": 1.0, "y": 2.0, "z": 9.0})], TOP_P: [place("p", {"x": 0.0, "y": 0.0, "z": 0.0})]}
-    found = comparison.compare(outputs, [], limit=2)
+    found = compare.compare(outputs, [], limit=2)
     assert found.left_out == 1 and [arm.prompts for arm in found.arms] == [2, 2, 2]
     assert {arm.name: arm for arm in found.arms}[AISP].reward.mean == 1.5
-    assert "over 2 prompts; 1 that failed in some arm are left out" in comparison.text(found)
+    assert "over 2 prompts; 1 that failed in some arm are left out" in compare.text(found)
 
 
 def test_a_base_answer_without_any_reward_ends_nothing(tmp_path):
@@ -99,9 +99,9 @@ def test_a_base_answer_without_any_reward_ends_nothing(tmp_path):
         AISP: [write(tmp_path / "a", {"x": 1.0}, base=None)],
         TOP_P: [write(tmp_path / "p", {"x": 2.0}, base=None)],
     }
-    found = comparison.compare(outputs, [])
+    found = compare.compare(outputs, [])
     assert found.arms[0].reward is None and found.arms[0].won is None and found.arms[1].reward.mean in (1.0, 2.0)
-    assert "base: over the 0 of them with a reward" in comparison.text(found)
+    assert "base: over the 0 of them with a reward" in compare.text(found)
 
 
 def run(method) -> Run:
@@ -156,5 +156,5 @@ def test_a_prompt_that_stopped_early_keeps_its_best_in_the_area(tmp_path):
     data = tmp_path / "a" / "data" / "part-000000.parquet"
     pq.write_table(pa.Table.from_pylist([r | {"curve": [0.0, 4.0]} for r in pq.read_table(data).to_pylist()]), data)
     method = Aisp(num_samples=2, num_iterations=4, spend={"plateau": 1})
-    arm = comparison.compare({AISP: [place]}, [], AISP, {AISP: method}).arms[1]
+    arm = compare.compare({AISP: [place]}, [], AISP, {AISP: method}).arms[1]
     assert arm.auc == pytest.approx((0 + 4 + 4 + 4) / 4)

@@ -14,12 +14,13 @@ import pytest
 from actors.coordinator import Coordinator, Stopped, Table, TooManyFailed, window
 from actors.fleet import Fault
 from actors.pool import Pool
-from aisp_dist import manifest, prompts
 from aisp_dist.config import Run
-from aisp_dist.lease import Lease
-from aisp_dist.place import Place
+from aisp_dist.data import prompts
+from aisp_dist.output import manifest
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import Lease
+from aisp_dist.output.verify import verify
 from aisp_dist.records import Rollout, Score, Trajectory
-from aisp_dist.verify import verify
 
 
 class Dead(Exception):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from aisp_dist import demo
-from aisp_dist.demo import domain, measure, recipe
+from tests.demo_recipe import domain, measure, recipe
 
 CLASSES = {
     "base": AutoModelForCausalLM,

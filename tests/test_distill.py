@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from aisp_dist import demo
 from jobs import prepare, settings
 
-DISTILL = Path(__file__).parent.parent / "configs" / "distill"
+DISTILL = Path(__file__).parent.parent / "tests" / "bench" / "distill"
 
 
 def module(name: str):

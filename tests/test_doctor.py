@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from aisp_dist import rewards
+from aisp_dist.analysis.doctor import Check, decoding, exact, scoring
 from aisp_dist.config import FunctionReward, Generator, ModelReward, Run
-from aisp_dist.doctor import Check, decoding, exact, scoring
 from aisp_dist.engine import blocks, decode, model
 from aisp_dist.engine.step import STEP, Batch
 from aisp_dist.records import Prompt, Score

@@ -12,8 +12,7 @@ import slow_path
 import tiny
 import torch
 
-from aisp_dist import noise, noise_kernel
-from aisp_dist.engine import attention, kernels, model
+from aisp_dist.engine import attention, kernels, model, noise, noise_kernel
 from aisp_dist.engine.pages import PAGE, Pages
 from aisp_dist.engine.step import Batch
 from aisp_dist.records import BASE_ITERATION, Rollout, Round, Sampling
@@ -170,7 +169,7 @@ import pathlib, re, subprocess, tempfile
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from aisp_dist import noise_kernel
+from aisp_dist.engine import noise_kernel
 from aisp_dist.engine import kernels
 TOOL = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LIMIT = 0  # bytes of registers that do not fit

@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from aisp_dist import weights
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.engine import model
+from aisp_dist.engine import model, sizes
 
 Saver = Callable[[Path, Path], Path]
 one_thread = schedule.one_thread
@@ -121,8 +120,8 @@ def test_quantised_while_loading_is_as_saved(kind: Any, plain: Path, tmp_path: P
         decode(model.load(Generator(model=str(plain), quantization=kind))),
         decode(model.load(Generator(model=str(path)))),
     )
-    estimate, stored = weights.weight_bytes(plain, quantization=kind), weights.weight_bytes(path)
-    assert estimate == pytest.approx(stored, rel=0.03) and stored < weights.weight_bytes(plain)
+    estimate, stored = sizes.weight_bytes(plain, quantization=kind), sizes.weight_bytes(path)
+    assert estimate == pytest.approx(stored, rel=0.03) and stored < sizes.weight_bytes(plain)
 
 
 def test_a_model_without_layers_to_quantise_is_refused(tmp_path: Path) -> None:
@@ -148,8 +147,8 @@ def test_a_dtype_is_given_or_refused(plain: Path, tmp_path: Path) -> None:
 
 
 def test_what_compressed_tensors_unpacks_counts_unpacked(plain: Path, tmp_path: Path) -> None:
-    stored = weights.weight_bytes(SAVED["compressed"](plain, tmp_path))
-    assert stored == pytest.approx(weights.weight_bytes(plain), rel=0.03)  # and the scales
+    stored = sizes.weight_bytes(SAVED["compressed"](plain, tmp_path))
+    assert stored == pytest.approx(sizes.weight_bytes(plain), rel=0.03)  # and the scales
 
 
 @pytest.mark.parametrize(

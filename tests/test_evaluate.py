@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from finished import AISP, BEST_OF_N
 
-from aisp_dist import checkpoints
+from aisp_dist.analysis.evaluate import outputs
+from aisp_dist.analysis.evaluate.document import measure as document_measure
+from aisp_dist.analysis.metrics import diversity
 from aisp_dist.config import ConfigError
-from aisp_dist.evaluate import outputs
-from aisp_dist.evaluate.document import measure as document_measure
-from aisp_dist.metrics import diversity
-from aisp_dist.place import Place
+from aisp_dist.engine import checkpoints
+from aisp_dist.output.filesystem import Place
 from jobs import cli
 
 NAMES = ("diversity", "repetition", "immediate_repeat", "reward", "nll", "tokens", "reward main", "reward words")

@@ -13,10 +13,10 @@ import slow_path
 import tiny
 import torch
 
+from aisp_dist.analysis.evaluate import projections, states, texts
 from aisp_dist.config import ConfigError
 from aisp_dist.engine import control, model
 from aisp_dist.engine.decode import Engine
-from aisp_dist.evaluate import projections, states, texts
 from aisp_dist.records import Round, Sampling, TopP
 
 STEPS, DIM, PROMPT = 10, 32, (7, 8, 9)

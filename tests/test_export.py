@@ -17,7 +17,7 @@ import tiny_chat
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from aisp_dist import export
+from aisp_dist.analysis import export
 from aisp_dist.config import ConfigError
 from jobs import cli
 from jobs import export as job

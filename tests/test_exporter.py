@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import rows
 
-from actors.exporter import COUNTERS, GAUGES, HISTOGRAMS, Exporter
+from actors.metrics import COUNTERS, GAUGES, HISTOGRAMS, Exporter
 from aisp_dist.records import Done
 
 pytestmark = pytest.mark.ray

@@ -18,7 +18,7 @@ import pytest
 import rows
 import yaml
 
-from actors.exporter import COUNTERS, GAUGES, HISTOGRAMS, Exporter
+from actors.metrics import COUNTERS, GAUGES, HISTOGRAMS, Exporter
 from aisp_dist.records import Done
 
 pytestmark = pytest.mark.ray

@@ -15,10 +15,12 @@ import yaml
 from rows import at, prompt, result, store
 from test_coordinator import FakeGenerator, FakeScorer, coordinator, fill, run_of
 
-from aisp_dist import guard, manifest, prompts, summary
+from aisp_dist.analysis import guard, summary
 from aisp_dist.config import Guard
-from aisp_dist.place import Place
-from aisp_dist.verify import verify
+from aisp_dist.data import prompts
+from aisp_dist.output import manifest
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.verify import verify
 from jobs import cli
 
 LOOP = "so it goes on and on " * 4

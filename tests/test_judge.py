@@ -5,9 +5,9 @@ import re
 import pytest
 from judge_server import chat, serving
 
+from aisp_dist.analysis.judge import Pair, Verdict, compare_answers, messages, win_rate
 from aisp_dist.config import ConfigError, JudgeSettings
-from aisp_dist.endpoint import Unavailable
-from aisp_dist.judge import Pair, Verdict, compare_answers, messages, win_rate
+from aisp_dist.rewards.client import Unavailable
 
 PAIRS = [
     Pair("w", "q {a}", "good {b}", "bad"),

@@ -10,7 +10,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NETWORK = "value.py"  # RE-Control's value network, the one file of methods/ that needs torch
 PURE = ["aisp_dist/align.py", *(f"aisp_dist/methods/{p.name}" for p in (ROOT / "aisp_dist/methods").glob("*.py"))]
+PURE.remove(f"aisp_dist/methods/{NETWORK}")
+
+# Which parts of the library each part may import. Records and keyed draws are below everything; analysis is on top.
+BELOW = {"records", "philox"}
+ARROWS = {
+    "records": set(),
+    "philox": set(),
+    "demo": set(),
+    "config": {"records"},
+    "data": BELOW | {"config", "demo"},
+    "methods": BELOW | {"config"},
+    "engine": BELOW | {"config", "demo", "methods"},  # methods: the value network alone
+    "rewards": BELOW | {"config", "data", "engine", "methods"},
+    "output": BELOW | {"config", "data", "engine", "rewards"},  # the fingerprint digests models and functions
+    "align": BELOW | {"config", "data", "methods", "rewards"},
+    "bench": BELOW | {"config", "engine"},
+    "analysis": BELOW | {"config", "data", "methods", "engine", "rewards", "output", "align"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -31,6 +50,29 @@ def test_layers_point_one_way(package, forbidden):
     files = list((ROOT / package).rglob("*.py"))
     assert files
     assert {str(f): bad for f in files if (bad := imports(f) & forbidden)} == {}
+
+
+def test_the_parts_of_the_library_point_one_way():
+    found = {}
+    for path in (ROOT / "aisp_dist").rglob("*.py"):
+        here = path.relative_to(ROOT / "aisp_dist").with_suffix("").parts[0]
+        if here != "__init__":
+            found.setdefault(here, set()).update(parts(path) - {here})
+    assert set(found) == set(ARROWS)
+    assert {name: bad for name, uses in found.items() if (bad := uses - ARROWS[name])} == {}
+
+
+def parts(path: Path) -> set[str]:
+    """The parts of aisp_dist that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "aisp_dist":
+            names |= {f"aisp_dist.{name.name}" for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {name.name for name in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("aisp_dist.")}
 
 
 def test_the_algorithm_knows_no_machinery():

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from aisp_dist.config import ConfigError
-from aisp_dist.lease import Lease, LeaseLost, Owner, read_owners
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import Lease, LeaseLost, Owner, read_owners
 
 TTL = 0.4
 
@@ -45,8 +45,8 @@ def foreign(place: Place, **changes) -> Owner:
 def child(root: Path) -> subprocess.Popen:
     script = textwrap.dedent("""
         import sys, time
-        from aisp_dist.lease import Lease
-        from aisp_dist.place import Place
+        from aisp_dist.output.lease import Lease
+        from aisp_dist.output.filesystem import Place
         with Lease.take(Place.at(sys.argv[1])).beating():
             print("taken", flush=True)
             time.sleep(60)

@@ -18,10 +18,10 @@ import rows
 import yaml
 from lm_eval.api.instance import Instance
 
-from aisp_dist import tasks
-from aisp_dist.alpaca_eval import alpaca_eval
+from aisp_dist.analysis import tasks
+from aisp_dist.analysis.alpaca_eval import alpaca_eval
 from aisp_dist.config import ConfigError
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
 from jobs import lm_eval
 from jobs.cli import Exit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aisp_dist.metrics import diversity, interval, repetition
+from aisp_dist.analysis.metrics import diversity, interval, repetition
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy import covariance
 
-from aisp_dist import noise
+from aisp_dist.engine import noise
 from aisp_dist.philox import permutation, philox4x32, prompt_key, sample_word
 from aisp_dist.records import Sampling
 

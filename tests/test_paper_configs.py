@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aisp_dist import arms
+from aisp_dist.analysis import arms
 from aisp_dist.config import Aisp, BatchedAisp
 from jobs import compare, prepare, settings
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from actors.figures import Figures
+from actors.counts import Counts
 from aisp_dist.config import Run
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
 from jobs import progress
 
 
@@ -29,8 +29,8 @@ def test_plain_lines_and_metrics(run, tmp_path, capsys, monkeypatch):
     with progress.Progress(Place.at(tmp_path), run) as shown:
         while shown.total is None:
             time.sleep(0.001)
-        shown(Figures(done=1))  # resumed: one was done before this command
-        now = Figures(done=2, failed=1, fresh=2, samples=64, tokens=900, gain=1.0, gains=2, restarts=1)
+        shown(Counts(done=1))  # resumed: one was done before this command
+        now = Counts(done=2, failed=1, fresh=2, samples=64, tokens=900, gain=1.0, gains=2, restarts=1)
         shown(now)
         left = shown.seconds_left(now) * 64 / shown.seconds
         assert left == pytest.approx(3 * shown.samples_each - 64, rel=0.5), "samples of three prompts, 64 of them drawn"
@@ -50,6 +50,6 @@ def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "_TERMINAL", 0.0)
     with progress.Progress(Place.at(tmp_path), run, title="aisp: ") as shown:
-        shown(Figures())
-        shown(Figures(done=3, samples=7))
+        shown(Counts())
+        shown(Counts(done=3, samples=7))
     assert "aisp: 3/" in terminal.getvalue()

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aisp_dist import prompts
 from aisp_dist.config import ConfigError, Prompts
-from aisp_dist.prompts import read
+from aisp_dist.data import prompts
+from aisp_dist.data.prompts import read
 from aisp_dist.records import BadInput, Prompt
 
 MESSY = Path(__file__).parent / "data" / "messy.jsonl"
@@ -357,7 +357,7 @@ def test_the_demo_is_readable():
 
 
 def test_reading_needs_no_torch():
-    code = "import sys; from aisp_dist import prompts, render;"
+    code = "import sys; from aisp_dist.data import prompts, render;"
     code += "assert not {'torch', 'transformers', 'datasets', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

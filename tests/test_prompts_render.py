@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from aisp_dist import demo
 from aisp_dist.config import ConfigError, Prompts
-from aisp_dist.prompts import read
+from aisp_dist.data.prompts import read
+from aisp_dist.data.render import Overlong, Unrenderable, render
 from aisp_dist.records import Prompt
-from aisp_dist.render import Overlong, Unrenderable, render
 
 BOS, EOS = 0, 1
 CHAT = (

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from aisp_dist import seen
+from aisp_dist.data import seen
 
 
 class Plain:

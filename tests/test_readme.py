@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_measured_tables_are_those_of_the_committed_figures():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / ".github" / "figures.py")
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "tests" / "bench" / "figures.py")
     figures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(figures)
     kept = json.loads(figures.FIGURES.read_text())
@@ -46,7 +46,7 @@ def test_its_configuration_is_valid():
 def test_its_columns_are_those_of_the_table():
     import pyarrow as pa
 
-    from aisp_dist import schema
+    from aisp_dist.output import schema
 
     table = README.split("| column | |")[1].split("\n\n")[0]
     data: pa.Schema = schema.schemas("chat", {}).data

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aisp_dist import manifest
-from aisp_dist.lease import Lease
-from aisp_dist.place import Place
+from aisp_dist.output import manifest
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import Lease
 from jobs import cli, prepare, settings
 
 CONFIG = {

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from finished import AISP, BEST_OF_N
 
-from aisp_dist import comparison
+from aisp_dist.analysis import compare
+from aisp_dist.analysis.report import page, samples, sources
+from aisp_dist.analysis.report.verdict import verdict
 from aisp_dist.config import ConfigError
-from aisp_dist.place import Place
-from aisp_dist.report import page, samples, sources
-from aisp_dist.report.verdict import verdict
+from aisp_dist.output.filesystem import Place
 from jobs import cli, evaluate
 from jobs.report import main as report_main
 
@@ -81,7 +81,7 @@ def made(tmp_path_factory):
             finished.output(folder, name, methods[arm], seed)
     places = {arm: [Place.at(folder / name) for name in seeds] for arm, seeds in ARMS.items()}
     found = {arm: sources.outputs.open_output(seeds[0]).run.method for arm, seeds in places.items()}
-    document = comparison.compare(places, ["words"], "aisp", found).json() | {"outputs": ARMS}
+    document = compare.compare(places, ["words"], "aisp", found).json() | {"outputs": ARMS}
     (folder / "comparison.json").write_text(json.dumps(document))
     assert evaluate.main([str(folder / "aisp"), "--sample", "4"]) == 0
     return folder
@@ -132,7 +132,7 @@ def test_figures_of_separate_outputs_are_those_that_compare_computes(made):
     ours = {arm["name"]: arm for arm in sources.read([Place.at(made / name) for name in names]).figures}
     places = {name: [Place.at(made / name)] for name in names}
     methods = {name: sources.outputs.open_output(seeds[0]).run.method for name, seeds in places.items()}
-    theirs = comparison.compare(places, ["words"], "aisp", methods).json()["arms"]
+    theirs = compare.compare(places, ["words"], "aisp", methods).json()["arms"]
     assert list(ours) == [arm["name"] for arm in theirs]
     for arm in theirs:
         for key, value in arm.items():
@@ -170,7 +170,7 @@ def test_the_browser_holds_the_answers_of_the_outputs(made, shown):
         for prompt in data["prompts"]:
             base, answer = prompt["answers"][0], prompt["answers"][data["arms"].index(arm)]
             row = rows[prompt["id"]]
-            assert answer["text"] == comparison.words_of(row["completion"])
+            assert answer["text"] == compare.words_of(row["completion"])
             assert (answer["reward"], answer["nll"], answer["tokens"]) == (row["reward"], row["nll"], row["num_tokens"])
             assert base["text"] == row["base_completion"]
 
@@ -251,7 +251,7 @@ def test_other_budgets_prompts_or_rewards_are_refused(made, capsys, tmp_path):
         code, said = report(capsys, folder / "aisp", folder / name)
         assert code == 2 and told in said, said
     code, said = report(capsys, folder, "--out", tmp_path / "none.html")
-    assert code == 2 and "neither run.json nor comparison.json" in said
+    assert code == 2 and "neither run.json nor compare.json" in said
     (folder / "comparison.json").write_text('{"arms": []}')
     code, said = report(capsys, folder)
     assert code == 2 and "comparison.json is none that this version reads" in said

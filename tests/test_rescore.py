@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from aisp_dist import rescore, store
+from aisp_dist.analysis import rescore
 from aisp_dist.config import FunctionReward
+from aisp_dist.output import writer
 from aisp_dist.records import Score
 from aisp_dist.rewards.combine import combine
 from jobs import cli
@@ -144,7 +145,7 @@ def test_a_changed_function_is_asked_again(folder):
 def test_a_kill_between_parts_and_the_same_command_give_the_same_bytes(folder, monkeypatch):
     rewards = {"words": HELD | {"use": "select"}}
     run(folder, "all", "straight", rewards=rewards)
-    commit, left = store.Store._commit, [1]
+    commit, left = writer.Store._commit, [1]
 
     def dying(self, part):
         if not left.pop() if left else True:
@@ -152,7 +153,7 @@ def test_a_kill_between_parts_and_the_same_command_give_the_same_bytes(folder, m
         commit(self, part)
         left.append(0)
 
-    monkeypatch.setattr(store.Store, "_commit", dying)
+    monkeypatch.setattr(writer.Store, "_commit", dying)
     file = folder / "killed.yaml"
     file.write_text(yaml.safe_dump({"rewards": rewards}))
     assert command("rescore", str(folder / "all"), "--config", str(file), "--out", str(folder / "killed")) == 9

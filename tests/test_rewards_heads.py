@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from tiny_chat import TEMPLATE, classifier, tokenizer
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from aisp_dist import fingerprint
+from aisp_dist.analysis.doctor import scoring
 from aisp_dist.config import ConfigError, ModelReward, Run
-from aisp_dist.doctor import scoring
+from aisp_dist.output import fingerprint
 from aisp_dist.records import Prompt
 from aisp_dist.rewards import load, model, self_test, templates
 from aisp_dist.rewards.prefix import Classifier

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from actors.cluster import is_fault
 from aisp_dist.config import ConfigError, HttpReward
-from aisp_dist.endpoint import Unavailable, _retry_after
 from aisp_dist.records import Prompt, Score
 from aisp_dist.rewards import load
+from aisp_dist.rewards.client import Unavailable, _retry_after
 
 PROMPT = Prompt("p", 0, (("system", "S"), ("user", "Hi {response}")))
 RESPONSES = ["a", "bbb", "", "a", "{prompt}"]

@@ -20,12 +20,13 @@ import yaml
 from rows import prompts, result, store, tables, write
 from s3 import BUCKET, KEYS
 
-from actors.figures import Figures
-from aisp_dist import manifest, summary
+from actors.counts import Counts
+from aisp_dist.analysis import summary
 from aisp_dist.config import ConfigError, StorageOptions
-from aisp_dist.lease import Lease, LeaseLost, read_owners
-from aisp_dist.place import Place
-from aisp_dist.verify import status, verify
+from aisp_dist.output import manifest
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import Lease, LeaseLost, read_owners
+from aisp_dist.output.verify import status, verify
 from jobs import cli, prepare, settings
 from jobs.progress import Progress
 
@@ -192,7 +193,7 @@ def test_metrics_keep_what_an_earlier_run_wrote(place, tmp_path):
     for _ in range(2):
         with Progress(place, run) as shown:
             for _ in range(3):  # a line a minute, and one at the end
-                shown(Figures(done=1))
+                shown(Counts(done=1))
     assert len(place.read("metrics.jsonl").splitlines()) == 2
 
 
@@ -222,7 +223,7 @@ def test_the_commands_take_the_output_and_write_no_secret(server, place, tmp_pat
             table.output, 2, columns={}, fingerprint=table.fingerprint, run_id=table.fingerprint[:12],
             still_owner=lease.held,
         )  # fmt: skip
-        from aisp_dist import prompts as sources
+        from aisp_dist.data import prompts as sources
 
         for line in rows.plan(sources.read(prepared.located.prompts)):
             rows.add(result(line, fails=False))

@@ -21,9 +21,10 @@ import tiny
 import yaml
 from safetensors import SafetensorError
 
-from aisp_dist import checkpoints, prompts, rewards, sources
+from aisp_dist import rewards
 from aisp_dist.config import ConfigError, Generator, ModelReward, Prompts
-from aisp_dist.engine import model
+from aisp_dist.data import prompts, sources
+from aisp_dist.engine import checkpoints, model
 
 pytestmark = pytest.mark.ray
 

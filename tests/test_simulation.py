@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from actors.roofline import Plan
-from actors.simulation import simulate
-from actors.virtual import VirtualLoop
 from aisp_dist.records import Round, Sampling
 from jobs import cli
+from tests.bench.roofline import Plan
+from tests.bench.simulation import simulate
+from tests.bench.virtual import VirtualLoop
 
 SMALL = Plan(generators=2, scorers=2, prompts=12, samples=8, iterations=4, batch_rows=32, bundle=4)
 FAULTY = replace(SMALL, prompts=60, iterations=8, deaths=300.0, startup=0.5, retries=50)  # a death in 12 s of a replica

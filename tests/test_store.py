@@ -24,12 +24,12 @@ import pytest
 from killing import killed_after
 from rows import at, prompt, prompts, result, store, tables, write
 
-from aisp_dist import schema, segments
 from aisp_dist.config import ConfigError
-from aisp_dist.lease import LeaseLost
-from aisp_dist.place import Place
+from aisp_dist.output import schema, staging
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import LeaseLost
+from aisp_dist.output.writer import Unfinished
 from aisp_dist.records import BadInput, Prompt
-from aisp_dist.store import Unfinished
 
 
 def answered(line):
@@ -315,8 +315,8 @@ def test_a_damaged_segment_is_computed_again(tmp_path, damage, caplog):
         rows.add(result(line))
         if line.source_index == 3:
             rows.flush()  # the last there is: the process dies here
-    (name,) = segments.names(at(root), 0)
-    segment = root / segments.folder(0) / name
+    (name,) = staging.names(at(root), 0)
+    segment = root / staging.folder(0) / name
     segment.write_bytes(damage(segment.read_bytes()))
     assert run(root, prompts(6), rows_per_file=50) == list(range(6))
     assert "checksum" in caplog.text
@@ -330,7 +330,7 @@ def test_a_segment_that_decays_during_the_run_leaves_its_rows_to_the_next_run(tm
         rows.add(result(line))
         if line.source_index == 1:
             rows.flush()
-            (root / segments.folder(0) / segments.names(at(root), 0)[0]).write_bytes(b"")
+            (root / staging.folder(0) / staging.names(at(root), 0)[0]).write_bytes(b"")
     with pytest.raises(Unfinished, match="2 inputs have no row, first line 0"):
         rows.finish()
     assert rows.counts()[1:] == (1, 1, 0)  # line 3 is the failed one
@@ -427,7 +427,7 @@ def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lo
         orphan.add(result(line))
     with pytest.raises(LeaseLost, match="another run has taken"):
         orphan.flush()
-    assert len(segments.names(at(root), 0)) == (answers > 0)
+    assert len(staging.names(at(root), 0)) == (answers > 0)
     written = [table for table in ("candidates", "failed", "data") if root.names(table)]
     assert written == ["candidates", "failed", "data"][: max(0, answers - 1)]
     assert run(root, prompts(4)) == ([] if answers else [0, 1, 2, 3])
@@ -437,12 +437,12 @@ def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lo
 
 
 def test_two_owners_that_stage_at_one_moment_do_not_overwrite_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(segments, "names", lambda place, part: [])  # both look before either has written
-    rows = [segments.Finished(n, "", failed={"id": str(n), "source_index": n}) for n in (0, 1)]
+    monkeypatch.setattr(staging, "names", lambda place, part: [])  # both look before either has written
+    rows = [staging.Finished(n, "", failed={"id": str(n), "source_index": n}) for n in (0, 1)]
     for owner, row in zip("ab", rows, strict=True):
-        segments.write(at(tmp_path), 0, owner, "f", schema.schemas("chat", {}), [row])
+        staging.write(at(tmp_path), 0, owner, "f", schema.schemas("chat", {}), [row])
     monkeypatch.undo()
-    assert [list(segment.digests) for segment in segments.read(at(tmp_path), 0)] == [[0], [1]]
+    assert [list(segment.digests) for segment in staging.read(at(tmp_path), 0)] == [[0], [1]]
 
 
 def test_save_settings_may_change_between_resumes(tmp_path):
@@ -475,6 +475,6 @@ def test_an_input_that_cannot_be_a_row_is_planned_as_a_bad_input(tmp_path):
 
 
 def test_looking_at_an_output_imports_neither_torch_nor_ray():
-    script = "import sys, aisp_dist.store, aisp_dist.verify; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    script = "import sys\nfrom aisp_dist.output import verify, writer\nprint({'torch', 'ray'} & set(sys.modules))"
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     assert subprocess.check_output([sys.executable, "-c", script], env=env) == b"set()\n"

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rows import COLUMNS, prompt, prompts, result, store, tables, write
 
-from aisp_dist import schema
 from aisp_dist.config import ConfigError
+from aisp_dist.output import schema
 from aisp_dist.records import BadInput, Failed, Prompt
 
 

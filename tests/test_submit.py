@@ -20,8 +20,8 @@ import pytest
 import ray_head
 import yaml
 
-from aisp_dist.lease import Lease
-from aisp_dist.place import Place
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import Lease
 from jobs import cli, submit
 
 pytestmark = pytest.mark.ray

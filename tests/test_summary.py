@@ -7,9 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aisp_dist import manifest, summary
+from aisp_dist.analysis import summary
 from aisp_dist.config import Aisp, Spend
-from aisp_dist.place import Place
+from aisp_dist.output import manifest
+from aisp_dist.output.filesystem import Place
 
 
 def output(folder: Path, rows: list[dict], **config) -> Place:

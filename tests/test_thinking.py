@@ -8,8 +8,8 @@ import pytest
 
 from aisp_dist.align import align
 from aisp_dist.config import Run
+from aisp_dist.data.thinking import Unfinished, answer, opens
 from aisp_dist.records import Prompt, Rollout, Round, Score, Trajectory
-from aisp_dist.thinking import Unfinished, answer, opens
 
 TAGS = ("<think>", "</think>")
 

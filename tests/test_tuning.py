@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from aisp_dist.analysis.tune import Search, Trial, grid_points, grids, placed
 from aisp_dist.config import Aisp, Args, BatchedAisp, BestOfN, ConfigError, Gaussian, ReControl, Tune
-from aisp_dist.tuning import Search, Trial, grid_points, grids, placed
 
 METHODS = [Aisp(), BatchedAisp(), BestOfN(), BestOfN(sampling_=Gaussian(gaussian=1.0)), Args(), ReControl(value="v")]
 METHODS += [Aisp.model_validate({"preset": "auto"})]

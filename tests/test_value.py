@@ -9,10 +9,10 @@ import pytest
 import tiny
 import torch
 
-from aisp_dist import value
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.engine import decode, model
 from aisp_dist.engine.guide import Guide
+from aisp_dist.methods import value
 from aisp_dist.records import Ascent, Round, Sampling
 from jobs import prepare, settings, train_value
 

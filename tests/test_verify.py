@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from rows import at, prompts, result, store, write
 
-from aisp_dist import manifest, parts, segments
 from aisp_dist.config import ConfigError
-from aisp_dist.lease import Lease
-from aisp_dist.verify import status, verify
+from aisp_dist.output import manifest, parts, staging
+from aisp_dist.output.lease import Lease
+from aisp_dist.output.verify import status, verify
 
 RUN = {"fingerprint": "f" * 8, "run_id": "f" * 4, "rows_per_file": 4, "components": {}, "config": {"output": "o"}}
 
@@ -131,8 +131,8 @@ def test_rows_that_are_retried_are_not_counted_twice(tmp_path):
     for again in (False, True):  # staged twice over: the first attempt was killed
         rows = store(tmp_path)
         (line,) = store(tmp_path).plan(prompts(4), retry_failed=True)
-        segment = segments.Finished(3, line.digest, failed=rows._finished(result(line)).failed)
-        segments.write(at(tmp_path), 0, f"{again}", "f" * 8, rows._schemas, [segment])
+        segment = staging.Finished(3, line.digest, failed=rows._finished(result(line)).failed)
+        staging.write(at(tmp_path), 0, f"{again}", "f" * 8, rows._schemas, [segment])
     seen = status(at(tmp_path))
     assert (seen["done"], seen["failed"], seen["staged"]) == (3, 1, 0)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from aisp_dist import weights
 from aisp_dist.config import ConfigError, Generator
+from aisp_dist.engine import sizes
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +29,19 @@ def test_the_bytes_of_loaded_weights(dtype: str, item: int, tied: bool, tmp_path
         model.config.tie_word_embeddings = True
         model.tie_weights()
     model.save_pretrained(tmp_path)
-    assert weights.weight_bytes(tmp_path, dtype) == item * sum(p.numel() for p in model.parameters())
+    assert sizes.weight_bytes(tmp_path, dtype) == item * sum(p.numel() for p in model.parameters())
 
 
 def test_only_the_files_of_the_index_count(llama: Path) -> None:
     assert len(list(llama.glob("model-*.safetensors"))) > 1
-    assert weights.weight_bytes(llama) == 4 * tiny.causal("llama").num_parameters()
+    assert sizes.weight_bytes(llama) == 4 * tiny.causal("llama").num_parameters()
 
 
 def test_a_pointer_in_the_place_of_weights_is_named(tmp_path: Path) -> None:
     tiny.causal("llama").config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ValueError, match=r"model.safetensors' is not a safetensors file; download it again"):
-        weights.weight_bytes(tmp_path)
+        sizes.weight_bytes(tmp_path)
 
 
 def test_tensor_parallelism_is_refused_with_the_arithmetic(llama: Path) -> None:
@@ -49,7 +49,7 @@ def test_tensor_parallelism_is_refused_with_the_arithmetic(llama: Path) -> None:
     size = 2 * tiny.causal("llama").num_parameters()
     token = 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, their size, bytes
     with pytest.raises(ConfigError) as refused:
-        weights.check(settings, str(llama))
+        sizes.check(settings, str(llama))
     said = str(refused.value)
     for part in ("tensor_parallel: 2 is not", f"{size / 1e3:.4g} kB in bf", f"50 tokens ({5 * token / 1e3:.4g} MB;"):
         assert part in said, (part, said)
@@ -58,12 +58,12 @@ def test_tensor_parallelism_is_refused_with_the_arithmetic(llama: Path) -> None:
 
 def test_tensor_parallelism_of_what_is_not_here_is_refused_by_the_rule() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel: 8 is not .*2 bytes a parameter in bfloat16"):
-        weights.check(Generator(model="meta/huge", tensor_parallel=8), "meta/huge")
-    weights.check(Generator(model="meta/huge", quantization="nf4"), "meta/huge")
+        sizes.check(Generator(model="meta/huge", tensor_parallel=8), "meta/huge")
+    sizes.check(Generator(model="meta/huge", quantization="nf4"), "meta/huge")
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ConfigError, match=r"generator.quantization: 'nf4', but .* is quantised already \(gptq\)"):
-        weights.check(Generator(model="m", quantization="nf4"), str(tmp_path))
-    weights.check(Generator(model="m"), str(tmp_path))
+        sizes.check(Generator(model="m", quantization="nf4"), str(tmp_path))
+    sizes.check(Generator(model="m"), str(tmp_path))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from aisp_dist.noise import prompt_key, sample_word, white
+from aisp_dist.engine.noise import prompt_key, sample_word, white
 from aisp_dist.records import Prompt, Rollout, Round, Sampling, Score, Trajectory
 
 PROMPT = Prompt(id="toy", source_index=0, content="toy")

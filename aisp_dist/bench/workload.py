@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from aisp_dist import noise
 from aisp_dist.bench import paired, shapes
-from aisp_dist.engine import model
+from aisp_dist.engine import model, noise
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Rollout, Round, Sampling

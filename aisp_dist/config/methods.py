@@ -82,7 +82,7 @@ class Spend(Section):
         return self
 
 
-# What `preset: auto` says where the configuration is silent; configs/auto/ has the measurements that chose it.
+# What `preset: auto` says where the configuration is silent; tests/bench/population has what chose it.
 AUTO: dict[str, Any] = {
     "sigma2": 0.0,
     "decode": {"flip_rate": 0.28},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aisp_dist import noise
+from aisp_dist.engine import noise
 from aisp_dist.engine.guide import Guide
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Ascent, Round, TokenReward

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from aisp_dist import noise
+from aisp_dist.engine import noise
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Rates, Sampling, TopP
 

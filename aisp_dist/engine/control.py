@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aisp_dist import noise
+from aisp_dist.engine import noise
 from aisp_dist.records import Round, Sampling, Weights
 
 

@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from aisp_dist import noise
-from aisp_dist.engine import attention, memory
+from aisp_dist.engine import attention, memory, noise
 from aisp_dist.engine.admissible import check
 from aisp_dist.engine.blocks import Blocks
 from aisp_dist.engine.control import Control, cost, rebuild

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from aisp_dist.engine.lm import LM
+from aisp_dist.methods.value import Value
 from aisp_dist.records import Prompt, Round, TokenReward
-from aisp_dist.value import Value
 
 # The trajectory's name, its prompt, its text with each candidate -> one reward each, None where there is none. Raises
 # Unscored.

@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import ModelOutput
 
-from aisp_dist import weights
-from aisp_dist.checkpoints import locate
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.engine import attention, memory, quantized
+from aisp_dist.engine import attention, memory, quantized, sizes
+from aisp_dist.engine.checkpoints import locate
 from aisp_dist.engine.lm import LM, Heads
 
 _PROBE_TOKENS = 24
@@ -90,7 +89,7 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = locate("generator.model", settings.model, "generator")
-    weights.check(settings, checkpoint)
+    sizes.check(settings, checkpoint)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:

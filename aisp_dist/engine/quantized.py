@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.weights import refuse_twice
+from aisp_dist.engine.sizes import refuse_twice
 
 _ROWS = 32
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

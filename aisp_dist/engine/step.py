@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from aisp_dist import noise
+from aisp_dist.engine import noise
 from aisp_dist.engine.attention import Pass
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Ascent, Sampling, TopP
 
 if TYPE_CHECKING:
     from aisp_dist.engine.pages import Pages
-    from aisp_dist.value import Value
+    from aisp_dist.methods.value import Value
 
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V], tokens [B] -> tokens [B]
 

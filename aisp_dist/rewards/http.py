@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aisp_dist.config import ConfigError, HttpReward
-from aisp_dist.endpoint import Client, Refused, Rejected
+from aisp_dist.data.render import as_chat
 from aisp_dist.records import Prompt, Score
-from aisp_dist.render import as_chat
+from aisp_dist.rewards.client import Client, Refused, Rejected
 
 _NUMBER = re.compile(
     r"[^\w-]*(?:(?:score|rating|reward|answer)[^\w-]+)?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?[\s.*]*", re.I

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from aisp_dist import checkpoints
 from aisp_dist.config import ConfigError, ModelReward
+from aisp_dist.data.render import Unrenderable, as_chat, encode_chat, starts_with_bos
+from aisp_dist.engine import checkpoints
 from aisp_dist.records import Message, Prompt, Score
-from aisp_dist.render import Unrenderable, as_chat, encode_chat, starts_with_bos
 from aisp_dist.rewards import self_test, templates
 from aisp_dist.rewards.prefix import Chain, Classifier, Ids, alike
 

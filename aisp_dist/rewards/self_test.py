@@ -11,9 +11,9 @@ from itertools import takewhile
 from typing import Any
 
 from aisp_dist.config import ConfigError
+from aisp_dist.data.render import chat_text
 from aisp_dist.engine import attention
 from aisp_dist.records import Message, Prompt, Score
-from aisp_dist.render import chat_text
 from aisp_dist.rewards.prefix import Classifier, Ids, alike
 
 _log = logging.getLogger("aisp")

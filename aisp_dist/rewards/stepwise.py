@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from aisp_dist import rewards, value
+from aisp_dist import rewards
 from aisp_dist.config import Args, ReControl, Run
 from aisp_dist.engine.guide import Guide, Judge, Unscored
+from aisp_dist.methods import value
 from aisp_dist.records import Prompt
 
 

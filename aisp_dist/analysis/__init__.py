@@ -1,0 +1,1 @@
+"""After a run: finished outputs are compared, tuned, evaluated, reported, exported and rescored."""

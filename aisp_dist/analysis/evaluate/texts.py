@@ -1,0 +1,84 @@
+"""Measures of an answer's text. Words are what stands between white space, as for metrics.diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from aisp_dist.analysis.metrics import Interval
+from aisp_dist.config import ConfigError
+
+SIMCSE = "princeton-nlp/sup-simcse-bert-base-uncased"
+_RESAMPLES = 500
+Embed = Callable[[Sequence[str]], np.ndarray]  # N texts to [N, E] unit vectors
+
+
+def immediate_repeat(text: str) -> int:
+    """Words of the longest stretch that says the block before it again, once or more often (ours): `a b a b a b` has 4,
+    `no, no no` has 1."""
+    _, words = np.unique(np.array(text.split(), dtype=str), return_inverse=True)
+    longest = 0
+    for period in range(1, len(words) // 2 + 1):
+        same = np.concatenate([[False], words[period:] == words[:-period], [False]])
+        edges = np.flatnonzero(same[1:] != same[:-1])
+        stretch = int((edges[1::2] - edges[::2]).max(initial=0))
+        longest = max(longest, stretch if stretch >= period else 0)
+    return longest
+
+
+def embedder(model: str) -> Embed:
+    """A sentence-transformers model by directory or hub id. One without pooling of its own, as SimCSE's checkpoint, is
+    averaged over its tokens, not pooled as SimCSE's own package does. Raises ConfigError where it, or
+    sentence-transformers, is missing."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ConfigError(
+            "--embeddings needs sentence-transformers, which is not installed; pip install 'aisp-dist[evaluate]'"
+        ) from None
+    fix = f"name a directory or a hub id that this machine can reach, as {SIMCSE}"
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise ConfigError(f"--embeddings: {model!r} is not a directory; {fix}")
+    try:
+        loaded = SentenceTransformer(str(Path(model).expanduser()), model_kwargs={"use_safetensors": True})
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"--embeddings: {model!r} cannot be loaded; {fix} ({reason})") from None
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        vectors: np.ndarray = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return vectors
+
+    return embed
+
+
+def coherence(embed: Embed, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """[N] cosine of the sentence embeddings of a prompt and its answer (Su et al. 2022, arXiv 2202.06417, as ARGS and
+    RE-Control measure it, there with SIMCSE)."""
+    cosine: np.ndarray = (embed(prompts).astype(np.float64) * embed(answers)).sum(-1)
+    return cosine
+
+
+def correlations(*pairs: tuple[np.ndarray, np.ndarray], seed: int = 0) -> list[Interval | None]:
+    """Pearson's r of each pair (x [P], y [P]), and for two pairs their difference too, first minus second; with 95 %
+    percentile bootstrap intervals (500 resamples of prompts, the same for all). None where x or y does not vary."""
+    values = np.array(pairs)
+    values = values[:, :, np.isfinite(values).all(axis=(0, 1))]
+    if values.shape[2] < 3:
+        return [None] * (len(pairs) + (len(pairs) == 2))
+
+    def r(sample: np.ndarray) -> list[float]:
+        centred = sample - sample.mean(axis=2, keepdims=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = (centred[:, 0] * centred[:, 1]).sum(-1) / np.sqrt((centred**2).sum(-1).prod(-1))
+        return [*each, each[0] - each[1]] if len(each) == 2 else [*each]
+
+    rng, count = np.random.default_rng(seed), values.shape[2]
+    drawn = np.array([r(values[:, :, rng.integers(0, count, count)]) for _ in range(_RESAMPLES)])
+    found: list[Interval | None] = []
+    for mean, resampled in zip(r(values), drawn.T, strict=True):
+        finite = resampled[np.isfinite(resampled)]  # a resample of few prompts may not vary
+        found.append(Interval(mean, *np.quantile(finite, [0.025, 0.975])) if np.isfinite(mean) else None)
+    return found

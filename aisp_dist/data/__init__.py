@@ -1,0 +1,1 @@
+"""Input lines to prompts: sources are read, lines become records, chats are rendered to tokens."""

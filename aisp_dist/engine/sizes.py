@@ -1,0 +1,140 @@
+"""What a checkpoint's files say of its weights: how many bytes they take, how they are quantised, and whether this
+version can place them. No torch and no network."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aisp_dist.config import ConfigError, Generator
+from aisp_dist.engine.checkpoints import cached
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: an fp32 scale for every 64 weights
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json, with a multimodal model's text part over the whole."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text: dict[str, Any] = config.get("text_config") or {}
+    return config | text
+
+
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether it is a mixture of experts, whose products run over the rows of a batch that chose the same expert."""
+    return any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+
+
+def dtype_of(config: dict[str, Any], dtype: str) -> str:
+    """A configured dtype with `auto` resolved as transformers does: the config's, else the stored one."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "the stored dtype") if dtype == "auto" else dtype
+
+
+def tensors(directory: Path) -> Iterator[tuple[str, str, list[int], int]]:
+    """Name, stored dtype, shape and bytes of every tensor that transformers would load, from the headers alone.
+
+    Raises ValueError for a file that is no safetensors file, OSError for a missing one.
+    """
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        files = {whole}
+    elif index.is_file():
+        files = {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    else:
+        files = set(directory.glob("*.safetensors"))
+    for file in sorted(files):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > min(file.stat().st_size, 100_000_000):  # the format's own limit
+                raise ValueError(f"{str(file)!r} is not a safetensors file; download it again (git lfs pull?)")
+            header = json.loads(stream.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                yield name, entry["dtype"], entry["shape"], stop - start
+
+
+def weight_bytes(directory: Path, dtype: str = "auto", quantization: str | None = None) -> int:
+    """Bytes of a checkpoint's weights once they are loaded: exact for plain ones; for `quantization` while loading a
+    close estimate; for a quantised checkpoint what its files hold, or its dense size where transformers unpacks it
+    (compressed-tensors). Raises as `tensors` does."""
+    config = read_config(directory)
+    item = _ITEM_BYTES.get(dtype_of(config, dtype))
+    quantised = config.get("quantization_config") or {}
+    groups = quantised.get("config_groups") or {}  # of compressed-tensors
+    bits = next((group["weights"]["num_bits"] for group in groups.values() if group.get("weights")), 8)
+    total = 0  # embeddings, the head and experts stay as they are when a checkpoint is quantised while it loads
+    for name, stored, shape, size in tensors(directory):
+        count = math.prod(shape)
+        if groups and item and stored not in _FLOATS and name.endswith(("weight", "weight_packed")):
+            total += (count * 32 // bits if name.endswith("packed") else count) * item
+        elif quantised or stored not in _FLOATS or not item:
+            total += size
+        elif quantization and len(shape) == 2 and shape[0] != config.get("vocab_size") and ".experts." not in name:
+            total += math.ceil(count * _WEIGHT_BYTES[quantization])
+        else:
+            total += count * item
+    return total
+
+
+def token_bytes(config: dict[str, Any], dtype: str = "auto") -> int:
+    """Bytes of the keys and values of one token. Raises KeyError for a config without dtype or of other names."""
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    layers, kv_heads = config["num_hidden_layers"], config.get("num_key_value_heads") or heads
+    return int(2 * layers * kv_heads * size * _ITEM_BYTES[dtype_of(config, dtype)])
+
+
+def refuse_twice(settings: Generator, quantised: dict[str, Any] | None) -> None:
+    """Raise ConfigError if a checkpoint with this quantization_config is to be quantised while it loads."""
+    if quantised and settings.quantization:
+        raise ConfigError(
+            f"generator.quantization: {settings.quantization!r}, but {settings.model!r} is quantised already "
+            f"({quantised.get('quant_method')}); leave it at null, or name the plain checkpoint"
+        )
+
+
+def check(settings: Generator, place: str) -> None:
+    """Raise ConfigError for quantization or tensor_parallel that this version cannot do, with the arithmetic where the
+    checkpoint can be read without the network. `place`: what `checkpoints.locate` answered."""
+    directory = cached(place, settings.revision) if settings.quantization or settings.tensor_parallel > 1 else None
+    if directory:
+        refuse_twice(settings, read_config(directory).get("quantization_config"))
+    if settings.tensor_parallel > 1:
+        raise ConfigError(
+            f"generator.tensor_parallel: {settings.tensor_parallel} is not implemented; leave it at 1: one GPU must "
+            f"hold {_arithmetic(settings, directory)}"
+        )
+
+
+def _arithmetic(settings: Generator, directory: Path | None) -> str:
+    rows, length = settings.batch_rows, settings.max_new_tokens
+    try:
+        if directory is None:
+            raise FileNotFoundError
+        config = read_config(directory)
+        weights, smaller = (weight_bytes(directory, settings.dtype, q) for q in (settings.quantization, "nf4"))
+        token = token_bytes(config, settings.dtype)
+    except (OSError, ValueError, KeyError):
+        return (
+            "the weights (2 bytes a parameter in bfloat16, about 0.6 with generator.quantization: nf4) and the keys "
+            "and values of its rows; use a larger GPU or a quantised checkpoint"
+        )
+    kv = rows * length * token
+    nf4 = f", or generator.quantization: nf4 (weights of {_size(smaller)})" if smaller < weights else ""
+    return (
+        f"the weights ({_size(weights)} in {settings.quantization or dtype_of(config, settings.dtype)}) and the keys "
+        f"and values of {rows} rows x {length} tokens ({_size(kv)}; prompts add {_size(token)} a token); use one with "
+        f"more than {_size(weights + kv)}{nf4}"
+    )
+
+
+def _size(count: int) -> str:
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count} bytes"

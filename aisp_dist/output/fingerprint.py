@@ -1,0 +1,103 @@
+"""Everything that can change a row, in one hash: the row settings of the configuration, the digests of model weights
+and of the functions' source. Two runs with one fingerprint write the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aisp_dist.config import ConfigError, FunctionReward, Method, ModelReward, Prompts, ReControl, Reward, Run
+from aisp_dist.data.sources import is_local
+from aisp_dist.engine import checkpoints
+from aisp_dist.rewards import function, templates
+
+
+def locate(run: Run, base_dir: Path) -> Run:
+    """The run with every local path absolute and every embedded name resolved, as other processes need it.
+
+    Raises ConfigError for a checkpoint, template or function file that is not there.
+    """
+    base = run.generator
+    place = checkpoints.locate("generator.model", base.model, "generator")
+    own = templates.file("generator.chat_template", base.chat_template, base_dir) if base.chat_template else None
+    return run.model_copy(
+        update={
+            "method": _locate_method(run.method),
+            "generator": base.model_copy(update={"model": place, "chat_template": own}),
+            "rewards": {name: locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()},
+            "prompts": locate_prompts(run.prompts),
+        }
+    )
+
+
+def _locate_method(method: Method) -> Method:
+    if not isinstance(method, ReControl):
+        return method
+    about = checkpoints.value_network("method.value", method.value)
+    if about["published"] != method.published:
+        raise ConfigError(
+            f"method.published: {method.published}, but {method.value!r} was trained with --published "
+            f"{about['published']}; set it to that, or train another"
+        )
+    return method.model_copy(update={"value": str(Path(method.value).expanduser().resolve())})
+
+
+def locate_reward(name: str, reward: Reward, base_dir: Path) -> Reward:
+    """One reward as `locate` does it. Raises ConfigError as it does."""
+    if isinstance(reward, ModelReward):
+        where = checkpoints.locate(f"rewards.{name}.model", reward.model, "reward")
+        template = templates.locate(f"rewards.{name}.chat_template", reward.chat_template, base_dir)
+        return reward.model_copy(update={"model": where, "chat_template": template})
+    if isinstance(reward, FunctionReward):
+        function.digest(reward, base_dir)
+    return reward
+
+
+def locate_prompts(settings: Prompts) -> Prompts:
+    """The section with an absolute source, where it is a local one."""
+    if settings.source == "demo" or not is_local(settings.source):
+        return settings
+    return settings.model_copy(update={"source": str(Path(settings.source).expanduser().absolute())})
+
+
+def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
+    """What the fingerprint is taken of, as nested JSON values, kept in run.json so that a refusal can name keys."""
+    base = located.generator
+    digests = {"generator.model": checkpoints.digest("generator.model", base.model, base.revision)}
+    if base.chat_template:
+        digests["generator.chat_template"] = _hash(Path(base.chat_template).read_bytes())
+    digests |= reward_digests(located.rewards, base_dir)
+    if isinstance(method := located.method, ReControl):
+        about = checkpoints.value_network("method.value", method.value)
+        if about["digests"]["generator.model"] != digests["generator.model"]:
+            raise ConfigError(
+                f"method.value: {method.value!r} was trained for the base model {about['model']!r}, whose weights are "
+                f"not those of {run.generator.model!r}; train one for it by `aisp train-value`"
+            )
+        digests["method.value"] = checkpoints.digest("method.value", method.value, None)
+    return run.row_settings() | {"digests": digests}
+
+
+def reward_digests(located: Mapping[str, Reward], base_dir: Path) -> dict[str, str]:
+    """Of located rewards: their weights, templates and functions. Raises ConfigError."""
+    digests = {}
+    for name, reward in located.items():
+        if isinstance(reward, ModelReward):
+            digests[f"rewards.{name}"] = checkpoints.digest(f"rewards.{name}.model", reward.model, reward.revision)
+            if reward.chat_template:
+                digests[f"rewards.{name}.chat_template"] = _hash(templates.read(reward.chat_template).encode())
+        elif isinstance(reward, FunctionReward):  # what a server runs is known by its address and the model's name
+            digests[f"rewards.{name}"] = function.digest(reward, base_dir)
+    return digests
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """128 bits of blake2b over the components, as hex. The first 12 digits are the run id."""
+    return _hash(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,129 @@
+"""Part files: names, metadata, what stands on disk and how staged rows are merged into it.
+
+Part k of each table covers the ordinals k * rows_per_file <= source_index < (k + 1) * rows_per_file. data/part-k always
+exists once the part is committed and its metadata says which range the part covers; failed/part-k and candidates/part-k
+exist where they have rows. The metadata depends on the run and the inputs only, so equal rows are equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from aisp_dist.config import ConfigError
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.schema import VERSION, Tables
+from aisp_dist.records import Input
+
+
+class Header(NamedTuple):
+    """Metadata of a part file. digest: of the inputs in [start, end), see range_digest."""
+
+    start: int
+    end: int
+    digest: str
+    fingerprint: str
+    run_id: str
+    version: int = VERSION
+
+
+class Standing(NamedTuple):
+    """A committed part: its header, how many of its inputs are done, and the schema of its data."""
+
+    header: Header
+    num_done: int
+    schema: pa.Schema
+
+
+def name(table: str, part: int) -> str:
+    return f"{table}/part-{part:06d}.parquet"
+
+
+def range_digest(inputs: Iterable[Input]) -> str:
+    """Hash over id and digest of each input, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for line in inputs:
+        digest.update(json.dumps([line.id, line.digest]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def encode(table: pa.Table, covers: Header) -> bytes:
+    """A whole Parquet file. A table without rows has no row group either: `datasets` cannot read an empty one."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=3) as writer:
+        if table.num_rows:
+            writer.write_table(table)
+        writer.add_key_value_metadata({f"aisp.{name}": str(value) for name, value in covers._asdict().items()})
+    return bytes(sink.getvalue())
+
+
+def header(metadata: pq.FileMetaData) -> Header:
+    """Raises KeyError or ValueError where a file is not one of ours."""
+    found = {key.decode(): value.decode() for key, value in (metadata.metadata or {}).items()}
+    start, end, digest, fingerprint, run_id, version = (found[f"aisp.{name}"] for name in Header._fields)
+    return Header(int(start), int(end), digest, fingerprint, run_id, int(version))
+
+
+def read_standing(place: Place, part: int) -> Standing | None:
+    """The committed part without its rows; None where there is none. Raises ConfigError where it cannot be read."""
+    file = place.open(name("data", part))
+    if file is None:
+        return None
+    try:
+        with file:
+            metadata = pq.read_metadata(file)
+        return Standing(header(metadata), metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if place.remote and isinstance(error, OSError):
+            raise  # the network; an object there is whole
+        raise ConfigError(
+            f"output: {place}/{name('data', part)} is damaged ({error}); delete this file, and the same command "
+            "computes its rows again"
+        ) from None
+
+
+def read_rows(place: Place, part: int, end: int, schemas: Tables, columns: Sequence[str] | None = None) -> Tables:
+    """Rows of a committed part whose range ends at `end`, whole or only some columns. Failed rows beyond `end` were
+    put there by a commit that did not come to its end; they are staged still."""
+
+    def read(table: str, schema: pa.Schema) -> pa.Table:
+        data = place.read(name(table, part))
+        if data is None:
+            return schema.empty_table() if columns is None else schema.empty_table().select(columns)
+        try:
+            return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns).replace_schema_metadata(None)
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"output: {place}/{name(table, part)} is damaged ({error}); delete this part's file in data/, and the "
+                "same command computes its rows again"
+            ) from None
+
+    failed = read("failed", schemas.failed)
+    failed = failed.filter(pc.less(failed["source_index"], end))
+    return Tables(read("data", schemas.data), failed, read("candidates", schemas.candidates))
+
+
+def merge(rows: Sequence[Tables], end: int) -> Tables:
+    """One part's rows below `end` from several places, oldest first, in input order: a done row beats a failed one,
+    else the later wins."""
+    data = _latest([tables.data for tables in rows], lambda ordinal: ordinal < end)
+    done = ordinals(data)
+    failed = _latest([tables.failed for tables in rows], lambda ordinal: ordinal < end and ordinal not in done)
+    return Tables(data, failed, _latest([tables.candidates for tables in rows], done.__contains__))
+
+
+def ordinals(table: pa.Table) -> set[int]:
+    return set(table["source_index"].to_pylist())
+
+
+def _latest(tables: Sequence[pa.Table], wanted: Callable[[int], bool]) -> pa.Table:
+    table = pa.concat_tables(tables)
+    last = {ordinal: row for row, ordinal in enumerate(table["source_index"].to_pylist())}
+    rows = [row for ordinal, row in sorted(last.items()) if wanted(ordinal)]
+    return table.take(pa.array(rows, pa.int64())).combine_chunks()

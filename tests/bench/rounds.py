@@ -1,0 +1,124 @@
+"""What a round costs the coordinator: the real Coordinator, pools and store as Ray actors, with generators and scorers
+that answer at once what a real round is made of. No model is loaded."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actors import cluster, coordinator, placement
+from aisp_dist.config import Run
+from aisp_dist.output.filesystem import Place
+from aisp_dist.output.lease import Lease
+from aisp_dist.records import Prompt, Rollout, Round, Score, Trajectory
+from tests.bench.roofline import Plan
+from tests.bench.simulation import FINGERPRINT
+from tests.bench.virtual import pooled
+
+VOCABULARY = 128_256  # Llama 3's; a token id of a larger one pickles as long
+
+
+class Instant:
+    """Generator and scorer in one. Its answers have the size of real ones: token ids, text, rewards that differ."""
+
+    def __init__(self, samples: int, tokens: int) -> None:
+        draw = random.Random(0)
+        self.rewards = [Score(draw.gauss(0, 1)) for _ in range(samples)]
+        ids = [tuple(draw.randrange(VOCABULARY) for _ in range(tokens)) for _ in range(samples)]
+        texts = [" ".join(f"{draw.randrange(1000):03}" for _ in range(tokens)) for _ in range(samples)]  # 4 characters
+        self.drawn = [
+            Trajectory(i, token_ids, text, "stop", draw.gauss(0, 1), draw.random())
+            for i, (token_ids, text) in enumerate(zip(ids, texts, strict=True))
+        ]
+
+    async def load(self) -> None:
+        pass
+
+    async def health(self) -> dict[str, float]:
+        return {"busy": 0, "progress": 0}
+
+    async def rollout(self, round: Round) -> Rollout:
+        return Rollout(tuple(self.drawn[round.start : round.stop]), u_sq=1.0)
+
+    async def nll(self, prompt_tokens: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
+        return [1.0] * len(responses)
+
+    async def score(self, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        return self.rewards[: len(responses)]
+
+
+class Measured(coordinator.Coordinator):
+    async def cpu(self) -> float:
+        """Seconds of CPU that this process has used."""
+        return time.process_time()
+
+
+async def _start(run: Run, groups: Sequence[placement.Group], samples: int, tokens: int) -> coordinator.Started:
+    pools = {}
+    for group in groups:
+        replicas = [
+            cluster.RayReplica(f"{group.role}-{i}", Instant, (samples, tokens), group, 60.0, False)
+            for i in range(group.replicas)
+        ]
+        limit = 2 * coordinator.window(run) if group.role == "generator" else Plan().queue
+        pools[group.role] = await pooled(replicas, limit, 600.0, retries=0, is_fault=cluster.is_fault)
+    return pools, None
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """`aisp bench coordinator`. A round is a rollout, its scores and the update; the base answer counts as one."""
+    import ray
+
+    with tempfile.TemporaryDirectory() as folder:
+        num = max(1, round(options.rounds / (options.iterations + 1)))
+        lines = (json.dumps({"prompt": f"{i}" + " word" * options.prompt_tokens}) + "\n" for i in range(num))
+        Path(folder, "prompts.jsonl").write_text("".join(lines))
+        run = _run(options, Path(folder))
+        lease = Lease.take(Place.at(run.output))
+        ray.init(address="local", num_cpus=2 * options.replicas, include_dashboard=False, log_to_driver=False)
+        try:
+            actor = ray.remote(Measured).options(num_cpus=0, max_concurrency=100)
+            groups = placement.plan(run, ray.cluster_resources())
+            shard = actor.remote(run, partial(_start, run, groups, options.samples, options.new_tokens))
+            ray.get(shard.load.remote(), timeout=300)
+            table = coordinator.Table(run, Place.at(run.output), {}, FINGERPRINT, "demo", lease)
+            cpu, start = ray.get(shard.cpu.remote()), time.perf_counter()
+            ray.get(shard.relabel.remote(table))
+            seconds, cpu = time.perf_counter() - start, ray.get(shard.cpu.remote()) - cpu
+        finally:
+            ray.shutdown()
+        whole = table.whole()
+    rounds = num * (options.iterations + 1)
+    plan = Plan(samples=options.samples, new_tokens=options.new_tokens, spread=0.0)
+    real = plan.step(plan.batch_rows) * plan.new_tokens * plan.samples / plan.batch_rows
+    return {
+        "rounds": rounds,
+        "seconds": seconds,
+        "rounds_per_second": rounds / seconds,  # beside the fakes, which want CPU too
+        "coordinator_cpu_seconds_per_round": cpu / rounds,
+        "rounds_per_cpu_second": rounds / cpu,
+        "gpu_seconds_per_round": real,  # of Llama-3-8B at the roofline of an H200, calculated
+        "share_of_a_round": cpu / rounds / real,
+        "agrees": whole,
+    }
+
+
+def _run(options: Namespace, root: Path) -> Run:
+    replicas = {"replicas": options.replicas}
+    return Run.model_validate(
+        {
+            "output": str(root / "output"),
+            "prompts": {"source": str(root / "prompts.jsonl"), "max_tokens": 1 << 20},
+            "generator": {"model": "demo", "batch_rows": 256, "max_new_tokens": options.new_tokens},
+            "rewards": {"reward": {"kind": "function", "function": "none:none"}},
+            "method": {"kind": "aisp", "num_samples": options.samples, "num_iterations": options.iterations},
+            "runtime": {"generators": replicas, "rewards": {"reward": replicas}},
+        }
+    )

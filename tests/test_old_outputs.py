@@ -1,0 +1,77 @@
+"""An output of 0.1.0, kept under tests/data/: every command that reads a finished output still reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from jobs import cli
+
+OLD = Path(__file__).parent / "data/output-0.1.0"
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """A copy of the run's folder. run.json names the folder that the run was started in, which is this copy here."""
+    folder = shutil.copytree(OLD, tmp_path / "old")
+    record = json.loads((folder / "relabelled/run.json").read_text())
+    assert record["versions"]["aisp-dist"] == "0.1.0" and record["config"]["method"]["preset"] == "auto"
+    record |= {"directory": str(folder), "base_dir": str(folder)}
+    (folder / "relabelled/run.json").write_text(json.dumps(record))
+    return folder
+
+
+def command(capsys, verb: str, *args: object) -> str:
+    with pytest.raises(SystemExit) as left:
+        cli.run(verb, [str(arg) for arg in args])
+    said = capsys.readouterr()
+    assert left.value.code == 0, said.err
+    return said.out
+
+
+def rows(folder: Path, table: str = "data") -> list[dict]:
+    return pq.read_table(folder / table).to_pylist()
+
+
+def test_status_and_verify_count_it(old, capsys):
+    assert "5 done, 1 failed in 2 parts" in command(capsys, "status", old / "relabelled")
+    assert "every input is there exactly once" in command(capsys, "verify", old / "relabelled")
+
+
+def test_report_shows_every_row(old, capsys):
+    command(capsys, "report", old / "relabelled")
+    page = (old / "relabelled/report.html").read_text("utf-8")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    shown = {one["id"]: one["answers"][1]["text"] for one in data["prompts"]}
+    assert shown == {row["id"]: row["completion"][-1]["content"] for row in rows(old / "relabelled")}
+
+
+def test_export_writes_its_rows(old, capsys):
+    command(capsys, "export", old / "relabelled", "--to", "sft", "--to", "alpaca_eval", "--out", old / "set")
+    found = datasets.load_dataset("parquet", data_dir=str(old / "set/sft"), cache_dir=str(old / "cache"))["train"]
+    assert [row["completion"] for row in found] == [row["completion"] for row in rows(old / "relabelled")]
+
+
+def test_rescore_selects_by_another_reward(old, capsys):
+    wanted = {"words": {"kind": "function", "function": "my_rewards.py:word_count"}}
+    (old / "words.yaml").write_text(yaml.safe_dump({"rewards": wanted}))
+    command(capsys, "rescore", old / "relabelled", "--config", old / "words.yaml", "--out", old / "rescored")
+    kept = {row["id"]: row["candidates"] for row in rows(old / "relabelled", "candidates")}
+    for row in rows(old / "rescored"):
+        assert row["reward"] == max(len(candidate["text"].split()) for candidate in kept[row["id"]])
+    command(capsys, "verify", old / "rescored")
+
+
+def test_evaluate_measures_it(old, capsys):
+    command(capsys, "evaluate", old / "relabelled")
+    found = json.loads((old / "relabelled/evaluation.json").read_text())
+    assert found["prompts"] == found["sampled"] == 5
+    mean = sum(row["reward"] for row in rows(old / "relabelled")) / 5
+    assert found["measures"]["reward"]["selected"][0] == pytest.approx(mean)
+    assert "sigma2: 0" in found["omitted"]["kl"] and found["flips"] is None

@@ -1,11 +1,14 @@
-"""The README's measured parts, from files: `record` keeps figures and writes them into the README, `picture` draws a
-command's output as an SVG.
+"""The measured tables of README.md and docs/: kept in figures.json, from the files that a measurement leaves.
 
-    python tests/bench/figures.py record mini outputs/mini/compare "aisp compare configs/paper/mini.yaml"
-    python tests/bench/figures.py record auto outputs/auto "python tests/bench/population/measure.py ..."
-    python tests/bench/figures.py record students outputs/distill "python tests/bench/distill/proof.py"
-    aisp align configs/quickstart.yaml | python tests/bench/figures.py picture
+    python -m tests.bench.figures record mini outputs/mini/compare "aisp compare configs/paper/mini.yaml"
+    python -m tests.bench.figures record population outputs/population "python tests/bench/population/measure.py ..."
+    python -m tests.bench.figures record students outputs/distill "python tests/bench/distill/proof.py"
+    aisp align configs/quickstart.yaml | python -m tests.bench.figures picture
+
+`python -m tests.texts` then writes them into the texts. `picture` draws a command's output as .github/quickstart.svg.
 """
+
+from __future__ import annotations
 
 import datetime
 import io
@@ -14,121 +17,137 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-README, FIGURES = HERE.parent.parent / "README.md", HERE / "figures.json"
+FIGURES = HERE / "figures.json"
+PICTURE = HERE.parent.parent / ".github" / "quickstart.svg"
+PEER = "less best-of-512"  # the paired difference to best-of-n with 512 samples
+CHOICE = ("best-of-n top-p", "AISP", "population")  # the arms of the README's table
+WHOLE = (128, 512)  # samples a prompt whose rows are shown whole; the curve has the reward at the others
+
+Cell = str | float | list[float] | None  # a list: mean and both ends of its interval
+Table = dict[str, Any]  # title, columns, rows of cells
 
 
-def mini(folder: Path) -> dict:
-    return {case.name: json.loads((case / "comparison.json").read_text()) for case in sorted(folder.iterdir())}
+def mini(folder: Path) -> list[Table]:
+    """From `aisp compare`: a table for each case."""
+    cases = sorted(folder.iterdir())
+    return [_comparison(case.name, json.loads((case / "comparison.json").read_text())) for case in cases]
 
 
-def mini_table(cases: dict) -> list[str]:
-    out = []
-    for name, case in cases.items():
-        (held_out,) = {n for arm in case["arms"] for n in arm["held_out"]}
-        heads = [name, "samples", "reward", "AISP minus it", f"held-out {held_out}", "NLL / token", "diversity"]
-        heads += ["tokens drawn", "reward calls"]
-        out += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        for arm in case["arms"]:
-            versus = "" if arm["name"] == case["main"] else interval(arm["versus"])
-            costs = ["" if arm[n] is None else f"{arm[n]:,.0f}" for n in ("model_tokens", "reward_calls")]
-            cells = [arm["name"], f"{arm['samples']:g}", interval(arm["reward"]), versus]
-            cells += [interval(arm["held_out"][held_out]), interval(arm["nll"]), f"{arm['diversity'][0]:.2f}", *costs]
-            out.append("| " + " | ".join(cells) + " |")
-        out.append("")
-    return out[:-1]
+def _comparison(title: str, case: dict[str, Any]) -> Table:
+    (held_out,) = {name for arm in case["arms"] for name in arm["held_out"]}
+    columns = ["method", "samples", "reward", "AISP minus it", f"held out: {held_out}"]
+    columns += ["NLL per token", "diversity", "tokens drawn", "reward calls"]
+    rows = []
+    for arm in case["arms"]:
+        versus = None if arm["name"] == case["main"] else arm["versus"]
+        costs = [None if arm[name] is None else round(arm[name]) for name in ("model_tokens", "reward_calls")]
+        measured = [arm["held_out"][held_out], arm["nll"], arm["diversity"][0]]
+        rows.append([arm["name"], round(arm["samples"]), arm["reward"], versus, *measured, *costs])
+    return {"title": title, "columns": columns, "rows": rows}
 
 
-def students(folder: Path) -> list:
-    return json.loads((folder / "students.json").read_text())["rows"]
+def population(folder: Path) -> list[Table]:
+    """From tests/bench/population/measure.py: a table for each case, and the reward at every number of samples."""
+    found = json.loads((folder / "table.json").read_text())
+    columns = ["method", "samples", "seeds", "reward", PEER, "held-out reward", "NLL per token", PEER]
+    columns += ["diversity", PEER, "tokens drawn"]
+    tables = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        rows = []
+        for row in found:
+            if row["case"] == case and row["samples"] in (WHOLE[1:] if "shuffled" in row["arm"] else WHOLE):
+                measured = [row["reward"], row[f"reward, {PEER}"], row["held-out"], row["nll"], row[f"nll, {PEER}"]]
+                measured += [row["diversity"], row[f"diversity, {PEER}"], round(row["drawn"][0])]
+                rows.append([row["arm"], row["samples"], row["seeds"], *measured])
+        tables.append({"title": case, "columns": columns, "rows": rows})
+    sizes = sorted({row["samples"] for row in found})
+    curves: dict[str, dict[int, float]] = {}
+    for row in found:
+        curves.setdefault(f"{row['case']}: {row['arm']}", {})[row["samples"]] = row["reward"][0]
+    rows = [[name, *(curve[size] for size in sizes)] for name, curve in curves.items()]
+    return [*tables, {"title": "reward at so many samples", "columns": ["method", *map(str, sizes)], "rows": rows}]
 
 
-def students_table(rows: list) -> list[str]:
-    heads = list(rows[0])
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in rows:
-        cells = [v if isinstance(v, str) else interval(v) if isinstance(v, list) else f"{v:.2f}" for v in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def students(folder: Path) -> list[Table]:
+    """From tests/bench/distill/proof.py."""
+    rows = json.loads((folder / "students.json").read_text())["rows"]
+    return [{"title": "", "columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}]
 
 
-SHOWN = (128, 512)  # samples whose rows are whole; of the others the curve has the reward
+PARTS: dict[str, Callable[[Path], list[Table]]] = {"mini": mini, "population": population, "students": students}
 
 
-def auto(folder: Path) -> list:
-    rows = json.loads((folder / "table.json").read_text())
-    kept = []
-    for row in rows:
-        names = [
-            n for n in row if n != "method" and (row["samples"] in SHOWN or n in ("case", "arm", "samples", "reward"))
-        ]
-        kept.append({n: [round(x, 4) for x in row[n]] if isinstance(row[n], list) else row[n] for n in names})
-    return kept
+def blocks() -> dict[str, str]:
+    """Every measured part as Markdown, by the name of its block in the texts."""
+    kept = json.loads(FIGURES.read_text())
+    choice = {**kept["population"], "tables": [_choice(kept["population"]["tables"])]}
+    return {f"measured: {name}": markdown(part) for name, part in {**kept, "choice": choice}.items()}
 
 
-def auto_table(rows: list) -> list[str]:
-    peer, out = "less best-of-512", []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        heads = [case, "samples", "seeds", "reward", peer, "held-out", "NLL / token", peer, "diversity", peer]
-        out += ["| " + " | ".join([*heads, "tokens drawn"]) + " |", "|---" * 11 + "|"]
-        for row in rows:
-            own = row["case"] == case and row["samples"] in (SHOWN if "shuffled" not in row["arm"] else SHOWN[1:])
-            if own:
-                cells = [row["arm"], f"{row['samples']}", f"{row['seeds']}"]
-                for name in ("reward", "held-out", "nll", "diversity"):
-                    cells.append(f"{row[name][0]:.2f}" if name != "reward" else interval(row[name]))
-                    cells += [] if name == "held-out" else [interval(row[f"{name}, {peer}"])]
-                out.append("| " + " | ".join([*cells, f"{row['drawn'][0]:,.0f}"]) + " |")
-        out.append("")
-    sizes = sorted({row["samples"] for row in rows})
-    out += ["| reward at samples | " + " | ".join(map(str, sizes)) + " |", "|---" * (1 + len(sizes)) + "|"]
-    for case, arm in dict.fromkeys((row["case"], row["arm"]) for row in rows):
-        values = {row["samples"]: row["reward"][0] for row in rows if (row["case"], row["arm"]) == (case, arm)}
-        out.append(f"| {case}: {arm} | " + " | ".join(f"{values[size]:.2f}" for size in sizes) + " |")
-    return out
+def _choice(tables: Sequence[Table]) -> Table:
+    """The README's table: the methods at the smaller number of samples, on every pair of model and reward."""
+    shown = ["method", "reward", "NLL per token", "diversity"]
+    rows: list[list[Cell]] = []
+    for table in tables[:-1]:
+        of = {row[0]: row for row in table["rows"] if row[table["columns"].index("samples")] == WHOLE[0]}
+        rows += [[table["title"], *(of[arm][table["columns"].index(name)] for name in shown)] for arm in CHOICE]
+    return {"title": "", "columns": ["model and reward", *shown], "rows": rows}
 
 
-PARTS = {"auto": (auto, auto_table), "mini": (mini, mini_table), "students": (students, students_table)}
+def markdown(part: dict[str, Any]) -> str:
+    """A part's tables, and below them what a reader needs to judge and to repeat them."""
+    told = f"`{part['command']}` at commit {part['commit']}, {part['date']}, {part['hardware']}."
+    if any(isinstance(cell, list) for table in part["tables"] for row in table["rows"] for cell in row):
+        told += " Brackets: 95 % bootstrap intervals over prompts."
+    return "\n\n".join([*map(_table, part["tables"]), " ".join(filter(None, [told, part.get("note")]))])
 
 
-def interval(values: list) -> str:
-    mean, low, high = values
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+def _table(table: Table) -> str:
+    columns = table["columns"]
+    lines = [f"**{table['title']}**", ""] if table["title"] else []
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in table["rows"])])
 
 
-def marks(part: str) -> tuple[str, str]:
-    return f"<!-- measured: {part} -->", f"<!-- end of {part} -->"
-
-
-def table(part: str, kept: dict) -> str:
-    where = f"`{kept['command']}`, commit {kept['commit']}, {kept['date']}, {kept['hardware']}."
-    where += " In brackets: 95 % bootstrap intervals over prompts."
-    return "\n".join([*PARTS[part][1](kept["figures"]), "", where])
+def _cell(value: Cell) -> str:
+    match value:
+        case None:
+            return ""
+        case str():
+            return value
+        case list():
+            mean, low, high = value
+            return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+        case int():
+            return f"{value:,}"
+    return f"{value:.2f}"
 
 
 def record(part: str, folder: Path, command: str) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
-    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    figures[part] = {
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    kept = json.loads(FIGURES.read_text())
+    tables = PARTS[part](folder)
+    for table in tables:
+        table["rows"] = [[_rounded(value) for value in row] for row in table["rows"]]
+    kept[part] = {
         "command": command,
+        "commit": subprocess.run(git, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip(),
         "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
-        "figures": PARTS[part][0](folder),
+        "tables": tables,
     }
-    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-    write()
+    FIGURES.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def write() -> None:
-    text = README.read_text()
-    for part, kept in json.loads(FIGURES.read_text()).items():
-        begin, end = marks(part)
-        before, rest = text.split(begin)
-        text = before + begin + "\n" + table(part, kept) + "\n" + end + rest.split(end)[1]
-    README.write_text(text)
+def _rounded(value: Cell) -> Cell:
+    if isinstance(value, list):
+        return [round(number, 4) for number in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def picture() -> None:
@@ -139,15 +158,13 @@ def picture() -> None:
     console.print(Text("$ aisp align configs/quickstart.yaml", style="bold"))
     for line in sys.stdin:
         console.print(Text(line.rstrip("\n")))
-    (HERE.parent.parent / ".github" / "quickstart.svg").write_text(console.export_svg(title="aisp-dist"))
+    PICTURE.write_text(console.export_svg(title="aisp-dist"))
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["record", part, folder, command] if part in PARTS:
-            record(part, Path(folder).resolve(), command)
-        case ["table"]:
-            write()
+            record(part, Path(folder), command)
         case ["picture"]:
             picture()
         case _:

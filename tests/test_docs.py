@@ -1,0 +1,122 @@
+"""What README.md and docs/ say must be so."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+
+import pytest
+import texts
+import yaml
+
+from aisp_dist.output import schema
+from jobs import cli, settings
+from tests.bench import figures
+
+ROOT = texts.ROOT
+WHOLE = {path.relative_to(ROOT).as_posix(): path.read_text() for path in texts.TEXTS}
+TEXTS = {name: texts.BLOCK.sub("", text) for name, text in WHOLE.items()}  # as written by hand
+README, OUTPUT = TEXTS["README.md"], TEXTS["docs/output.md"]
+
+
+def fenced(language: str) -> list[tuple[str, str]]:
+    """Every code block of a language, with its text's name."""
+    found = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [(name, block) for name, text in TEXTS.items() for block in found.findall(text)]
+
+
+def commands() -> list[str]:
+    """Every shell command, of code blocks and in the running text."""
+    lines = [line.partition(" #")[0] for _, block in fenced("bash") for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    inline = [code for text in TEXTS.values() for code in re.findall(r"`((?:aisp|python) [^`]+)`", text)]
+    return list(dict.fromkeys([part for part in parts if part] + [" ".join(code.split()) for code in inline]))
+
+
+AISP = [words[1:] for words in map(shlex.split, commands()) if words[0].rpartition("/")[2] == "aisp"]
+
+
+def test_the_readme_is_short():
+    assert len(WHOLE["README.md"].splitlines()) <= 150
+
+
+def test_generated_parts_are_up_to_date():
+    """Run `python -m tests.texts` where they are not."""
+    made = figures.blocks()
+    found = [block for text in WHOLE.values() for block in texts.BLOCK.findall(text)]
+    found = [(name, text) for name, text in found if name.startswith("measured")]
+    assert sorted(name for name, _ in found) == sorted(made), "each generated part stands in one text, once"
+    assert [name for name, text in found if text != f"{made[name]}\n"] == [], "run: python -m tests.texts"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]) if not link.startswith("http")]
+    for link in links:
+        file, _, anchor = link.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text()), link
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of the headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_and_functions_that_are_named_exist(name):
+    files = re.findall(r"`((?:aisp_dist|actors|jobs|configs|tests)/[\w./-]*)(?::([\w.]+))?`", TEXTS[name])
+    for file, function in files:
+        assert (ROOT / file).exists(), file
+        for part in filter(None, function.split(".")):
+            assert re.search(rf"\b(?:def|class) {part}\b|^{part}\b", (ROOT / file).read_text(), re.M), (file, function)
+
+
+@pytest.mark.parametrize("words", AISP, ids=" ".join)
+def test_a_command_and_its_flags_exist(words):
+    verb, *rest = words
+    assert verb in cli.VERBS
+    what = [rest[0]] if verb == "bench" else []
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), pytest.raises(SystemExit) as ended:
+        cli.run(verb, [*what, "--help"])
+    assert not ended.value.code
+    flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    assert [flag for flag in flags if not re.search(rf"{flag}\b", page.getvalue())] == []
+
+
+def test_programs_that_are_named_exist():
+    programs = [words for words in map(shlex.split, commands()) if words[0].startswith("python")]
+    assert programs
+    for words in programs:
+        if words[1] == "-m":
+            assert words[2] == "venv" or importlib.util.find_spec(words[2]), words
+        else:
+            assert (ROOT / words[1]).is_file(), words
+
+
+@pytest.mark.parametrize(("name", "block"), fenced("yaml"))
+def test_a_configuration_is_valid(name, block):
+    settings.check(yaml.safe_load(block))
+
+
+@pytest.mark.parametrize(("name", "block"), fenced("python"))
+def test_python_compiles(name, block):
+    compile(block, name, "exec")
+
+
+def columns(text: str) -> set[str]:
+    """Names in the first column of a text's table of columns."""
+    rows = text.split("| column | |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])} - {"keep"}
+
+
+def test_columns_are_those_of_the_table():
+    data = set(schema.schemas("chat", {}).data.names)
+    assert columns(OUTPUT) == data
+    assert columns(README) <= data

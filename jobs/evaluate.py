@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from aisp_dist.config import ConfigError, JudgeSettings, Reward, Run
+from aisp_dist.config import ConfigError, JudgeSettings, Reward, Run, load
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.fingerprint import locate_reward
 from jobs import cli, settings, verify
@@ -116,7 +116,7 @@ def _rewards(options: Any, run: Run) -> dict[str, tuple[Reward, Path]]:
     """The rewards of --config and --reward with the directories of their functions. Raises ConfigError."""
     sections: dict[str, tuple[Any, Path]] = {}
     if options.config:
-        values = settings.load_yaml(Path(options.config)).get("rewards")
+        values = load.read_yaml(Path(options.config)).get("rewards")
         if not isinstance(values, dict):
             raise ConfigError(f"--config: {options.config} has no `rewards` by name; give them as in a run's file")
         sections |= {name: (value, Path(options.config).resolve().parent) for name, value in values.items()}
@@ -136,7 +136,7 @@ def _rewards(options: Any, run: Run) -> dict[str, tuple[Reward, Path]]:
         raise ConfigError(f"rewards: {', '.join(taken)} is a reward of the run already; give another name")
     config = run.model_dump(mode="json", by_alias=True)
     merged = config | {"rewards": config["rewards"] | {name: section for name, (section, _) in sections.items()}}
-    checked = settings.check(merged).rewards
+    checked = load.check(merged).rewards
     return {name: (locate_reward(name, checked[name], base), base) for name, (_, base) in sections.items()}
 
 

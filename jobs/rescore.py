@@ -20,7 +20,7 @@ from actors.coordinator import Table
 from aisp_dist import rewards
 from aisp_dist.analysis import rescore, summary
 from aisp_dist.analysis.evaluate.outputs import Output, open_output
-from aisp_dist.config import ConfigError, ModelReward, Run
+from aisp_dist.config import ConfigError, ModelReward, Run, load
 from aisp_dist.output import fingerprint, manifest, parts, schema
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import Lease, LeaseLost
@@ -111,12 +111,12 @@ def _check_kept(parent: Output) -> tuple[int, int]:
 
 def _prepare(parent: Output, file: Path, out: str) -> Prepared:
     """The new output's configuration and fingerprint; the base model's files need not be there. Raises ConfigError."""
-    given, old = settings.load_yaml(file), dict(parent.record["config"])
+    given, old = load.read_yaml(file), dict(parent.record["config"])
     if not given.keys() & {"rewards", "combine"}:
         raise ConfigError(f"--config: {file} has neither rewards nor combine; give what is to change")
     same = {key: value for key, value in old.items() if key not in ("runtime", "compare", "tune")}
     values = settings.merge(same, {key: value for key, value in given.items() if key not in _FREE})
-    run = settings.check(values | {"rewards": given.get("rewards", old["rewards"]), "output": out})
+    run = load.check(values | {"rewards": given.get("rewards", old["rewards"]), "output": out})
     if other := sorted(set(_row_keys(parent.run, run))):
         raise ConfigError(
             f"--config: {file} is of another run than {parent}, in {', '.join(other)}; rescoring changes rewards and "

@@ -7,13 +7,11 @@ whole, never merged; only a scalar flag such as --method.num_iterations reaches 
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError, create_model
+from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
@@ -27,11 +25,11 @@ from aisp_dist.config import (
     Runtime,
     Section,
 )
+from aisp_dist.config.load import check, read_yaml
 from aisp_dist.rewards import templates
 
 _KINDS = ("method", "rewards.*", "compare.arms.*")  # discriminated by `kind`
 _UNIONS = ("method.sigma2", "method.lambda", "method.noise", "method.decode", "method.sampling", "save.candidates")
-_TAGS = "'aisp', 'batched_aisp', 'best_of_n', 'args' or 're_control'", "'model', 'function' or 'http'"
 
 
 def parser(verb: str, about: str, config: bool = True) -> argparse.ArgumentParser:
@@ -57,7 +55,7 @@ def read(parse: argparse.ArgumentParser, args: Sequence[str]) -> tuple[argparse.
         raise ConfigError(f"no configuration: give a YAML file, as in `{parse.prog} configs/quickstart.yaml`")
     values: dict[str, Any] = {"method": {"kind": "aisp"}}
     for file in files:
-        values = merge(values, load_yaml(file))
+        values = merge(values, read_yaml(file))
     values = merge(values, _flags(values, flags), flags=True)
     return options, check(values), files[0].resolve().parent
 
@@ -92,20 +90,6 @@ def anchored(run: Run, base_dir: Path) -> Run:
     own = run.generator.chat_template
     generator = run.generator.model_copy(update={"chat_template": str(base_dir / own) if own else None})
     return run.model_copy(update={"rewards": rewards, "generator": generator})
-
-
-def load_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        raise ConfigError(f"{file} is empty; `aisp schema` lists the keys")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds {type(values).__name__}; a configuration is a mapping of keys to values")
-    return values
 
 
 def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, at: str = "") -> dict[str, Any]:
@@ -159,52 +143,3 @@ def _flags(values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
     except SettingsError as error:
         raise ConfigError(f"{str(error).removeprefix('error parsing CLI: ')}; every key is listed by --help") from None
     return given
-
-
-def check(values: Mapping[str, Any]) -> Run:
-    """A Run, or a ConfigError with one line for each fault: key, value, rule."""
-    try:
-        return Run.model_validate(values)
-    except ValidationError as error:
-        faults: dict[str, list[str]] = {}
-        for fault in error.errors():
-            key, found = _locate(fault["loc"], values, absent=fault["type"] in ("extra_forbidden", "missing"))
-            message = fault["msg"].removeprefix("Value error, ")
-            if fault["type"] == "extra_forbidden":
-                own = str(fault["loc"][-1])  # a known key may be unknown where it stands
-                close = [k for k in difflib.get_close_matches(own, _known_keys(), n=1) if k != own]
-                message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "; see `aisp schema`")
-            elif fault["type"] == "missing":
-                message = "missing; it has no default"
-            elif fault["type"].startswith("union_tag"):
-                expected = fault.get("ctx", {}).get("expected_tags", _TAGS[key.startswith("rewards.")])
-                message = (
-                    f"kind is {found.get('kind') if isinstance(found, Mapping) else found!r}; it must be {expected}"
-                )
-            elif fault["type"] != "value_error" and not isinstance(found, Mapping):
-                message += f" (it is {found!r})"
-            faults.setdefault(key, []).append(message)
-        raise ConfigError("; ".join(f"{key}: {', or '.join(dict.fromkeys(m))}" for key, m in faults.items())) from None
-
-
-def _locate(loc: Sequence[str | int], values: Any, absent: bool) -> tuple[str, Any]:
-    """The user's dotted key for pydantic's location, which names union members too, and the value found there.
-    `absent`: the last part is a key that the user did not give or should not have given."""
-    keys: list[str] = []
-    for i, part in enumerate(loc):
-        known = values if isinstance(values, Mapping) else range(len(values)) if isinstance(values, list) else ()
-        if part in known:
-            values = values[part]
-        elif not (absent and i == len(loc) - 1):
-            continue
-        keys.append(str(part))
-    return ".".join(keys) or "configuration", values
-
-
-def _known_keys() -> list[str]:
-    def walk(schema: Any) -> list[str]:
-        found = list(schema.get("properties", {})) if isinstance(schema, dict) else []
-        children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []
-        return found + [key for child in children for key in walk(child)]
-
-    return sorted(set(walk(Run.model_json_schema())))

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from aisp_dist.analysis import arms, metrics, tune
-from aisp_dist.config import Aisp, BestOfN, ConfigError, Method, Run
+from aisp_dist.config import Aisp, BestOfN, ConfigError, Method, Run, load
 from aisp_dist.data import prompts
 from aisp_dist.output.filesystem import Place
 from jobs import cli, compare, prepare, settings
@@ -31,7 +31,7 @@ def main(args: Sequence[str]) -> int:
     given = {n: v for n in ("prompts", "trials", "search") if (v := getattr(options, n)) is not None}
     secrets = {"runtime": {"storage_options"}}
     values = settings.anchored(run, base_dir).model_dump(mode="json", by_alias=True, exclude=secrets)
-    run = settings.check(values | {"tune": values["tune"] | given}).model_copy(update={"runtime": run.runtime})
+    run = load.check(values | {"tune": values["tune"] | given}).model_copy(update={"runtime": run.runtime})
     if run.compare.cases:
         raise ConfigError("compare.cases: one case is tuned at a time; give a configuration without cases")
     wanted = _arms(run, options.arm)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from aisp_dist.config import ConfigError
+from aisp_dist.config import ConfigError, load
 from aisp_dist.data import prompts
 from aisp_dist.output import fingerprint, manifest, verify
 from aisp_dist.output.filesystem import Place
@@ -39,7 +39,7 @@ def inputs(run: dict[str, Any] | None) -> Iterator[Input] | None:
     here = os.getcwd()
     try:
         os.chdir(run["directory"])  # relative sources are relative to where the run was started
-        located = fingerprint.locate_prompts(settings.check(run["config"]).prompts)
+        located = fingerprint.locate_prompts(load.check(run["config"]).prompts)
     except OSError:
         raise ConfigError(
             f"the directory {run['directory']!r}, where the run was started, is gone, and with it relative prompt "

@@ -12,11 +12,12 @@ import tiny
 
 from aisp_dist import rewards
 from aisp_dist.align import align
+from aisp_dist.config import load
 from aisp_dist.data import prompts
 from aisp_dist.data.render import render
+from aisp_dist.engine import model
 from aisp_dist.engine.calibrate import calibrate
 from aisp_dist.engine.decode import Engine
-from aisp_dist.engine.model import load
 from aisp_dist.output import manifest
 from aisp_dist.output.lease import Lease
 from aisp_dist.records import Failed, Prompt
@@ -58,11 +59,11 @@ def output(folder: Path, name: str, method: dict[str, Any] = AISP, seed: int = 0
         "method": method,
         "save": {"candidates": "all", "rows_per_file": 4},
     }
-    prepared = prepare.prepare(settings.check(settings.merge(values, changes)), folder)
+    prepared = prepare.prepare(load.check(settings.merge(values, changes)), folder)
     manifest.write_run(prepared.output, prepared.record())
     run, lease = prepared.located, Lease.take(prepared.output)
     store = replace(prepared.table(), lease=lease).store()
-    engine = Engine(load(run.generator, "cpu"), 32, run.generator.max_new_tokens)
+    engine = Engine(model.load(run.generator, "cpu"), 32, run.generator.max_new_tokens)
     score = {name: rewards.load(name, reward, folder, columns=["note"]) for name, reward in run.rewards.items()}
 
     async def rollout(round):

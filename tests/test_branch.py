@@ -13,6 +13,7 @@ import pytest
 from aisp_dist import config
 from aisp_dist.analysis.evaluate import outputs
 from aisp_dist.analysis.metrics import diversity
+from aisp_dist.config import load
 from aisp_dist.methods import branch
 from aisp_dist.methods.limit import within
 from aisp_dist.output.filesystem import Place
@@ -20,7 +21,7 @@ from aisp_dist.output.manifest import read_run
 from aisp_dist.output.verify import verify
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import Rates
-from jobs import evaluate, settings
+from jobs import evaluate
 
 KEY = prompt_key(0, "p")
 DRAWN = {"top_p": 0.95, "temperature": 1.5}  # the tiny model is far from certain, and this farther
@@ -181,7 +182,7 @@ def test_a_prompt_without_an_answer_within_the_limit_fails_with_the_fix(tmp_path
 def test_settings_that_cannot_be_are_refused(method, said):
     values = {"output": "o", "generator": {"model": "demo"}, "rewards": {"r": {"kind": "model", "model": "demo"}}}
     with pytest.raises(config.ConfigError, match=said):
-        settings.check(values | {"method": {"kind": "aisp"} | method})
+        load.check(values | {"method": {"kind": "aisp"} | method})
 
 
 def test_the_resolved_configuration_says_what_auto_was(tmp_path):

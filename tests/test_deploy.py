@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from actors import placement
-from jobs import cli, settings, submit
+from aisp_dist.config import load
+from jobs import cli, submit
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "configs" / "deploy"
@@ -88,7 +89,7 @@ def test_the_job_is_a_command_of_this_package_with_a_valid_configuration():
 
 
 def run():
-    return settings.check(yaml.safe_load(CONFIG_MAP["data"]["run.yaml"]))
+    return load.check(yaml.safe_load(CONFIG_MAP["data"]["run.yaml"]))
 
 
 def test_its_actors_fit_its_workers_group_by_group():

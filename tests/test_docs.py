@@ -12,8 +12,9 @@ import pytest
 import texts
 import yaml
 
+from aisp_dist.config import load
 from aisp_dist.output import schema
-from jobs import cli, settings
+from jobs import cli
 from tests.bench import figures
 
 ROOT = texts.ROOT
@@ -102,7 +103,7 @@ def test_programs_that_are_named_exist():
 
 @pytest.mark.parametrize(("name", "block"), fenced("yaml"))
 def test_a_configuration_is_valid(name, block):
-    settings.check(yaml.safe_load(block))
+    load.check(yaml.safe_load(block))
 
 
 @pytest.mark.parametrize(("name", "block"), fenced("python"))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from aisp_dist.analysis import arms
-from aisp_dist.config import Aisp, BatchedAisp
+from aisp_dist.config import Aisp, BatchedAisp, load
 from jobs import compare, prepare, settings
 
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
@@ -76,7 +76,7 @@ def test_the_miniature_has_every_method_and_finds_its_files(real_data):
     ],
 )
 def test_names_that_would_share_a_folder_are_refused_before_anything_runs(section, said, tmp_path):
-    values = settings.load_yaml(PAPER.parent / "quickstart.yaml") | {"compare": section, "output": str(tmp_path / "o")}
+    values = load.read_yaml(PAPER.parent / "quickstart.yaml") | {"compare": section, "output": str(tmp_path / "o")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(settings.ConfigError, match=said):
         compare.main([str(tmp_path / "run.yaml")])
@@ -111,7 +111,7 @@ def test_its_rewards_are_what_they_say():
     ],
 )
 def test_a_bad_case_is_named(case, said):
-    values = settings.load_yaml(PAPER.parent / "quickstart.yaml") | {"compare": {"cases": {"bad": case}}}
+    values = load.read_yaml(PAPER.parent / "quickstart.yaml") | {"compare": {"cases": {"bad": case}}}
     with pytest.raises(settings.ConfigError, match=said):
-        for run in settings.cases(settings.check(values)).values():
+        for run in settings.cases(load.check(values)).values():
             arms.arms(run)

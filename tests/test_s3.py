@@ -22,7 +22,7 @@ from s3 import BUCKET, KEYS
 
 from actors.counts import Counts
 from aisp_dist.analysis import summary
-from aisp_dist.config import ConfigError, StorageOptions
+from aisp_dist.config import ConfigError, StorageOptions, load
 from aisp_dist.output import manifest
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import Lease, LeaseLost, read_owners
@@ -189,7 +189,7 @@ def test_without_boto3_the_extra_is_named(place, monkeypatch):
 def test_metrics_keep_what_an_earlier_run_wrote(place, tmp_path):
     (tmp_path / "p.txt").write_text("a\n")
     values = {"output": str(place), "prompts": {"source": str(tmp_path / "p.txt")}, "generator": {"model": "demo"}}
-    run = settings.check(values | {"rewards": {"r": {"kind": "function", "function": "a.py:b"}}})
+    run = load.check(values | {"rewards": {"r": {"kind": "function", "function": "a.py:b"}}})
     for _ in range(2):
         with Progress(place, run) as shown:
             for _ in range(3):  # a line a minute, and one at the end

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from aisp_dist import config
-from aisp_dist.config import ConfigError, Run
+from aisp_dist.config import ConfigError, Run, load
 from jobs import settings
 
 BASE = {
@@ -307,13 +307,13 @@ def test_a_wrong_kind_names_those_that_exist(tmp_path):
 
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing.yaml.*No such file"):
-        settings.load_yaml(tmp_path / "nothing.yaml")
+        load.read_yaml(tmp_path / "nothing.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
-        settings.load_yaml(tmp_path / "bad.yaml")
+        load.read_yaml(tmp_path / "bad.yaml")
     (tmp_path / "tag.yaml").write_text("a: !!python/object/apply:os.system [echo]")
     with pytest.raises(ConfigError, match="not valid YAML"):
-        settings.load_yaml(tmp_path / "tag.yaml")
+        load.read_yaml(tmp_path / "tag.yaml")
 
 
 def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
@@ -334,4 +334,4 @@ def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
     "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_shipped_configuration_is_valid(path):
-    settings.check(settings.load_yaml(path))
+    load.check(load.read_yaml(path))

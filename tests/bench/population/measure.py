@@ -20,7 +20,7 @@ from typing import Any
 from aisp_dist import rewards
 from aisp_dist.align import align
 from aisp_dist.analysis.metrics import diversity, interval
-from aisp_dist.config import Run
+from aisp_dist.config import Run, load
 from aisp_dist.data import prompts
 from aisp_dist.data.render import render
 from aisp_dist.records import Done, Prompt, Rollout, Round, Sampling, Score
@@ -111,7 +111,7 @@ def search(job: Job) -> str:
     from aisp_dist.engine import calibrate, decode, model
 
     torch.set_num_threads(1)
-    run = settings.check(job.values)
+    run = load.check(job.values)
     engine = decode.Engine(model.load(run.generator, "cpu"), run.generator.batch_rows, run.generator.max_new_tokens)
     tokenizer = engine.lm.tokenizer
     judges = {name: rewards.load(name, reward, job.base_dir) for name, reward in run.rewards.items()}

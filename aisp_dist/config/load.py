@@ -1,0 +1,95 @@
+"""From YAML or plain values to a Run, with errors that a user can act on. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from aisp_dist.config.base import ConfigError
+from aisp_dist.config.run import Run
+
+_TAGS = "'aisp', 'batched_aisp', 'best_of_n', 'args' or 're_control'", "'model', 'function' or 'http'"
+
+
+def read(config: str | os.PathLike[str] | Mapping[str, Any] | Run) -> tuple[Run, Path]:
+    """The run of a YAML file, of a mapping or of a Run, and the directory that its relative paths start from: the
+    file's, else the current one. `output` may be missing, since only commands write there.
+
+    Raises ConfigError for a file that cannot be read, a bad value or an unknown key.
+    """
+    if isinstance(config, Run):
+        return config, Path.cwd()
+    if isinstance(config, Mapping):
+        return check({"output": "output"} | dict(config)), Path.cwd()
+    file = Path(config)
+    return check({"output": "output"} | read_yaml(file)), file.resolve().parent
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ConfigError where it is unreadable, empty or no mapping."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise ConfigError(f"{file} is empty; `aisp schema` lists the keys")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds {type(values).__name__}; a configuration is a mapping of keys to values")
+    return values
+
+
+def check(values: Mapping[str, Any]) -> Run:
+    """A Run, or a ConfigError with key, value and rule of everything that is wrong, in one line."""
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        faults: dict[str, list[str]] = {}
+        for fault in error.errors():
+            key, found = _locate(fault["loc"], values, absent=fault["type"] in ("extra_forbidden", "missing"))
+            message = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "extra_forbidden":
+                own = str(fault["loc"][-1])  # a known key may be unknown where it stands
+                close = [k for k in difflib.get_close_matches(own, _known_keys(), n=1) if k != own]
+                message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "; see `aisp schema`")
+            elif fault["type"] == "missing":
+                message = "missing; it has no default"
+            elif fault["type"].startswith("union_tag"):
+                expected = fault.get("ctx", {}).get("expected_tags", _TAGS[key.startswith("rewards.")])
+                message = (
+                    f"kind is {found.get('kind') if isinstance(found, Mapping) else found!r}; it must be {expected}"
+                )
+            elif fault["type"] != "value_error" and not isinstance(found, Mapping):
+                message += f" (it is {found!r})"
+            faults.setdefault(key, []).append(message)
+        raise ConfigError("; ".join(f"{key}: {', or '.join(dict.fromkeys(m))}" for key, m in faults.items())) from None
+
+
+def _locate(loc: Sequence[str | int], values: Any, absent: bool) -> tuple[str, Any]:
+    """The user's dotted key for pydantic's location, which names union members too, and the value found there.
+    `absent`: the last part is a key that the user did not give or should not have given."""
+    keys: list[str] = []
+    for i, part in enumerate(loc):
+        known = values if isinstance(values, Mapping) else range(len(values)) if isinstance(values, list) else ()
+        if part in known:
+            values = values[part]
+        elif not (absent and i == len(loc) - 1):
+            continue
+        keys.append(str(part))
+    return ".".join(keys) or "configuration", values
+
+
+def _known_keys() -> list[str]:
+    def walk(schema: Any) -> list[str]:
+        found = list(schema.get("properties", {})) if isinstance(schema, dict) else []
+        children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []
+        return found + [key for child in children for key in walk(child)]
+
+    return sorted(set(walk(Run.model_json_schema())))

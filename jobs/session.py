@@ -308,7 +308,7 @@ def connect(run: Run, say: Callable[[str], None]) -> None:
 
     # Not in a checkout of ours, installed from it or not: there the folders are the packages.
     hidden = [name for name in ("actors", "jobs") if (Path.cwd() / name).is_dir()]
-    if hidden and not Path("aisp_dist", "place.py").is_file() and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    if hidden and not Path("aisp_dist", "align.py").is_file() and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         raise ConfigError(
             f"the current directory has a folder {hidden[0]!r}, which Ray's workers would import in place of ours; "
             "start from another directory"

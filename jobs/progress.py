@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import secrets
 import sys
 import threading
 import time
@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from actors.counts import Counts, seconds_left, share
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.data import prompts
+from aisp_dist.output import log
 from aisp_dist.output.filesystem import Place
 
 _PLAIN, _TERMINAL = 5.0, 0.5  # seconds between updates
@@ -42,6 +43,7 @@ class Progress:
         self.output, self.counted, self.title = output, Total(run), title
         self.rows_per_file, self.shard = run.save.rows_per_file, shard
         self.samples_each = run.method.num_samples * run.method.num_iterations + 1  # the base answer is one
+        self.command = secrets.token_hex(4)  # its name in metrics.jsonl
         self.began = self.shown = self.logged = time.monotonic()
         self.now: Counts | None = None
         self.bar: Bar | None = None
@@ -75,10 +77,10 @@ class Progress:
 
     def _log(self, now: Counts) -> None:
         left = self.seconds_left(now)
-        entry = {"time": time.time(), "seconds": self.seconds, "total": self.total, "seconds_left": left}
-        entry |= now.json()
+        entry = {"time": time.time(), "seconds": self.seconds, "command": self.command, "shard": list(self.shard)}
+        entry |= {"total": self.total, "seconds_left": left} | now.json()
         try:
-            self.output.append("metrics.jsonl", f"{json.dumps(entry)}\n".encode())
+            log.append(self.output, entry)
         except OSError as error:  # the rows do not wait for it
             say(f"cannot write metrics.jsonl: {error}")
 

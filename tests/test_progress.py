@@ -39,6 +39,7 @@ def test_plain_lines_and_metrics(run, tmp_path, capsys, monkeypatch):
         assert part in last
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert entries[-1]["done"] == 2 and entries[-1]["total"] == 4
+    assert {(entry["command"], *entry["shard"]) for entry in entries} == {(shown.command, 0, 1)}
 
 
 def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@ Reads finished outputs; runs nothing."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from aisp_dist.analysis.arms import AISP, BASE, TOP_P
 from aisp_dist.analysis.metrics import Interval, diversity, interval, spread
 from aisp_dist.analysis.summary import words
 from aisp_dist.config import ConfigError, Method
+from aisp_dist.output import log
 from aisp_dist.output.filesystem import Place
 
 _COLUMNS = ["id", "prompt", "samples_spent", "curve"]
@@ -151,21 +151,7 @@ def _read(output: Place, method: Method | None, limit: int | None) -> _Table:
     traces = {row["id"]: row["trace"] for row in table("candidates", ["id", "trace"]) if row["trace"]}
     lengths = {id: [iteration["lengths"] for iteration in trace] for id, trace in traces.items()}
     failed = frozenset(row["id"] for row in table("failed", ["id"]))
-    return _Table(rows, failed, lengths, method, seconds(output))
-
-
-def seconds(output: Place) -> float | None:
-    """What an output has taken, over all the commands that filled it; None where it keeps no metrics."""
-    lines = (output.read("metrics.jsonl") or b"").decode("utf-8", "replace").splitlines()
-    total, last = 0.0, 0.0
-    for line in lines:
-        try:
-            now = float(json.loads(line)["seconds"])  # since its command began
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that a kill has cut
-        total += last if now < last else 0.0
-        last = now
-    return total + last or None
+    return _Table(rows, failed, lengths, method, log.seconds(output))
 
 
 def _costs(table: _Table, shared: Sequence[str]) -> methods.Spent | None:

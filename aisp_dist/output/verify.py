@@ -3,7 +3,6 @@ far a run is (`status`). From files only: no cluster, no model, and nothing is c
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aisp_dist.config import ConfigError
-from aisp_dist.output import lease, parts, staging
+from aisp_dist.output import lease, log, parts, staging
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.manifest import TABLES, read_run
 from aisp_dist.output.parts import Header
@@ -74,8 +73,8 @@ def verify(place: Place, inputs: Iterable[Input] | None = None) -> Verdict:
 
 def status(place: Place) -> dict[str, Any]:
     """How far the run is: inputs `done`, `failed` and `staged` (those without a committed row), `parts`; `owners`, each
-    with process, host, shard (i, n) and whether it lives (None for unknown); `metrics`, the last line of metrics.jsonl,
-    or None.
+    with process, host, shard (i, n) and whether it lives (None for unknown); `metrics`, what metrics.jsonl says last
+    (log.latest), or None.
 
     Raises ConfigError where there is no output.
     """
@@ -95,7 +94,7 @@ def status(place: Place) -> dict[str, Any]:
         {"process": owner.pid, "host": owner.host, "shard": list(owner.shard), "alive": owner.alive()}
         for owner in lease.read_owners(place)
     ]
-    return counts | {"owners": owners, "metrics": _last_line(place)}
+    return counts | {"owners": owners, "metrics": log.latest(place)}
 
 
 class _Part:
@@ -267,14 +266,3 @@ def _strangers(files: dict[str, list[str]]) -> list[str]:
         for name in files[table]
         if not name.startswith(".") and not _NAME.fullmatch(name)
     ]
-
-
-def _last_line(place: Place) -> dict[str, Any] | None:
-    """The last whole JSON line; a run that is writing may have left half of one behind it."""
-    file = place.open("metrics.jsonl")
-    if file is None:
-        return None
-    with file:
-        file.seek(max(0, file.size() - (1 << 16)))
-        lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines else None

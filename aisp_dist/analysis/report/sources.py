@@ -21,6 +21,7 @@ from aisp_dist.analysis.evaluate.outputs import Output, Table
 from aisp_dist.analysis.metrics import interval, spread
 from aisp_dist.config import ConfigError, Method
 from aisp_dist.methods.limit import within
+from aisp_dist.output import log
 from aisp_dist.output.filesystem import Place
 
 CURVES = ("mean", "best", "so far", "ess", "kl", "samples", "tokens")  # the last two are sums up to an iteration
@@ -200,12 +201,11 @@ def _read(output: Output) -> Seed:
             sums = {"samples": np.cumsum([*map(len, lengths)]), "tokens": np.cumsum([*map(sum, lengths)])}
             rows[row["id"]] |= mine | {name: found.tolist() for name, found in sums.items()}
     curves = {name: _padded([row.get(name, []) for row in rows.values()], name) for name in CURVES}
-    lines = (place.read("metrics.jsonl") or b"").decode("utf-8", "replace").splitlines()
     evaluation = place.read("evaluation.json")
     measured = None if evaluation is None else json.loads(evaluation)
     limited = np.array([best for best in frontier if best is not None])
     return Seed(
-        output, table, curves, limited if len(limited) else None, spent / len(table.ids), _last(lines), measured
+        output, table, curves, limited if len(limited) else None, spent / len(table.ids), log.latest(place), measured
     )
 
 
@@ -237,16 +237,6 @@ def _padded(rows: Sequence[Sequence[float | None]], name: str) -> np.ndarray:
     return out
 
 
-def _last(lines: Sequence[str]) -> Json | None:
-    for line in reversed(lines):
-        try:
-            found: Json = json.loads(line)
-        except ValueError:
-            continue  # a line that a kill has cut
-        return found
-    return None
-
-
 def _figures(source: Source) -> list[Json]:
     """As compare.compare has them, from columns of numbers alone."""
     main, arms, shared = source.main, source.arms, source.shared
@@ -264,7 +254,7 @@ def _figures(source: Source) -> list[Json]:
         won = (ours["reward"] > columns["reward"]) + (ours["reward"] == columns["reward"]) / 2
         ends = {m: [s.curves[m][:, -1] for s in arms[of] if s.curves[m].size] for m in ("samples", "tokens")}
         curve = [s.curves["so far"] for s in arms[of] if s.curves["so far"].shape[1] > 1]
-        seconds = [t for s in arms[of] if (t := compare.seconds(s.output.place)) is not None]
+        seconds = [t for s in arms[of] if (t := log.seconds(s.output.place)) is not None]
         method = source.method(of)
         calls = None if base or not ends["samples"] or method.kind == "args" else _mean(ends["samples"])
         arm = compare.Arm(

@@ -1,4 +1,4 @@
-"""What a comparison and a tuning run: neither changes a row of the run itself."""
+"""What a comparison and a tuning run. Neither changes a row of the run itself."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from aisp_dist.config.methods import Method
 class Compare(Section):
     """What `aisp compare` runs side by side."""
 
-    prompts: int = doc("compare on the first so many prompts", 64, ge=1)
-    seeds: int = doc("repeat every arm with so many seeds", 1, ge=1)
+    prompts: int = doc("number of prompts, from the first on", 64, ge=1)
+    seeds: int = doc("number of seeds that every arm is repeated with", 1, ge=1)
     arms: dict[str, Method | None] = doc(
-        "methods by name, beside the usual arms or, by the same name, in their place; null leaves one out. All have "
-        "the same number of samples, those of one answer a prompt aside",
+        "further methods by name; one with the name of a usual arm replaces it, and null leaves that arm out. All must "
+        "spend the same number of samples, except methods that give one answer a prompt",
         {},
     )
     cases: dict[str, dict[str, Any]] = doc(
-        "settings by name, laid over the whole configuration as a later --config file would be; one comparison each", {}
+        "settings by name, merged over the configuration like a later --config file; one comparison each", {}
     )
 
 
@@ -61,9 +61,15 @@ class Grids(Section):
 class Tune(Section):
     """How `aisp tune` searches each method's settings."""
 
-    prompts: int = doc("prompts of a trial: those that follow the first compare.prompts of the input", 10, ge=1)
-    trials: int = doc("trials of each arm", 16, ge=1)
-    search: Literal["grid", "tpe"] = doc("points of the grids, or Optuna's tree-structured Parzen estimator", "grid")
-    nll_weight: float = doc("reward that a nat of base-model NLL per token above the base answer's costs", 0.0, ge=0)
-    max_nll: float | None = doc("nats per token above the base answer's from which on a trial never wins", None, ge=0)
-    grids: Grids = Field(default=Grids(), description="values that are tried")
+    prompts: int = doc("prompts of a trial: those after the first compare.prompts of the input", 10, ge=1)
+    trials: int = doc("number of trials of each arm", 16, ge=1)
+    search: Literal["grid", "tpe"] = doc(
+        "grid: points of the grids; tpe: Optuna's tree-structured Parzen estimator", "grid"
+    )
+    nll_weight: float = doc(
+        "price, in units of the reward, of a nat of NLL per token above the base answer's", 0.0, ge=0
+    )
+    max_nll: float | None = doc(
+        "a trial with more nats of NLL per token above the base answer's never wins", None, ge=0
+    )
+    grids: Grids = Field(default=Grids(), description="the values that are tried")

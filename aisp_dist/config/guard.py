@@ -1,4 +1,4 @@
-"""Guard rails: what an answer may not have paid for its reward with. Nothing here changes a row."""
+"""Bounds on what a gain in reward may cost. Nothing here changes a row."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from aisp_dist.config.base import Section, doc
 
 
 class Guard(Section):
-    """Bounds on means over the selected answers; a null one is not watched."""
+    """Bounds on means over the selected answers. A bound that is null is not checked."""
 
-    max_truncated: float | None = doc("largest share that ends by length, cut at max_new_tokens", None, ge=0, lt=1)
-    max_repetition: float | None = doc("largest mean share of 4-grams that have come before", None, ge=0, lt=1)
+    max_truncated: float | None = doc("largest share of answers that were cut at max_new_tokens", None, ge=0, lt=1)
+    max_repetition: float | None = doc("largest mean share of repeated 4-grams of words in an answer", None, ge=0, lt=1)
     max_length_correlation: float | None = doc(
-        "largest correlation of gains in reward and in length", None, ge=-1, lt=1
+        "largest correlation of the gain in reward with the gain in length", None, ge=-1, lt=1
     )
-    held_out_gain: float | None = doc("smallest mean gain over the base answer of each held-out reward", None)
+    held_out_gain: float | None = doc("smallest mean gain of every held-out reward over the base answer", None)
     action: Literal["warn", "stop"] = doc(
-        "warn: the summary says so; stop: the run ends once 200 prompts, or all, are finished, exit code 1", "warn"
+        "warn: the summary names a broken bound; stop: it ends the run, exit code 1, from 200 prompts on",
+        "warn",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Rewards, by kind; and the judge, which is reached as an HTTP reward is."""
+"""Rewards, by kind, and the judge, which is reached in the same way as an HTTP reward."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from aisp_dist.config.base import Section, doc
 
 
 class RewardBase(Section):
-    weight: float = doc("factor in weighted_sum", 1.0)
-    use: Literal["select", "report"] = doc("report: held out; scored on the results, never selects", "select")
+    weight: float = doc("factor of this reward in the weighted sum", 1.0)
+    use: Literal["select", "report"] = doc(
+        "report: held out; scored on the selected and the base answer, never selects", "select"
+    )
 
 
 class ModelReward(RewardBase):
     """A sequence-classification reward model with one output."""
 
-    kind: Literal["model"] = doc("a reward model", "model")
+    kind: Literal["model"] = doc("a sequence classifier", "model")
     model: str = doc("demo, demo-judge, a local path, or a hub id")
-    revision: str | None = doc("hub revision; resolved once and re-used by a resume", None)
+    revision: str | None = doc("hub revision; null: today's commit, which a resume uses again", None)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto: the checkpoint's own", "auto")
-    max_tokens: int = doc("longest input; a longer prompt is cut from its left, the response never", 2048, ge=1)
+    max_tokens: int = doc(
+        "longest input in tokens; a longer one is cut from the left of its prompt",
+        2048,
+        ge=1,
+    )
     batch_rows: int = doc("responses scored together", 32, ge=1)
     chat_template: str | None = doc(
-        "ultrarm, eurus, or a path relative to the config file; null: the tokenizer's own", None
+        "ultrarm, eurus, or a file, relative to the configuration file; null: the tokenizer's own", None
     )
-    system: Literal["keep", "drop"] = doc("drop: system messages are not shown, for models trained without", "keep")
-    self_test: bool = doc("look for defects when the model is loaded; off: do not", True)
+    system: Literal["keep", "drop"] = doc("drop: leave out system messages, for models trained without them", "keep")
+    self_test: bool = doc("test the model for known defects when it is loaded", True)
     trust_remote_code: bool = doc("run code that comes with the checkpoint", False)
 
 
@@ -37,21 +43,21 @@ class FunctionReward(RewardBase):
     """A Python function with TRL's signature: f(prompts, completions, **columns) -> list of float or None."""
 
     kind: Literal["function"] = doc("a Python function", "function")
-    function: str = doc("file.py:function, relative to the config file, module:function, or an entry point's name")
+    function: str = doc("file.py:function (relative to the configuration file), module:function, or an entry point")
 
 
 class Endpoint(Section):
     """A model behind HTTP. Only url, model, max_tokens and body can change its answers."""
 
-    url: str = doc("base of the API, as http://host:8000/v1")
-    model: str = doc("name of the model, as the server knows it")
-    api_key_env: str | None = doc("environment variable with the API key, sent as a bearer token", None)
-    max_tokens: int = doc("longest answer of a chat in tokens", 512, ge=1)
-    body: dict[str, Any] = doc("more fields of every request, as the server names them", {})
+    url: str = doc("base URL of the API, as http://host:8000/v1")
+    model: str = doc("name of the model on the server")
+    api_key_env: str | None = doc("environment variable that holds the API key, which is sent as a bearer token", None)
+    max_tokens: int = doc("longest reply of a chat model in tokens", 512, ge=1)
+    body: dict[str, Any] = doc("further fields of every request", {})
     timeout: float = doc("seconds for one request", 60.0, gt=0)
-    retries: int = doc("how often a request is repeated on 429, 5xx and lost connections", 5, ge=0)
-    max_parallel: int = doc("requests of a process at a time", 8, ge=1)
-    requests_per_minute: float | None = doc("at most so many of a process; null: no limit", None, gt=0)
+    retries: int = doc("how often a request is repeated after 429, 5xx or a lost connection", 5, ge=0)
+    max_parallel: int = doc("concurrent requests of one process", 8, ge=1)
+    requests_per_minute: float | None = doc("limit of one process; null: none", None, gt=0)
 
     @field_validator("url")
     @classmethod
@@ -93,11 +99,11 @@ class HttpReward(RewardBase, Endpoint):
         "chat: OpenAI's /chat/completions; classify: vLLM's /classify; classify_sglang: SGLang's", "chat"
     )
     rubric: str | None = doc(
-        "text with {prompt} and {response}: what a chat is asked, or what is classified; null: messages, under the "
-        "chat template of vLLM's server",
+        "text with {prompt} and {response}: the question to a chat model, or the text to classify; null: messages, "
+        "rendered by vLLM's server",
         None,
     )
-    scale: tuple[float, float] = doc("smallest and largest number that a chat may give", (1.0, 10.0))
+    scale: tuple[float, float] = doc("smallest and largest number that a chat model may give", (1.0, 10.0))
 
     @model_validator(mode="after")
     def whole(self) -> HttpReward:

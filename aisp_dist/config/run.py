@@ -45,23 +45,23 @@ class Generator(Section):
     """The base model and how it decodes."""
 
     model: str = doc("demo, a local path, or a hub id")
-    revision: str | None = doc("hub revision; resolved once and re-used by a resume", None)
+    revision: str | None = doc("hub revision; null: today's commit, which a resume uses again", None)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto: the checkpoint's own", "auto")
-    chat_template: str | None = doc("path of a template that replaces the tokenizer's", None)
+    chat_template: str | None = doc("file with a chat template that replaces the tokenizer's", None)
     quantization: Literal["int8", "nf4"] | None = doc(
-        "null: as the checkpoint is, quantised or not; int8 (torchao, weights only) and nf4 (bitsandbytes) quantise a "
-        "plain one while it loads",
+        "quantise a plain checkpoint while it loads: int8 (torchao, weights only) or nf4 (bitsandbytes); null: load it "
+        "as it is",
         None,
     )
     tensor_parallel: int = doc("GPUs that one copy of the model is split over; only 1 is implemented", 1, ge=1)
-    fp32_head: bool = doc("logits by a copy of the output layer in fp32, where the model is of another dtype", False)
+    fp32_head: bool = doc("compute logits with a copy of the output layer in fp32", False)
     batch_rows: int = doc("rows decoded together; part of the fingerprint, since bits can depend on it", 64, ge=1)
-    max_new_tokens: int = doc("tau, the longest response in tokens", 128, ge=1, lt=1 << 31)
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = doc("strings that end a response; cut from it", ())
+    max_new_tokens: int = doc("longest response in tokens", 128, ge=1, lt=1 << 31)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = doc("strings that end a response and are cut from it", ())
     thinking: Literal["keep", "strip"] = doc(
-        "strip: rewards and the completion have a reasoning model's answer without its thinking", "keep"
+        "strip: remove a reasoning model's thinking from what rewards see and from the completion", "keep"
     )
-    thinking_tags: tuple[str, str] = doc("what a block of thinking stands between", ("<think>", "</think>"))
+    thinking_tags: tuple[str, str] = doc("the tags around a block of thinking", ("<think>", "</think>"))
     trust_remote_code: bool = doc("run code that comes with the checkpoint", False)
 
     @field_validator("thinking_tags")
@@ -91,10 +91,12 @@ class Top(Section):
 class Save(Section):
     """What is written beside the rows, and how often."""
 
-    candidates: Literal["all", "none"] | TopBottom | Top = doc("which candidates are kept", TopBottom(top_bottom=4))
-    trace: bool = doc("keep weights and lengths of every iteration", True)
-    rows_per_file: int = doc("input lines a part covers", 1000, ge=1)
-    flush_seconds: float = doc("at most this much finished work is lost to a kill", 60.0, ge=0)
+    candidates: Literal["all", "none"] | TopBottom | Top = doc(
+        "candidates that are kept of a prompt", TopBottom(top_bottom=4)
+    )
+    trace: bool = doc("keep the weights and lengths of every iteration", True)
+    rows_per_file: int = doc("input lines that one file of a table covers", 1000, ge=1)
+    flush_seconds: float = doc("finished prompts are written at least this often", 60.0, ge=0)
 
     @property
     def keep(self) -> Literal["all", "none"] | tuple[int, int]:
@@ -105,19 +107,17 @@ class Save(Section):
 class Run(Section):
     """A whole run."""
 
-    output: str = doc(
-        "directory of the output, or s3://bucket/path; relative to the current directory, absolute inside a Ray job"
-    )
-    seed: int = doc("decides all noise", 0, ge=0)
+    output: str = doc("directory, or s3://bucket/path; relative to the current directory, absolute in a Ray job")
+    seed: int = doc("seed of all random draws", 0, ge=0)
     prompts: Prompts = doc("where prompts come from", Prompts())
     generator: Generator = doc("the base model")
     rewards: dict[str, Reward] = doc("rewards by name")
     combine: Literal["weighted_sum", "standardized"] = doc(
-        "how several rewards become one; standardized freezes mean and deviation at a prompt's first iteration",
+        "how several rewards become one; standardized: with mean and deviation of the prompt's first iteration",
         "weighted_sum",
     )
     method: Method = doc("how answers are searched", Aisp())
-    save: Save = doc("what is written", Save())
+    save: Save = doc("what is kept", Save())
     guard: Guard = doc("bounds on what a gain in reward may cost", Guard())
     runtime: Runtime = doc("where it runs", Runtime())
     compare: Compare = doc("what `aisp compare` runs", Compare())

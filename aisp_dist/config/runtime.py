@@ -1,4 +1,4 @@
-"""Where and how a run executes: nothing here changes a row."""
+"""Where and how a run executes. Nothing here changes a row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from aisp_dist.config.base import Section, doc
 
 
 def known_place(output: str) -> str:
-    """`output`, if it names a place that outputs can be in. Raises ValueError, which shows no more of a URI than its
-    scheme: there may be a secret in it."""
+    """`output`, if it names a place that can hold an output. Raises ValueError; its message shows of a URI
+    only the scheme, since the rest may hold a secret."""
     scheme, mark, rest = output.partition("://")
     if mark and scheme != "s3":
         raise ValueError(f"{scheme}:// is not implemented; give a local directory, or s3://bucket/path")
@@ -24,42 +24,44 @@ def known_place(output: str) -> str:
 
 
 class Replicas(Section):
-    replicas: int = doc("actors of this kind", 1, ge=1)
-    at_least: int | None = doc("begin with so many; the others join as machines do. null: all of them", None, ge=1)
-    num_gpus: float | Literal["auto"] = doc("GPUs an actor takes; auto: 1 where the cluster has any, else 0", "auto")
-    num_cpus: float = doc("CPUs an actor takes; from 2 on its torch uses two threads", 1.0, ge=0)
-    accelerator: str | None = doc("GPU type the actor must be placed on, as Ray names it", None)
+    replicas: int = doc("processes of this kind", 1, ge=1)
+    at_least: int | None = doc("begin when this many are up; the others join later. null: all of them", None, ge=1)
+    num_gpus: float | Literal["auto"] = doc("GPUs of one process; auto: 1 if the cluster has any, else 0", "auto")
+    num_cpus: float = doc("CPUs of one process; torch uses two threads from 2 on, else one", 1.0, ge=0)
+    accelerator: str | None = doc("GPU type that the process needs, as Ray names it", None)
 
     @property
     def needed(self) -> int:
-        """Actors without which a run does not begin."""
+        """Processes that must be up before a run begins."""
         return min(self.at_least or self.replicas, self.replicas)
 
 
 class RewardReplicas(Replicas):
-    num_cpus: float = doc("CPUs an actor takes; its torch uses one thread", 0.5, ge=0)
+    num_cpus: float = doc("CPUs of one process; torch uses one thread", 0.5, ge=0)
 
 
 class Timeouts(Section):
-    """Seconds after which a call counts as lost and is routed elsewhere."""
+    """Seconds after which a call counts as lost and is repeated elsewhere."""
 
-    startup: float = doc("placing and loading all actors", 1800.0, gt=0)
+    startup: float = doc("placing all processes and loading their models", 1800.0, gt=0)
     round: float = doc("decoding one round", 600.0, gt=0)
     reward: float = doc("scoring one round", 120.0, gt=0)
-    stall: float = doc("a process without a sign of life, or busy without progress, is replaced", 120.0, gt=0)
+    stall: float = doc(
+        "replace a process that does not answer, or is busy without progress, for this long", 120.0, gt=0
+    )
 
 
 Secret = Annotated[SecretStr, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
 
 
 class StorageOptions(Section):
-    """How an output at s3:// is reached; what is null is found as AWS's tools find it (environment, profile, machine).
+    """Access to an output at s3://. What is null is found as AWS's tools find it (environment, profile, machine role).
     run.json and config.yaml hold no secret of these."""
 
-    endpoint_override: str | None = doc("host:port of a store other than AWS", None, pattern=r"^[^\s/@]+$")
-    scheme: Literal["http", "https"] | None = doc("https where null", None)
+    endpoint_override: str | None = doc("host:port of a store that is not AWS", None, pattern=r"^[^\s/@]+$")
+    scheme: Literal["http", "https"] | None = doc("null: https", None)
     region: str | None = doc("AWS region", None)
-    access_key: Secret | None = doc("access key id; with secret_key", None)
+    access_key: Secret | None = doc("access key id, together with secret_key", None)
     secret_key: Secret | None = doc("secret access key", None)
     session_token: Secret | None = doc("token of temporary credentials", None)
 
@@ -71,12 +73,12 @@ class StorageOptions(Section):
 
 
 class Runtime(Section):
-    """Where and how the run executes. Never changes rows; free to change between resumes."""
+    """Where and how the run executes. Never changes a row, and may change between resumes."""
 
-    generators: Replicas = doc("generator actors", Replicas())
-    rewards: dict[str, RewardReplicas] = doc("reward actors, by reward name", {})
-    timeouts: Timeouts = doc("timeouts in seconds", Timeouts())
-    retries: int = doc("how often a call is repeated on a fault of the infrastructure", 3, ge=0)
-    max_failed: float = doc("share of failed rows, after 200 prompts, that ends the run", 0.02, ge=0, le=1)
-    shards: int = doc("coordinators; each fills every shards-th part", 1, ge=1)
+    generators: Replicas = doc("the processes that decode", Replicas())
+    rewards: dict[str, RewardReplicas] = doc("the processes that score, by reward name", {})
+    timeouts: Timeouts = doc("timeouts, in seconds", Timeouts())
+    retries: int = doc("how often a call is repeated after a fault of the infrastructure", 3, ge=0)
+    max_failed: float = doc("a larger share of failed rows ends the run, from 200 prompts on", 0.02, ge=0, le=1)
+    shards: int = doc("number of coordinators; each fills every shards-th part of the output", 1, ge=1)
     storage_options: StorageOptions = doc("access to an output at s3://", StorageOptions())

@@ -30,7 +30,7 @@ VERBS = {
     "rescore": "other rewards or weights over stored candidates, without the base model",
     "lm-eval": "tasks of lm-evaluation-harness: base, best-of-n and AISP at an equal budget",
     "doctor": "exactness, schedule and reward checks on your own hardware and models",
-    "bench": "decode, score, pipeline, coordinator, simulate: speed beside peers in the same run, as JSON",
+    "bench": "speed beside peers in the same run, as JSON",
 }
 
 

@@ -1,28 +1,17 @@
-"""tests/bench/population: the protocol's files say what PROTOCOL.md says, and its measurement is a run's own search."""
+"""tests/bench/population: the configuration is the protocol's, and the measurement is a run's own search."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-
-import pytest
 
 from aisp_dist.analysis import arms, metrics
 from aisp_dist.config import Aisp
 from jobs import prepare, settings
+from tests.bench.population import measure
 
-AUTO = Path(__file__).parent.parent / "tests" / "bench" / "population"
-
-
-@pytest.fixture
-def measure(monkeypatch):
-    spec = importlib.util.spec_from_file_location("measure", AUTO / "measure.py")
-    made = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "measure", made)
-    spec.loader.exec_module(made)
-    return made
+ROOT = Path(__file__).parent.parent
+AUTO = ROOT / "tests" / "bench" / "population"
 
 
 def read(*flags):
@@ -30,8 +19,8 @@ def read(*flags):
     return run, base_dir
 
 
-def test_its_cases_are_whole_and_tuning_prompts_are_not_those_of_the_result(measure, real_data, monkeypatch):
-    monkeypatch.chdir(AUTO.parent.parent)
+def test_its_cases_are_whole_and_tuning_prompts_are_not_those_of_the_result(real_data, monkeypatch):
+    monkeypatch.chdir(ROOT)
     run, base_dir = read("--generator.model", str(real_data / "models/stories260k"))
     cases = settings.cases(run)
     assert list(cases) == ["story, lexicon", "story, similarity", "demo, learned"]
@@ -48,8 +37,8 @@ def test_its_cases_are_whole_and_tuning_prompts_are_not_those_of_the_result(meas
     assert len({len(points) for points in measure.GRIDS.values()}) == 1  # the same tuning for each
 
 
-def test_it_measures_what_a_run_selects_at_every_budget(measure, tmp_path, monkeypatch):
-    monkeypatch.chdir(AUTO.parent.parent)
+def test_it_measures_what_a_run_selects_at_every_budget(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(measure, "TUNING", {"skip": 0, "limit": 2})
     monkeypatch.setattr(measure, "TRIAL", {"num_samples": 4, "num_iterations": 2})
     monkeypatch.setattr(measure, "BUDGETS", (4, 8, 16))

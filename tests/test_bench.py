@@ -1,4 +1,4 @@
-"""The benches: what they promise to report, and that their checks of agreement can fail. No speed is asserted."""
+"""The benches: what they report, and that their checks of agreement can fail. No speed is asserted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from aisp_dist.bench import command, paired, peers, shapes
-from aisp_dist.bench.decode import SUITES, roofline, workloads
-from aisp_dist.bench.workload import Workload
-from jobs import cli
+from aisp_dist.bench import paired, peers, workload
+from aisp_dist.bench.decode import SUITE, workloads
+from jobs import bench, cli
 from tests.bench import pipeline, score
 
 DECODE = ["decode", "--prompt-tokens", "20", "--new-tokens", "6", "--samples", "3", "--repeat", "1"]
@@ -34,7 +32,13 @@ def run(capsys, *args):
     return ended.value.code, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("family", shapes.FAMILIES)
+def program(capsys, module, *args):
+    """Exit code and document of `python -m tests.bench.MODULE ARGS`."""
+    code = module.main(args)
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family", workload.FAMILIES)
 def test_all_ways_decode_the_same_tokens_in_fp32(family, capsys):
     code, found = run(capsys, *DECODE, "--shape", f"{family}:64/2/1k", "--prompts", "2")
     (one,) = found["configurations"]
@@ -45,9 +49,6 @@ def test_all_ways_decode_the_same_tokens_in_fp32(family, capsys):
         assert set(one[name]["ratio"]) == set(one[name]["cpu_ratio"]) == {"median", "min", "max"}
     ours = one["ours"]
     assert ours["tokens_per_second"] == pytest.approx(6 * ours["trajectories_per_second"])
-    assert ours["prefill_seconds"] + ours["decode_seconds"] == pytest.approx(ours["seconds"]["median"])
-    assert 0 < ours["slot_utilisation"] <= 1
-    assert ours["peak_memory_bytes"] is None and ours["roofline_share"] is None  # of a GPU
 
 
 def test_a_peer_that_decodes_something_else_is_found_out(capsys, monkeypatch):
@@ -65,29 +66,16 @@ def test_other_dtypes_are_measured_and_not_checked(capsys):
 
 
 def options(*args):
-    return command.parser("decode").parse_args(args)
+    return bench.parser().parse_args(args)
 
 
-def test_lists_are_swept_and_suites_are_the_named_configurations():
+def test_lists_are_swept_and_the_suite_has_the_named_configurations():
     swept = workloads(options("--prompt-tokens", "8,16", "--samples", "4,8", "--prompts", "1,2"))
     sizes = [(work.prompt_tokens, work.samples, work.prompts, work.batch_rows) for work in swept]
     assert sizes == [(length, n, p, n * p) for length in (8, 16) for n in (4, 8) for p in (1, 2)]
-    for suite, dtype, prompts in (("cpu", "float32", 1), ("gpu", "bfloat16", 8)):
-        works = list(workloads(options("--suite", suite)))
-        assert [(w.model, w.prompt_tokens, w.new_tokens) for w in works] == SUITES[suite]
-        assert {(w.dtype, w.samples, w.prompts, w.batch_rows) for w in works} == {(dtype, 32, prompts, 32 * prompts)}
-
-
-@pytest.mark.parametrize(
-    ("tokens", "prompts", "tokens_per_second"),
-    [(500, 4, 33.5e3), (500, 8, 46.4e3), (2000, 4, 32.0e3), (2000, 8, 43.5e3)],
-)
-def test_the_roofline_of_llama_3_8b_on_an_h200(tokens, prompts, tokens_per_second):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shapes.parse("llama3-8b").config(4096), dtype=torch.bfloat16)
-    assert 8.0e9 < sum(p.numel() for p in model.parameters()) < 8.1e9
-    work = Workload("llama3-8b", tokens, 128, 32, prompts, 32 * prompts, "bfloat16")
-    assert 32 * prompts / roofline(model, work, 4.3e12, 7.9e14) == pytest.approx(tokens_per_second, rel=0.01)
+    works = list(workloads(options("--suite", "cpu")))
+    assert [(w.model, w.prompt_tokens, w.new_tokens) for w in works] == SUITE
+    assert {(w.dtype, w.samples, w.prompts, w.batch_rows) for w in works} == {("float32", 32, 1, 32)}
 
 
 def test_equal_share_counts_places():
@@ -98,20 +86,21 @@ def test_equal_share_counts_places():
 
 def test_scores_equal_those_of_the_padded_batch(capsys):
     sizes = ["--prompt-tokens", "20", "--new-tokens", "5", "--samples", "4", "--repeat", "2"]
-    code, found = run(capsys, "score", "--shape", "llama:64/2/1k", *sizes)
+    code, found = program(capsys, score, "--shape", "llama:64/2/1k", *sizes)
     assert code == 0 and found["reward_range"] > 0.1
     for part in ("first", "next"):
         assert found[part]["max_difference"] < 1e-4 and set(found[part]["ratio"]) == {"median", "min", "max"}
 
 
 def test_scores_that_differ_are_found_out(capsys, monkeypatch):
-    monkeypatch.setattr(score, "forward", lambda twin, rows: [0.0] * len(rows))
-    code, found = run(capsys, "score", "--shape", "llama:64/2/1k", "--samples", "2", "--repeat", "1")
+    monkeypatch.setattr(score, "forward", lambda twin, tokenizer, prompt, responses: [0.0] * len(responses))
+    code, found = program(capsys, score, "--shape", "llama:64/2/1k", "--samples", "2", "--repeat", "1")
     assert code == 1 and not found["agrees"]
 
 
 class Threads(ThreadPoolExecutor):
-    """A process pool without its processes, which take long to start: only what can be pickled goes in and out."""
+    """A process pool without processes, which are slow to start. Like a process pool it takes and returns only what can
+    be pickled."""
 
     def __init__(self, max_workers, mp_context):
         super().__init__(max_workers)
@@ -124,7 +113,7 @@ class Threads(ThreadPoolExecutor):
 def test_pipeline(capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "ProcessPoolExecutor", Threads)
     sizes = ["--prompt-tokens", "20", "--new-tokens", "5", "--samples", "4", "--prompts", "3", "--iterations", "2"]
-    code, found = run(capsys, "pipeline", "--shape", "llama:64/2/1k", *sizes, "--repeat", "1")
+    code, found = program(capsys, pipeline, "--shape", "llama:64/2/1k", *sizes, "--repeat", "1")
     assert code == 0 and found["agreement"]["min"] == 1
     slower = max(found["decode_alone_seconds"]["median"], found["score_alone_seconds"]["median"])
     assert found["ratio"]["median"] == pytest.approx(found["together_seconds"]["median"] / slower)
@@ -135,6 +124,7 @@ def test_pipeline(capsys, monkeypatch):
     [
         ([], "required: what"),
         (["everything"], "invalid choice: 'everything'"),
+        (["simulate"], "invalid choice: 'simulate'"),
         (["decode", "--samples", "0"], "'0' must be a whole number of at least 1"),
         (["decode", "--samples", "4,x"], "'x' must be a whole number"),
         (["decode", "--peers", "generate,magic"], "'magic' must be one of generate"),
@@ -153,7 +143,7 @@ def test_bad_usage_ends_with_code_2_and_says_why(args, says, capsys):
     assert ended.value.code == 2 and says in shown.err and shown.out == ""
 
 
-def test_it_runs_where_there_is_no_ray(capsys, monkeypatch):
+def test_it_runs_without_ray(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "aisp_dist.bench.decode")
     code, found = run(capsys, *DECODE, "--shape", "llama:64/2/1k", "--peers", "generate")

@@ -1,4 +1,4 @@
-"""`aisp bench coordinator` on real Ray: that it measures whole rounds. No speed is asserted."""
+"""`python -m tests.bench.rounds` on Ray: it measures whole rounds. No speed is asserted."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import pickle
 import pytest
 
 from aisp_dist.records import Prompt, Round, Sampling
-from jobs import cli
+from tests.bench import rounds
 from tests.bench.rounds import Instant
 
 pytestmark = pytest.mark.ray
 
 
 def test_every_round_is_run_and_its_cpu_time_known(capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", "coordinator", "--rounds", "20", "--iterations", "4", "--replicas", "1", "--samples", "4"])
+    code = rounds.main(["--rounds", "20", "--iterations", "4", "--replicas", "1", "--samples", "4"])
     found = json.loads(capsys.readouterr().out)
-    assert ended.value.code == 0 and found["agrees"], "every prompt has its row"
+    assert code == 0 and found["agrees"], "every prompt has its row"
     assert found["rounds"] == 20 and found["coordinator_cpu_seconds_per_round"] > 0
     assert found["rounds_per_cpu_second"] * found["coordinator_cpu_seconds_per_round"] == pytest.approx(1)
     seconds, gpu = found["coordinator_cpu_seconds_per_round"], found["gpu_seconds_per_round"]

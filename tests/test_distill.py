@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from aisp_dist import demo
 from jobs import prepare, settings
+from tests.bench.distill import measure, prompts, students
 
-DISTILL = Path(__file__).parent.parent / "tests" / "bench" / "distill"
-
-
-def module(name: str):
-    spec = importlib.util.spec_from_file_location(f"distill_{name}", DISTILL / f"{name}.py")
-    made = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+DISTILL = Path(__file__).parent / "bench" / "distill"
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +29,8 @@ def said(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def test_its_training_prompts_are_new_every_one_and_none_is_measured(tmp_path):
-    module("prompts").main(str(tmp_path / "t.jsonl"))
+def test_training_prompts_are_unique_and_none_is_measured(tmp_path):
+    prompts.main(str(tmp_path / "t.jsonl"))
     asked = [json.loads(line)["prompt"] for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     measured = {json.loads(line)["prompt"] for line in demo.path("prompts").read_text().splitlines()}
     assert len(set(asked)) == len(asked) == 400 and not set(asked) & measured
@@ -46,7 +38,7 @@ def test_its_training_prompts_are_new_every_one_and_none_is_measured(tmp_path):
 
 def test_students_learn_what_they_are_taught_and_measures_are_of_the_student(run, tmp_path):
     """A student of one answer says it, which the teacher finds unlikely; pairs move it on."""
-    students, measure, teacher = module("students"), module("measure"), run.generator.model
+    teacher = run.generator.model
     ask = [[{"role": "user", "content": f"What is {thing} for?"}] for thing in ("tea", "a map", "rain", "a bus")] * 8
     rows = Dataset.from_list([{"prompt": p, "completion": said("Cats cats cats cats cats cats.")} for p in ask])
     folder = students.sft(teacher, rows, tmp_path / "sft", lr=3e-3, epochs=6.0, seed=0)
@@ -66,7 +58,6 @@ def test_students_learn_what_they_are_taught_and_measures_are_of_the_student(run
 
 
 def test_the_table_pairs_prompts_and_averages_over_seeds():
-    measure = module("measure")
     base = [{"r": np.array([0.0, 1.0, 2.0])}, {"r": np.array([0.0, 1.0, 2.0])}]
     more = [{"r": np.array([1.0, 2.0, 3.0])}, {"r": np.array([2.0, 3.0, 4.0])}]
     rows = measure.table({"base": base, "more": more}, against="base", main="r")

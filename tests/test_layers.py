@@ -44,7 +44,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("package", "forbidden"),
-    [("aisp_dist", {"ray", "actors", "jobs"}), ("actors", {"jobs"})],
+    [("aisp_dist", {"ray", "actors", "jobs", "tests"}), ("actors", {"jobs", "tests"}), ("jobs", {"tests"})],
 )
 def test_layers_point_one_way(package, forbidden):
     files = list((ROOT / package).rglob("*.py"))

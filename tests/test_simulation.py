@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from aisp_dist.records import Round, Sampling
-from jobs import cli
+from tests.bench import simulation
 from tests.bench.roofline import Plan
 from tests.bench.simulation import simulate
 from tests.bench.virtual import VirtualLoop
@@ -137,9 +137,8 @@ def test_a_coordinator_carries_the_inverse_of_what_a_round_costs_it():
 
 
 def measured(capsys, *args):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", "simulate", *args])
-    return ended.value.code, json.loads(capsys.readouterr().out)
+    code = simulation.main(args)
+    return code, json.loads(capsys.readouterr().out)
 
 
 def test_the_command_sweeps_and_reckons(capsys):
@@ -159,26 +158,22 @@ def test_the_command_sweeps_and_reckons(capsys):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--bundle", "5"], "no multiple of --bundle 5"),
-        (["--shards", "9"], "9 of 8 generators, 8 scorers and 400 prompts"),
-        (["--gpus", "1"], "1 of 1 generators, 0 scorers"),
+        (["--bundle", "5"], "not a multiple of --bundle 5"),
+        (["--shards", "9"], "9 with 8 generators, 8 scorers and 400 prompts"),
+        (["--gpus", "1"], "1 with 1 generators, 0 scorers"),
         (["--ratio", "1"], "'' must be a whole number"),
         (["--deaths", "-1"], "'-1' must be a number of at least 0"),
     ],
 )
 def test_bad_usage_ends_with_code_2_and_says_why(args, says, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", "simulate", *args])
+        simulation.main(args)
     shown = capsys.readouterr()
     assert ended.value.code == 2 and says in shown.err and shown.out == ""
 
 
 def test_the_bench_stands_by_the_plans_defaults():
-    from dataclasses import fields
-
-    from jobs.bench import parser
-
-    given = vars(parser("simulate").parse_args([]))
+    given = vars(simulation.parser().parse_args([]))
     assert {f.name: given[f.name] for f in fields(Plan) if f.name in given and f.name != "coordinator"} == {
         f.name: f.default for f in fields(Plan) if f.name in given and f.name != "coordinator"
     }

@@ -1,3 +1,4 @@
-"""Speed, as ratios to peers in the same run. decode.py, score.py and pipeline.py measure; command.py holds the flags,
-shapes.py makes models, paired.py times.
+"""`aisp bench`: the engine's speed beside other ways to decode, in the same run.
+
+decode.py measures; workload.py makes models, prompts and noise; peers.py holds the other ways; paired.py times.
 """

@@ -1,13 +1,12 @@
-"""Other ways to decode the same trajectories, for an honest comparison. All are given prompts of one length and the
-noise v of every trajectory, and answer tokens, trajectory by trajectory in the order of the prompts.
+"""Other ways to decode the same trajectories. Each takes prompts of one length and the noise v of every trajectory, and
+returns the tokens of every trajectory, ordered by prompt.
 
-Shapes: P prompts, N samples of each, B = P N rows, L prompt tokens, T new tokens, D hidden size.
+Shapes: P prompts, N samples per prompt, B = P N rows, L prompt tokens, T new tokens, D hidden size.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,38 +15,32 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-_PREFILL = 1 << 17  # tokens of one call of generate, whose prompts are all repeated: what a large GPU has room for
-
 Tokens = list[list[int]]
 Peer = Callable[[torch.Tensor, torch.Tensor], Tokens]  # prompts [P, L], v [B, T, D]
 
 
 @torch.inference_mode()
 def generate(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -> Tokens:
-    """transformers' generate on the repeated prompts, v added to what enters the output layer; as many prompts in one
-    call as have room."""
-    samples, steps = len(v_BTD) // len(prompts_PL), v_BTD.shape[1]
-    tokens: Tokens = []
-    for some_PL in torch.split(prompts_PL, max(1, _PREFILL // (samples * prompts_PL.shape[1]))):
-        rows_BL = some_PL.repeat_interleave(samples, dim=0)
-        left = iter(v_BTD[len(tokens) : len(tokens) + len(rows_BL)].unbind(1))
+    """transformers' generate on repeated prompts; v is added to the input of the output layer."""
+    rows_BL = prompts_PL.repeat_interleave(len(v_BTD) // len(prompts_PL), dim=0)
+    left = iter(v_BTD.unbind(1))
 
-        def add(_: Any, args: tuple[torch.Tensor], left: Any = left) -> tuple[torch.Tensor]:
-            (hidden,) = args
-            return (torch.cat([hidden[:, :-1], (hidden[:, -1].float() + next(left)).to(hidden.dtype)[:, None]], dim=1),)
+    def add(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        (hidden,) = args
+        return (torch.cat([hidden[:, :-1], (hidden[:, -1].float() + next(left)).to(hidden.dtype)[:, None]], dim=1),)
 
-        hook = model.get_output_embeddings().register_forward_pre_hook(add)
-        ends = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
-        made = model.generate(rows_BL, attention_mask=torch.ones_like(rows_BL), max_new_tokens=steps, **ends)
-        hook.remove()
-        tokens += made[:, prompts_PL.shape[1] :].tolist()
+    hook = model.get_output_embeddings().register_forward_pre_hook(add)
+    ends = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    made = model.generate(rows_BL, attention_mask=torch.ones_like(rows_BL), max_new_tokens=v_BTD.shape[1], **ends)
+    hook.remove()
+    tokens: Tokens = made[:, prompts_PL.shape[1] :].tolist()
     return tokens
 
 
 @torch.inference_mode()
 def repeated_static(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -> Tokens:
-    """The fair one: every prompt prefilled once, its KV repeated for its samples, one greedy loop over all rows on a
-    cache that is written in place."""
+    """The stronger peer, a loop written by hand: each prompt is prefilled once, its keys and values are repeated for
+    its samples, and all rows are decoded from one cache that is written in place."""
     (rows, steps, _), length = v_BTD.shape, prompts_PL.shape[1]
     samples = rows // len(prompts_PL)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
@@ -68,17 +61,19 @@ def repeated_static(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -
     return tokens
 
 
-def sampling(twin: Any, dtype: str, rows: int, positions: int) -> Peer | str:
-    """vLLM with its prefix cache on and random weights in the twin's shapes, sampling without our noise; written to its
-    documentation and never run here. Where it is not installed, says so."""
-    if importlib.util.find_spec("vllm") is None:
-        return "not measured: vllm is not installed"
+def vllm(twin: Any, dtype: str, rows: int, positions: int) -> Peer | str:
+    """vLLM with its prefix cache and random weights in the shapes of `twin`. It samples without our noise, so its
+    tokens are not compared. Returns the reason as text if vLLM is not installed. Written to vLLM's documentation; not
+    run."""
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    vllm = importlib.import_module("vllm")
-    twin.config.architectures = [type(twin).__name__]  # a made config says none
+    try:
+        library = importlib.import_module("vllm")
+    except ImportError:
+        return "not measured: vllm is not installed"
+    twin.config.architectures = [type(twin).__name__]  # AutoConfig.for_model leaves it empty
     with tempfile.TemporaryDirectory() as folder:
         twin.config.save_pretrained(folder)
-        llm = vllm.LLM(
+        llm = library.LLM(
             model=folder,
             dtype=dtype,
             load_format="dummy",
@@ -86,11 +81,11 @@ def sampling(twin: Any, dtype: str, rows: int, positions: int) -> Peer | str:
             skip_tokenizer_init=True,
             max_num_seqs=rows,
             max_model_len=positions,
-            gpu_memory_utilization=0.4,  # beside two copies of the model
+            gpu_memory_utilization=0.4,  # two copies of the model are on the device already
         )
 
     def sample(prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -> Tokens:
-        settings = vllm.SamplingParams(
+        settings = library.SamplingParams(
             n=len(v_BTD) // len(prompts_PL), max_tokens=v_BTD.shape[1], ignore_eos=True, detokenize=False
         )
         prompts = [{"prompt_token_ids": tokens} for tokens in prompts_PL.tolist()]

@@ -1,8 +1,8 @@
 """The measured tables of README.md and docs/: kept in figures.json, from the files that a measurement leaves.
 
     python -m tests.bench.figures record mini outputs/mini/compare "aisp compare configs/paper/mini.yaml"
-    python -m tests.bench.figures record population outputs/population "python tests/bench/population/measure.py ..."
-    python -m tests.bench.figures record students outputs/distill "python tests/bench/distill/proof.py"
+    python -m tests.bench.figures record population outputs/population "python -m tests.bench.population.measure ..."
+    python -m tests.bench.figures record students outputs/distill "python -m tests.bench.distill.proof"
     aisp align configs/quickstart.yaml | python -m tests.bench.figures picture
 
 `python -m tests.texts` then writes them into the texts. `picture` draws a command's output as .github/quickstart.svg.

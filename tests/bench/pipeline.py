@@ -1,12 +1,16 @@
-"""Searches of several prompts with decoding and scoring at work in two processes, beside each of the two doing the same
-requests alone: how much of the faster one's work is hidden behind the slower one's. No Ray: an executor for each.
+"""How much of the faster part's work is hidden behind the slower one's: searches of several prompts with decoding and
+scoring in two processes, beside each of the two answering the same requests alone. No Ray: one executor each.
+
+    python -m tests.bench.pipeline
 
     align (here) --- rounds ---> _advance (decoder)        align --- responses ---> _score (scorer)
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -22,21 +26,23 @@ import torch
 
 from aisp_dist import rewards
 from aisp_dist.align import align
-from aisp_dist.bench import paired, shapes
-from aisp_dist.bench.workload import SAMPLING, warm
+from aisp_dist.bench import paired
+from aisp_dist.bench.workload import SAMPLING
 from aisp_dist.config import Aisp, Generator, ModelReward, Run
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.model import load
 from aisp_dist.records import Prompt, Rollout, Round, Sampling, Score
+from jobs.bench import positive
+from tests.bench import checkpoints, command
 
-STEPS = 4  # of the engine, between looks at what has arrived
+STEPS = 4  # steps of the engine before it looks for new rounds
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What both processes work on. Each name is met by a new engine and a new scorer, which know no prompt."""
+    """What both processes work on. Every name gets a fresh engine and a fresh scorer, which know no prompt."""
 
     name: str
     run: str  # as JSON
@@ -50,18 +56,31 @@ class Task:
 
 @dataclass(frozen=True)
 class Requests:
-    """What searches asked of the decoder and the scorer, and what the rounds became."""
+    """What the searches asked of the decoder and the scorer, and the decoder's answers."""
 
     rounds: dict[Round, Rollout] = field(default_factory=dict)
     nlls: list[tuple[Tokens, Sequence[Tokens]]] = field(default_factory=list)
     scores: list[tuple[Prompt, Sequence[str]]] = field(default_factory=list)
 
 
+def main(args: Sequence[str] | None = None) -> int:
+    return command.run(parser(), measure, args)
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = command.parser("pipeline", __doc__)
+    command.model_flags(parse, "llama:256/4/4k", prompt_tokens=256, samples=16)
+    parse.add_argument("--prompts", type=positive, default=8, metavar="N", help="prompts in flight")
+    parse.add_argument("--iterations", type=positive, default=4, metavar="N", help="iterations of the search")
+    parse.add_argument("--batch-rows", type=positive, metavar="N", help="rows of a batch; room for half the prompts")
+    return parse
+
+
 def measure(options: Namespace) -> dict[str, Any]:
     device, machine = paired.place(options.device, options.threads)
     rows = options.batch_rows or -(-options.prompts // 2) * options.samples  # the other prompts are being scored
-    shape, dtype = shapes.parse(options.shape), options.dtype
-    size = shape, options.prompt_tokens + options.new_tokens + 64, getattr(torch, dtype)
+    dtype = options.dtype
+    size = options.shape, options.prompt_tokens + options.new_tokens + 64, getattr(torch, dtype)
     found: list[dict[str, float]] = []
     one_process: dict[str, Any] = {"max_workers": 1, "mp_context": get_context("spawn")}
     with (
@@ -69,14 +88,14 @@ def measure(options: Namespace) -> dict[str, Any]:
         ProcessPoolExecutor(**one_process) as decoder,
         ProcessPoolExecutor(**one_process) as scorer,
     ):
-        generator, reward = (shapes.save(Path(folder) / k, *size, k == "reward") for k in ("generator", "reward"))
+        generator, reward = (checkpoints.save(Path(folder) / k, *size, k == "reward") for k in ("generator", "reward"))
         run = Run(
             output="none",
             generator=Generator(model=generator, dtype=dtype, batch_rows=rows, max_new_tokens=options.new_tokens),
             rewards={"main": ModelReward(model=reward, dtype=dtype, batch_rows=options.samples)},
             method=Aisp(num_samples=options.samples, num_iterations=options.iterations),
         )
-        text, tokenizer = run.model_dump_json(by_alias=True), shapes.tokenizer(shape.vocab)
+        text, tokenizer = run.model_dump_json(by_alias=True), checkpoints.tokenizer(options.shape)
         for repetition in range(options.repeat):
             draw = torch.Generator().manual_seed(repetition)
             ids = torch.randint(len(tokenizer), (options.prompts, options.prompt_tokens), generator=draw).tolist()
@@ -91,7 +110,7 @@ def measure(options: Namespace) -> dict[str, Any]:
 
 
 def _repetition(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, scorer: Executor) -> dict[str, float]:
-    """Seconds together and of each alone, and the share of rounds that were decoded the same both times."""
+    """Seconds of both together and of each alone, and the share of rounds that were decoded alike both times."""
     _load(task, decoder, scorer)
     start = time.perf_counter()
     asked = asyncio.run(_search(task, prompts, decoder, scorer))
@@ -106,7 +125,8 @@ def _repetition(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, sc
 
 
 def _load(task: Task, decoder: Executor, scorer: Executor) -> None:
-    """One model after the other: two threads of a process, as the tests have, must not load at the same time."""
+    """Load one model after the other: in tests both executors are threads of one process, which must not load at the
+    same time."""
     decoder.submit(_warm, task).result()
     scorer.submit(_score, task, Prompt("", 0, "w9"), ["w9"]).result()
 
@@ -133,7 +153,7 @@ async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, 
         return await loop.run_in_executor(decoder, _nll, task, prompt, responses)
 
     async def calibrate(*_: Any) -> Sampling:
-        raise NotImplementedError("the peer's methods leave nothing open")
+        raise NotImplementedError("the method of this bench has nothing to calibrate")
 
     async def decode() -> None:
         while await wake.wait():
@@ -144,7 +164,7 @@ async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, 
             if not waiting:
                 wake.clear()
 
-    async with asyncio.TaskGroup() as group:  # an error of one ends all
+    async with asyncio.TaskGroup() as group:  # the first error ends all
         decoding = group.create_task(decode())
         run = task.parsed()
         await asyncio.gather(
@@ -171,7 +191,7 @@ def _scorer(task: Task) -> rewards.RewardFn:
 
 
 def _warm(task: Task) -> None:
-    warm(_engine(task), [Round(0, "warm", (1,), 0, 0, 1, SAMPLING)])
+    _engine(task).run([Round(0, "warm", (1,), 0, 0, 1, SAMPLING)])
 
 
 def _advance(task: Task, arrived: Sequence[Round]) -> list[tuple[Round, Rollout]]:
@@ -206,3 +226,7 @@ def _score_alone(task: Task, scores: Sequence[tuple[Prompt, Sequence[str]]]) -> 
     for prompt, responses in scores:
         _score(task, prompt, responses)
     return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())

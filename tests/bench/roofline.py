@@ -1,4 +1,4 @@
-"""How long an 8B model takes: Llama-3-8B and a reward model of its size at a GPU's roofline. Pure arithmetic."""
+"""How long an 8B model takes: Llama-3-8B, and a reward model of its size, at a GPU's roofline. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from aisp_dist.records import Round
 
-# Llama-3-8B: parameters of the layers and of the output layer; bytes of KV a token in bf16; 4 x layers x width, the
-# operations of a row's attention to a token.
+# Llama-3-8B: parameters of the layers and of the output layer; bytes of keys and values per token in bf16; operations
+# of a row's attention to one token, 4 x layers x width.
 LAYERS, HEAD, KV_BYTES, ATTEND = 6.98e9, 0.525e9, 131072, 4 * 32 * 4096
 KEPT = 1 << 13  # tokens of prefixes that a scorer keeps (aisp_dist/rewards/prefix.py)
 
@@ -19,9 +19,9 @@ KEPT = 1 << 13  # tokens of prefixes that a scorer keeps (aisp_dist/rewards/pref
 class Plan:
     """A cluster of one coordinator, its work, and its faults. Times in seconds.
 
-    coordinator: CPU of a round. spread: response lengths are uniform from (1 - spread) x new_tokens to new_tokens.
-    deaths: of a replica in an hour, of which the share `stalls` only hang. bandwidth, flops: what a GPU attains.
-    queue: requests that a scorer is given at a time. bundle: rows simulated as one.
+    coordinator: CPU seconds per round. spread: response lengths are uniform from (1 - spread) x new_tokens to
+    new_tokens. deaths: per replica and hour; a share `stalls` of them only hang. bandwidth, flops: of one GPU. queue:
+    requests that a scorer has at a time. bundle: rows simulated as one.
     """
 
     generators: int = 8
@@ -45,7 +45,7 @@ class Plan:
     seed: int = 0
 
     def step(self, rows: float) -> float:
-        """Seconds of one decoding step of `rows` rows of rows / samples prompts, each half way through its answer."""
+        """Seconds of one decoding step of `rows` rows, each half way through its answer, of rows / samples prompts."""
         own = self.new_tokens * (1 - self.spread / 2) / 2
         keys = (math.ceil(rows / self.samples) * self.prompt_tokens + rows * own) * KV_BYTES
         products = max(2 * (LAYERS + HEAD) / self.bandwidth, 2 * (LAYERS + HEAD) * rows / self.flops)
@@ -56,7 +56,7 @@ class Plan:
         return 2 * LAYERS * tokens / self.flops
 
     def lengths(self, round: Round) -> list[int]:
-        """Of the round's trajectories, in tokens."""
+        """Lengths of the round's trajectories in tokens."""
         count = round.stop - round.start
         text = f"{self.seed} {round.prompt_id} {round.iteration} {round.start}"
         words = hashlib.shake_128(text.encode()).digest(4 * count)

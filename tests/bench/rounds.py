@@ -1,10 +1,15 @@
-"""What a round costs the coordinator: the real Coordinator, pools and store as Ray actors, with generators and scorers
-that answer at once what a real round is made of. No model is loaded."""
+"""The CPU time that a round costs the coordinator: the real Coordinator, pools and writer on Ray, with generators and
+scorers that answer at once with messages of real size. No model is loaded.
+
+    python -m tests.bench.rounds
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -18,6 +23,8 @@ from aisp_dist.config import Run
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import Lease
 from aisp_dist.records import Prompt, Rollout, Round, Score, Trajectory
+from jobs.bench import positive
+from tests.bench import command
 from tests.bench.roofline import Plan
 from tests.bench.simulation import FINGERPRINT
 from tests.bench.virtual import pooled
@@ -26,7 +33,7 @@ VOCABULARY = 128_256  # Llama 3's; a token id of a larger one pickles as long
 
 
 class Instant:
-    """Generator and scorer in one. Its answers have the size of real ones: token ids, text, rewards that differ."""
+    """A generator and a scorer. Its answers have the size of real ones: token ids, text, rewards that differ."""
 
     def __init__(self, samples: int, tokens: int) -> None:
         draw = random.Random(0)
@@ -56,7 +63,7 @@ class Instant:
 
 class Measured(coordinator.Coordinator):
     async def cpu(self) -> float:
-        """Seconds of CPU that this process has used."""
+        """CPU seconds that this process has used."""
         return time.process_time()
 
 
@@ -72,8 +79,27 @@ async def _start(run: Run, groups: Sequence[placement.Group], samples: int, toke
     return pools, None
 
 
+def main(args: Sequence[str] | None = None) -> int:
+    return command.run(parser(), measure, args)
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = command.parser("rounds", __doc__)
+
+    def add(flag: str, default: int, about: str) -> None:
+        parse.add_argument(flag, type=positive, default=default, metavar="N", help=about)
+
+    add("--rounds", 2000, "rounds in all")
+    add("--replicas", 2, "generators, and as many scorers")
+    add("--samples", 32, "trajectories of a round")
+    add("--iterations", 32, "rounds of a prompt")
+    add("--prompt-tokens", 500, "tokens of a prompt")
+    add("--new-tokens", 128, "tokens of a response")
+    return parse
+
+
 def measure(options: Namespace) -> dict[str, Any]:
-    """`aisp bench coordinator`. A round is a rollout, its scores and the update; the base answer counts as one."""
+    """A round is a rollout, its scores and the update; the base answer counts as a round."""
     import ray
 
     with tempfile.TemporaryDirectory() as folder:
@@ -101,10 +127,10 @@ def measure(options: Namespace) -> dict[str, Any]:
     return {
         "rounds": rounds,
         "seconds": seconds,
-        "rounds_per_second": rounds / seconds,  # beside the fakes, which want CPU too
+        "rounds_per_second": rounds / seconds,  # the fakes use CPU time too
         "coordinator_cpu_seconds_per_round": cpu / rounds,
         "rounds_per_cpu_second": rounds / cpu,
-        "gpu_seconds_per_round": real,  # of Llama-3-8B at the roofline of an H200, calculated
+        "gpu_seconds_per_round": real,  # calculated: Llama-3-8B at the roofline of an H200
         "share_of_a_round": cpu / rounds / real,
         "agrees": whole,
     }
@@ -122,3 +148,7 @@ def _run(options: Namespace, root: Path) -> Run:
             "runtime": {"generators": replicas, "rewards": {"reward": replicas}},
         }
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,15 @@
-"""A reward model's scorer beside transformers' own forward over the whole padded batch. `first`: a prompt that it has
-not met; `next`: further responses to a known one, as in the later iterations of a search."""
+"""A reward model's scorer beside transformers' own forward pass over the whole padded batch.
+
+    python -m tests.bench.score
+
+`first` scores responses to a prompt that the scorer has not met; `next` scores further responses to a known prompt, as
+in the later iterations of a search.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -13,27 +20,38 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from aisp_dist.analysis.doctor import own_model
-from aisp_dist.analysis.doctor.scoring import forward
-from aisp_dist.bench import paired, shapes
+from aisp_dist.bench import paired
 from aisp_dist.config import ModelReward
 from aisp_dist.records import Prompt
 from aisp_dist.rewards import model
+from jobs.bench import positive
+from tests.bench import checkpoints, command
 
-AGREE = 1e-3  # |dr| in fp32
+AGREE = 1e-3  # largest difference of a reward in fp32
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return command.run(parser(), measure, args)
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = command.parser("score", __doc__)
+    command.model_flags(parse, "llama:512/8/16k", prompt_tokens=512, samples=32)
+    parse.add_argument("--batch-rows", type=positive, metavar="N", help="rows of a batch; room for all samples")
+    return parse
 
 
 def measure(options: Namespace) -> dict[str, Any]:
     device, machine = paired.place(options.device, options.threads)
-    shape, dtype = shapes.parse(options.shape), getattr(torch, options.dtype)
-    most = options.prompt_tokens + options.new_tokens + 64
+    longest = options.prompt_tokens + options.new_tokens + 64
     with tempfile.TemporaryDirectory() as folder:
-        where = shapes.save(Path(folder), shape, most, dtype, classifier=True)
+        where = checkpoints.save(Path(folder), options.shape, longest, getattr(torch, options.dtype), classifier=True)
         rows = options.batch_rows or options.samples
-        settings = ModelReward(model=where, dtype=options.dtype, max_tokens=most, batch_rows=rows)
+        settings = ModelReward(model=where, dtype=options.dtype, max_tokens=longest, batch_rows=rows)
         ours = model.load("bench", settings, str(device))
-        twin = own_model(AutoModelForSequenceClassification, where, settings, device)
-    tokenizer = shapes.tokenizer(shape.vocab)
+        twin = AutoModelForSequenceClassification.from_pretrained(where, dtype=options.dtype).to(device).eval()
+    tokenizer = checkpoints.tokenizer(options.shape)
+    twin.config.pad_token_id = tokenizer.pad_token_id
 
     def texts(seed: int, count: int, length: int) -> list[str]:
         ids = torch.randint(len(tokenizer), (count, length), generator=torch.Generator().manual_seed(seed))
@@ -51,7 +69,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         return lambda: [score.value for score in ours(prompt, responses)]
 
     def full(repetition: int, known: bool = False) -> Callable[[], list[float]]:
-        return partial(_full, twin, tokenizer, *work(repetition, known))
+        return partial(forward, twin, tokenizer, *work(repetition, known))
 
     score(options.repeat, known=True)  # warms up
     contenders: dict[str, paired.Prepare] = {"first": partial(score, known=False), "full": full}
@@ -76,7 +94,14 @@ def measure(options: Namespace) -> dict[str, Any]:
     return {**machine, "model": options.shape, **sizes, "agrees": agrees, **result}
 
 
-def _full(twin: Any, tokenizer: Any, prompt: Prompt, responses: Sequence[str]) -> list[float]:
+@torch.inference_mode()
+def forward(twin: Any, tokenizer: Any, prompt: Prompt, responses: Sequence[str]) -> list[float]:
     """Scores of all responses in one batch, padded on the right."""
     chats = [[{"role": "user", "content": prompt.content}, {"role": "assistant", "content": r}] for r in responses]
-    return forward(twin, tokenizer.apply_chat_template(chats, return_dict=False))
+    batch = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt", return_dict=True)
+    logits: list[float] = twin(**batch.to(twin.device)).logits[:, 0].float().tolist()
+    return logits
+
+
+if __name__ == "__main__":
+    sys.exit(main())

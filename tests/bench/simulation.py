@@ -1,25 +1,28 @@
-"""The real coordinator, pools and store on a virtual clock, with generators and scorers that only say how long they
-would take: what a large cluster does, on one core.
+"""What a large cluster does, simulated on one core: the real coordinator, pools and writer on a virtual clock, with
+generators and scorers that only say how long they would take.
+
+    python -m tests.bench.simulation --gpus 16,64 --ratio 1:1
 
     clock     an event loop whose time jumps to the next timer when nothing is ready; threads run inline
     service   Llama-3-8B and an 8B reward model at the roofline: the time of a step follows from the rows in it, a
-              prompt is prefilled once a replica, a finished row makes room at once
+              prompt is prefilled once per replica, a finished row makes room at once
     cost      each round occupies its coordinator for `coordinator` CPU seconds, one round after the other
-    faults    replicas die at random, are started again in `startup` seconds, or hang until a timeout finds them
+    faults    replicas die at random and are restarted in `startup` seconds, or hang until a timeout finds them
 
-Rows are simulated `bundle` at a time (one trajectory of the records stands for so many of equal length; the base answer
-too counts as so many). All randomness is keyed by the seed: the same plan gives the same figures.
+Rows are simulated `bundle` at a time: one trajectory of the records stands for that many of equal length, the base
+answer too. All randomness is keyed by the seed: the same plan gives the same figures.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import itertools
 import math
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,17 +36,19 @@ from aisp_dist.output import manifest
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import Lease
 from aisp_dist.output.verify import verify
+from jobs.bench import positive, several
+from tests.bench import command
 from tests.bench.roofline import Plan
 from tests.bench.virtual import Dead, Generator, Processor, Scorer, VirtualLoop, pooled
 
 FINGERPRINT = "0" * 32
-LOAD = 0.7  # of a coordinator's core, beyond which prompts wait for it
-TARGET = 10_000_000  # prompts of the run that is reckoned up
+LOAD = 0.7  # share of a coordinator's core beyond which prompts wait for it
+TARGET = 10_000_000  # prompts of the run whose cost is estimated
 
 
 @dataclass(frozen=True)
 class _Figures:
-    """Of one shard. integrals: (time, prompts in flight, busy seconds in the order of PARTS), sampled. counts: in the
+    """One shard. integrals: samples of (time, prompts in flight, busy seconds in the order of PARTS). counts: in the
     order of COUNTS."""
 
     plan: Plan
@@ -51,7 +56,7 @@ class _Figures:
     counts: tuple[int, ...]
 
     def steady(self) -> tuple[int, int]:
-        """First and last sample with a full window."""
+        """The first and the last sample with a full window."""
         most = max(in_flight for _, in_flight, _ in self.integrals)
         full = [i for i, (_, in_flight, _) in enumerate(self.integrals) if in_flight >= 0.98 * most]
         return full[0], full[-1]
@@ -62,15 +67,18 @@ COUNTS = ("done", "failed", "violations", "restarts", "repeats")
 
 
 def simulate(plan: Plan, shards: int = 1) -> dict[str, Any]:
-    """Figures of a run by `shards` coordinators that share nothing: each has its part of replicas and prompts.
-    utilisation: busy share of each kind's time; rows: of the generators' rows. Raises ConfigError."""
+    """Simulate a run by `shards` coordinators that share nothing: each has its part of the replicas and prompts.
+    utilisation: the busy share of each kind's time; rows: the filled share of the generators' rows. Raises
+    ConfigError."""
     for name in ("samples", "batch_rows"):
         if getattr(plan, name) % plan.bundle:
-            raise ConfigError(f"--{name}: {getattr(plan, name)} is no multiple of --bundle {plan.bundle}; make it one")
+            raise ConfigError(
+                f"--{name}: {getattr(plan, name)} is not a multiple of --bundle {plan.bundle}; change one of them"
+            )
     if min(plan.generators, plan.scorers, plan.prompts) < shards:
         raise ConfigError(
-            f"--shards: {shards} of {plan.generators} generators, {plan.scorers} scorers and {plan.prompts} prompts; "
-            "each needs one of all, so lower it or raise --gpus or --prompts"
+            f"--shards: {shards} with {plan.generators} generators, {plan.scorers} scorers and {plan.prompts} prompts; "
+            "a shard needs one of each, so lower it or raise --gpus or --prompts"
         )
     found = []
     for k in range(shards):
@@ -115,7 +123,7 @@ def _simulate(plan: Plan) -> _Figures:
 
 
 def _run(plan: Plan, root: Path) -> Run:
-    """The configuration; a fixed lambda, since the update's cost is part of the coordinator's seconds already."""
+    """The configuration. lambda is fixed: the cost of the update is part of the coordinator's seconds already."""
     return Run.model_validate(
         {
             "output": str(root / "output"),
@@ -182,8 +190,51 @@ async def _fill(plan: Plan, run: Run) -> _Figures:
     return _Figures(plan, integrals, (verdict.done, verdict.failed, len(verdict.violations), restarts, repeats))
 
 
+def main(args: Sequence[str] | None = None) -> int:
+    return command.run(parser(), measure, args)
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = command.parser("simulation", __doc__)
+    plan = Plan()
+
+    def add(flag: str, kind: Callable[[str], Any], about: str, default: Any = None) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        parse.add_argument(flag, type=kind, default=default or getattr(plan, name), metavar="X", help=about)
+
+    add("--gpus", several(positive), "generators and scorers together", [16])
+    add("--ratio", several(_ratio), "generators : scorers, as 1:1", [0.5])
+    add("--shards", several(positive), "coordinators", [1])
+    add("--prompts", positive, "prompts with the most GPUs; in proportion with fewer")
+    add(
+        "--coordinator", command.not_negative, "CPU seconds of the coordinator per round, see tests.bench.rounds", 0.005
+    )
+    add("--batch-rows", positive, "rows of a generator")
+    add("--spread", command.not_negative, "lengths are uniform between (1 - spread) x new tokens and new tokens")
+    add("--deaths", command.not_negative, "deaths of a replica per hour")
+    add("--stalls", command.not_negative, "share of the deaths that only hang")
+    add("--queue", positive, "requests that a scorer has at a time")
+    add("--startup", command.not_negative, "seconds that a replica takes to start")
+    add("--retries", positive, "runtime.retries")
+    add("--bundle", positive, "rows that are simulated as one")
+    add("--bandwidth", float, "bytes/s of a GPU, an H200's")
+    add("--flops", float, "FLOP/s of a GPU, an H200's in bf16")
+    add("--seed", int, "seed of lengths and faults")
+    add("--samples", positive, "trajectories of a round")
+    add("--iterations", positive, "rounds of a prompt")
+    add("--prompt-tokens", positive, "tokens of a prompt")
+    add("--new-tokens", positive, "tokens of a response, at most")
+    return parse
+
+
+def _ratio(text: str) -> float:
+    """The generators' share of the GPUs."""
+    generators, _, scorers = text.partition(":")
+    return positive(generators) / (positive(generators) + positive(scorers))
+
+
 def measure(options: Namespace) -> dict[str, Any]:
-    """`aisp bench simulate`: every combination of GPUs, ratios and shards. Raises ConfigError."""
+    """Simulate every combination of GPUs, ratios and shards. Raises ConfigError."""
     given = vars(options)
     settings = {f.name: given[f.name] for f in fields(Plan) if f.name in given}
     found = []
@@ -215,3 +266,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         "shards_wanted": carried and {str(gpus): math.ceil(gpus / (LOAD * carried)) for gpus in options.gpus},
         "agrees": not any(one["violations"] for one in found),
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""Generators and scorers that only say how long they would take, on a clock that jumps: an event loop whose time goes
-to the next timer when nothing is ready, with the work of threads done inline.
+"""Generators and scorers that only say how long they would take, on a virtual clock: an event loop whose time jumps to
+the next timer when nothing is ready, with the work of threads done inline.
 
-A generator's step follows from the rows in it, a prompt is prefilled once a replica, a finished row makes room at once.
-Replicas die at random, are started again in `startup` seconds, or hang until a timeout finds them.
+The time of a generator's step follows from the rows in it, a prompt is prefilled once per replica, a finished row makes
+room at once. Replicas die at random and are restarted in `startup` seconds, or hang until a timeout finds them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Clock(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes only while nothing is ready to run, and then at once. Work for threads is done inline."""
+    """Time passes only while nothing is ready to run, and then it jumps. Work for threads is done inline."""
 
     def __init__(self) -> None:
         self.clock = _Clock()
@@ -57,7 +57,7 @@ class Dead(Exception):
 
 @dataclass
 class Processor:
-    """The coordinator's one core: what it does, it does one after the other."""
+    """The coordinator's one core: it does one thing after the other."""
 
     free: float = 0.0
     busy: float = 0.0
@@ -70,13 +70,13 @@ class Processor:
 
 
 class Simulated:
-    """A replica that is late instead of working: `at` is when it is done with what it was given so far."""
+    """A replica that waits instead of working. `at`: when it is done with everything it was given so far."""
 
     def __init__(self, name: str, plan: Plan, core: Processor) -> None:
         self.name, self.plan, self.core = name, plan, core
         self.random = random.Random(f"{plan.seed} {name}")
         self.loop = asyncio.get_running_loop()
-        self.work = 0.0  # seconds
+        self.work = 0.0  # busy seconds, those that are scheduled included
         self.starts = 0
         self._start()
 
@@ -118,7 +118,7 @@ class Simulated:
         return {"busy": bool(self.asked), "progress": self.busy()}
 
     async def restart(self, reason: str) -> None:
-        """The first start, without a reason, takes no time: what is simulated is the run after it."""
+        """The first start, without a reason, takes no time: the simulated run begins after it."""
         self.stop()
         await asyncio.sleep(self.plan.startup if reason else 0)
         self.starts += 1
@@ -131,12 +131,12 @@ class Simulated:
             self.end.cancel()
 
     def _take(self, seconds: float) -> None:
-        """Occupies the replica."""
+        """Occupy the replica for these seconds."""
         self.at = max(self.at, self.loop.time()) + seconds
         self.work += seconds
 
     def _answer(self, answer: asyncio.Future[Any], value: Any) -> None:
-        """When the replica is done with what it has."""
+        """Answer when the replica is done with everything it has."""
 
         def settle() -> None:
             if self.asked.pop(answer, None) and not answer.done():
@@ -164,7 +164,7 @@ class Scorer(Simulated):
 
 @dataclass
 class _Asked:
-    """A round in a generator: its answer, its lengths, and how many of its trajectories run or wait."""
+    """A round in a generator: its answer, its lengths, and how many of its trajectories are running or waiting."""
 
     answer: asyncio.Future[Any]
     lengths: list[int]
@@ -175,16 +175,16 @@ class _Asked:
 
 
 class Generator(Simulated):
-    """Steps are counted, not made: every running row gets a token in each, so a row that enters at step a with length
-    l leaves at a + l. Between two changes of the rows every step takes the same time."""
+    """Steps are counted, not computed: every running row gets a token in each, so a row that enters at step a with
+    length l leaves at a + l. Between two changes of the rows every step takes the same time."""
 
     rows = 0.0  # integral over time of the share of rows that are filled
-    count = 0  # rows so far; keeps the heap from comparing what cannot be
+    count = 0  # rows so far; breaks ties in the heap
 
     def _start(self) -> None:
         super()._start()
         self.step = 0.0
-        self.running: list[tuple[float, int, _Asked]] = []  # step of the end
+        self.running: list[tuple[float, int, _Asked]] = []  # step at which the row ends
         self.waiting: deque[tuple[int, _Asked]] = deque()
         self.slots = self.plan.batch_rows // self.plan.bundle
         self.seconds = [self.plan.step(k * self.plan.bundle) for k in range(self.slots + 1)]
@@ -206,7 +206,7 @@ class Generator(Simulated):
         self._turn()
 
     def _pass(self) -> None:
-        """Brings the rows to the present."""
+        """Bring the rows to the present."""
         now = self.loop.time()
         if self.running and now > self.at:
             self.step += (now - self.at) / self.seconds[len(self.running)]
@@ -246,12 +246,12 @@ class Generator(Simulated):
 
 
 def _trajectory(sample: int, length: int) -> Trajectory:
-    """Only its length matters: one character a token."""
+    """Only the length matters: one character per token."""
     return Trajectory(sample, (0,) * length, "." * length, "stop")
 
 
 async def pooled(replicas: Sequence[Replica], limit: int, timeout: float, **settings: Any) -> Pool:
-    """A pool of replicas that it has started."""
+    """A pool with all its replicas started."""
     pool = Pool(replicas, limit=limit, timeout=timeout, **settings)
     await pool.fleet.ready(len(replicas))
     return pool

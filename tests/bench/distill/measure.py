@@ -1,5 +1,6 @@
-"""What students answer on prompts that no teacher relabelled: greedy answers, the rewards of the run's configuration,
-and the teacher's negative log-likelihood of them, which shows a student that earns its reward in gibberish."""
+"""Measures of students on prompts that no teacher relabelled: greedy answers, their rewards by the run's configuration,
+and their negative log-likelihood by the teacher, which exposes a student that earns its reward with gibberish.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ Columns = dict[str, np.ndarray]  # by measure, [P]
 
 
 def answers(run: Run, student: str, asked: Sequence[Prompt]) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
-    """Prompt tokens, greedy tokens and text of each."""
+    """Prompt tokens, greedy tokens and text, by prompt."""
     lm = model.load(Generator(model=student, max_new_tokens=run.generator.max_new_tokens))
     engine = decode.Engine(lm, run.generator.batch_rows, run.generator.max_new_tokens, run.generator.stop)
     rendered = [render.render(p, run.prompts, lm.tokenizer, run.prompts.max_tokens) for p in asked]
@@ -33,7 +34,7 @@ def answers(run: Run, student: str, asked: Sequence[Prompt]) -> list[tuple[tuple
 
 
 def measure(run: Run, base_dir: Path, students: Mapping[str, str], num_prompts: int) -> dict[str, Columns]:
-    """Every student's measures on the first prompts of the run's `prompts`, in their order."""
+    """The measures of every student on the first prompts of the run's `prompts`, in input order."""
     asked = [p for p in prompts.read(run.prompts.model_copy(update={"limit": num_prompts})) if isinstance(p, Prompt)]
     scorers = {name: rewards.load(name, reward, base_dir) for name, reward in run.rewards.items()}
     teacher = decode.Engine(model.load(run.generator), 32, run.generator.max_new_tokens)
@@ -53,8 +54,9 @@ def measure(run: Run, base_dir: Path, students: Mapping[str, str], num_prompts: 
 
 
 def table(found: Mapping[str, Sequence[Columns]], against: str, main: str) -> list[dict[str, Any]]:
-    """One row for each kind of student, from its measures by training seed: means over prompts and seeds, and for the
-    reward `main` the paired difference to students of kind `against`, with 95 % bootstrap intervals over prompts."""
+    """One row for each kind of student. found: its measures by training seed. A row has means over prompts and seeds,
+    and for the reward `main` the paired difference from students of kind `against`, with 95 % bootstrap intervals over
+    prompts."""
 
     def over_seeds(kind: str, column: str) -> np.ndarray:
         mean: np.ndarray = np.mean([columns[column] for columns in found[kind]], axis=0)

@@ -1,7 +1,8 @@
-"""Training prompts of the demo's domain, as JSON lines: `python tests/bench/distill/prompts.py FILE`.
+"""Training prompts of the demo's domain, as JSON lines: `python -m tests.bench.distill.prompts FILE`.
 
-Questions that the demo's base model has seen answered well and badly; the demo's own prompts (`source: demo`) ask for
-other facts of the same topics, so students are measured on questions that no teacher relabelled."""
+The demo's base model has seen good and bad answers to these questions. The demo's own prompts (`source: demo`) ask for
+other facts of the same topics, so students are measured on questions that no teacher relabelled.
+"""
 
 from __future__ import annotations
 

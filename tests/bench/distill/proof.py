@@ -1,12 +1,13 @@
 """Does a student learn more from AISP's answers than from best-of-n's or the teacher's own, at equal samples?
 
-    python tests/bench/distill/proof.py [--config FILE] [--student MODEL] [--held-out FILE] [--seeds 3] [--out DIR]
+    python -m tests.bench.distill.proof [--config FILE] [--student MODEL] [--held-out FILE] [--seeds 3] [--out DIR]
 
     relabel (AISP, best-of-n: same prompts, same samples) -> aisp export --to dpo -> SFT, then DPO, by TRL, for each
     training seed -> greedy answers on held-out prompts: reward, held-out reward, the teacher's NLL, with intervals
 
-A step that is finished is passed over when the same command runs again. Needs `pip install 'aisp-dist[distill]'`. For
-models of your own give a configuration and held-out prompts."""
+The same command skips the steps that are finished. Needs the extra `distill`. For models of your own give a
+configuration and held-out prompts.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from aisp_dist.config import Run
+from jobs import prepare, settings
+from tests.bench.distill import measure, prompts
 
 HERE = Path(__file__).resolve().parent
 SFT = {"lr": 3e-4, "epochs": 3.0}
@@ -30,7 +33,7 @@ def command(*words: str) -> None:
 
 
 def relabelled(run: Run, config: str, out: Path) -> dict[str, Path]:
-    """Outputs of every arm at equal samples, and of each the pairs of its answer over the teacher's own."""
+    """The output of every arm at equal samples, with pairs of its answer and the teacher's own beside it."""
     size = {"num_samples": run.method.num_samples, "num_iterations": run.method.num_iterations}
     best_of_n = json.dumps({"kind": "best_of_n", "sampling": {"top_p": 0.95}, **size})
     arms: dict[str, list[str]] = {"aisp": [], "best-of-n": ["--method", best_of_n]}
@@ -44,13 +47,14 @@ def relabelled(run: Run, config: str, out: Path) -> dict[str, Path]:
 
 def trained(teacher: str, outputs: dict[str, Path], out: Path, seed: int) -> dict[str, str]:
     """Directories of the students of one training seed, by what they learned from."""
-    import students  # TRL, once all that may be refused has been
     from datasets import load_dataset
 
-    def made(name: str, make: Any, rows: Any, start: str, settings: dict[str, float]) -> str:
+    from tests.bench.distill import students  # loads TRL: after the checks
+
+    def made(name: str, make: Any, rows: Any, start: str, how: dict[str, float]) -> str:
         folder = out / f"{name}-seed{seed}"
         if not (folder / "model.safetensors").exists():
-            make(start, rows, folder, seed=seed, **settings)
+            make(start, rows, folder, seed=seed, **how)
         return str(folder)
 
     found = {}
@@ -67,7 +71,7 @@ def trained(teacher: str, outputs: dict[str, Path], out: Path, seed: int) -> dic
 
 def main(args: list[str]) -> int:
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parse.add_argument("--config", default=str(HERE / "relabel.yaml"), help="of the relabelling run (relabel.yaml)")
+    parse.add_argument("--config", default=str(HERE / "relabel.yaml"), help="the relabelling run (relabel.yaml)")
     parse.add_argument("--student", help="model to train (the configuration's generator)")
     parse.add_argument("--held-out", default="demo", help="prompts.source of the measurement (demo)")
     parse.add_argument("--prompts", type=int, default=128, help="held-out prompts that are measured (128)")
@@ -75,15 +79,10 @@ def main(args: list[str]) -> int:
     parse.add_argument("--out", type=Path, default=Path("outputs/distill"), help="directory of all results")
     options = parse.parse_args(args)
 
-    import measure
-    import prompts
-
-    from jobs import prepare, settings
-
     _, run, base_dir = settings.read(settings.parser("align", ""), [options.config])
     if run.prompts.source.endswith("distill/train.jsonl") and not Path(run.prompts.source).exists():
         prompts.main(run.prompts.source)
-    run = prepare.check(run, base_dir)  # with paths that are absolute, and the embedded names resolved
+    run = prepare.check(run, base_dir)  # absolute paths, embedded names resolved
     outputs = relabelled(run, options.config, options.out)
     start = options.student or run.generator.model
     found: dict[str, list[measure.Columns]] = {}
@@ -105,5 +104,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE), str(Path.cwd())]
     sys.exit(main(sys.argv[1:]))

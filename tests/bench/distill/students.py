@@ -1,5 +1,6 @@
-"""Students by TRL: supervised on answers (SFT), then on pairs (DPO). Both take tables as they are written: `data/` of a
-run, and what `aisp export --to dpo` makes of it."""
+"""Students trained with TRL: on answers (SFT), then on pairs (DPO). Both read the tables that are on disk: `data/` of a
+run, and its export by `aisp export --to dpo`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
 def sft(teacher: str, rows: Dataset, out: Path, *, lr: float, epochs: float, seed: int) -> Path:
-    """rows: prompt and completion, as messages."""
+    """Train on rows of prompt and completion, both messages."""
     config = SFTConfig(**_common(out, lr, epochs, seed), completion_only_loss=True)
     model, tokenizer = _load(teacher)
     rows = rows.select_columns(["prompt", "completion"])
@@ -21,7 +22,7 @@ def sft(teacher: str, rows: Dataset, out: Path, *, lr: float, epochs: float, see
 
 
 def dpo(student: str, rows: Dataset, out: Path, *, lr: float, epochs: float, beta: float, seed: int) -> Path:
-    """rows: prompt, chosen, rejected, as messages. The reference is the student that it starts from."""
+    """Train on rows of prompt, chosen and rejected, all messages. The reference model is the student at the start."""
     config = DPOConfig(**_common(out, lr, epochs, seed), beta=beta)
     model, tokenizer = _load(student)
     rows = rows.select_columns(["prompt", "chosen", "rejected"])

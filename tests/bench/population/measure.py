@@ -1,9 +1,9 @@
-"""The protocol on one machine, without a cluster: the same search (`align`), the same engine and rewards as a run has,
-several prompts at a time in one process, several processes.
+"""The protocol on one machine, without a cluster: the search (`align`), engine and rewards of a run, with several
+processes and several prompts at a time in each.
 
-    python tests/bench/population/measure.py tests/bench/population/auto.yaml --workers 2
+    python -m tests.bench.population.measure tests/bench/population/auto.yaml --workers 2
 
-Every (case, arm, seed) is a file under the output; those that are there are not drawn again. `table.json` is the end.
+Every (case, arm, seed) is a file under the output, and is not computed again if it exists. The result is `table.json`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IN_FLIGHT = 40  # prompts
 
 @dataclass(frozen=True)
 class Job:
-    """One method on one case's prompts with one seed. values: of the case's configuration."""
+    """One method on the prompts of one case, with one seed. values: the case's configuration."""
 
     file: Path
     base_dir: Path
@@ -51,8 +51,10 @@ class Job:
 def main(args: Sequence[str]) -> None:
     parse = settings.parser("measure", "the protocol of tests/bench/population")
     parse.add_argument("--workers", type=int, default=2, help="processes")
-    parse.add_argument("--case", action="append", help="only this one; may be repeated")
-    parse.add_argument("--table", action="store_true", help="draw nothing; the table of what is there")
+    parse.add_argument("--case", action="append", help="only this case; may be repeated")
+    parse.add_argument(
+        "--table", action="store_true", help="compute nothing; write the table of the results that exist"
+    )
     options, run, base_dir = settings.read(parse, args)
     cases = {n: c for n, c in settings.cases(run).items() if not options.case or n in options.case}
     out = Path(run.output)
@@ -97,7 +99,7 @@ def _method(case: Run, arm: str) -> dict[str, Any]:
 
 
 def work(jobs: Iterable[Job], workers: int) -> None:
-    """Runs the jobs that have no file yet."""
+    """Run the jobs that have no file yet."""
     left = [job for job in jobs if not job.file.exists()]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for done, job in enumerate(pool.imap_unordered(search, left), 1):
@@ -105,7 +107,7 @@ def work(jobs: Iterable[Job], workers: int) -> None:
 
 
 def search(job: Job) -> str:
-    """The whole of a job: a list of its prompts' best answers at every budget, into its file."""
+    """Run a job: write its prompts' best answers at every budget to its file. Returns the file's name."""
     import torch
 
     from aisp_dist.engine import calibrate, decode, model
@@ -138,7 +140,7 @@ def search(job: Job) -> str:
 
     def best(done: Done, budget: int) -> dict[str, Any]:
         seen = [c for c in done.candidates[:budget] if c.eligible_reward is not None]
-        one = max(seen, key=lambda c: c.eligible_reward or 0.0)  # the earliest of equals
+        one = max(seen, key=lambda c: c.eligible_reward or 0.0)  # the first of equals
         tokens = render(done.prompt, run.prompts, tokenizer, run.prompts.max_tokens)
         (other,) = judges[held_out](done.prompt, [one.text])
         loss = engine.nll(tokens, one.token_ids)
@@ -177,8 +179,8 @@ def search(job: Job) -> str:
 def rows(
     case: str, arm: str, jobs: Sequence[Job], results: dict[tuple[str, str], list[Job]]
 ) -> Iterable[dict[str, Any]]:
-    """One row for each budget: means with intervals over prompts (a prompt's value is its mean over seeds), and the
-    paired differences to the tuned best-of-n with 512 samples."""
+    """One row for each budget: means with intervals over prompts (a prompt's value is its mean over seeds), and paired
+    differences from tuned best-of-n with 512 samples."""
     jobs, peers = ([job for job in of if job.file.exists()] for of in (jobs, results[case, "best-of-n top-p"]))
     if not jobs or not peers:
         return
@@ -194,7 +196,7 @@ def rows(
 
 
 def means(jobs: Sequence[Job], budget: int) -> dict[str, list[float]]:
-    """By measure a value for each prompt."""
+    """A value for each prompt, by measure."""
     seeds = [read(job.file)["prompts"] for job in jobs]
     names = ("reward", "nll", "diversity", "held-out", "tokens", "drawn")
     return {n: [sum(p[str(budget)][n] for p in same) / len(same) for same in zip(*seeds, strict=True)] for n in names}

@@ -1,4 +1,4 @@
-"""Neural similarity that two cores can afford."""
+"""A neural similarity that is cheap on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TARGET = "The children laughed and played together, and everyone was happy."
 
 
 def similar(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-    """Ten times the cosine of the embeddings of the answer and TARGET, by the first two layers of MiniLM alone."""
+    """Ten times the cosine of the embeddings of the answer and TARGET, by the first two layers of MiniLM."""
     encoder, target = _encoder()
     vectors = encoder.encode(completions, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
     return [10 * float(vector @ target) for vector in vectors]

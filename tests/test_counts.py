@@ -1,4 +1,4 @@
-"""Sums of a run: those of shards add up, and idle shares are those of an interval."""
+"""Counts of a run: those of shards add up, and idle shares are those of an interval."""
 
 from __future__ import annotations
 

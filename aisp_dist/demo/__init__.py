@@ -1,5 +1,6 @@
-"""The embedded demo: three small trained models and the prompts held out from their training. Owns where they lie;
-recipe.py makes them, and nothing that loads them knows that they are special."""
+"""The embedded demo: three small trained models, and prompts that were held out from their training. They are loaded
+like any other model; card.json says what they are.
+"""
 
 from pathlib import Path
 
@@ -7,7 +8,8 @@ _FILES = {"base": "base", "reward": "reward", "judge": "judge", "prompts": "prom
 
 
 def path(name: str) -> Path:
-    """The directory of a demo model (transformers format) or the prompts' JSON lines; ValueError for other names."""
+    """The directory of a demo model in transformers format, or the file of the prompts (JSON lines). Raises ValueError for
+    another name."""
     if name not in _FILES:
         raise ValueError(f"the demo has no {name!r}; choose one of {', '.join(_FILES)}")
     return Path(__file__).parent / _FILES[name]

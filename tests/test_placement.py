@@ -1,75 +1,197 @@
-"""The plan from configuration and resources to actors."""
+"""The plan from configuration and machines to actors: laws over random clusters, then examples."""
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
+import yaml
 
 from actors import placement
 from aisp_dist.config import ConfigError, Run
 
-
-def run(**runtime) -> Run:
-    return Run.model_validate(
-        {
-            "output": "x",
-            "generator": {"model": "demo"},
-            "rewards": {
-                "main": {"kind": "model", "model": "demo"},
-                "words": {"kind": "function", "function": "a.py:b", "use": "report"},
-            },
-            "runtime": runtime,
-        }
-    )
+ROOT = Path(__file__).parent.parent
+MAIN = {"kind": "model", "model": "demo"}
+WORDS = {"kind": "function", "function": "a.py:b", "use": "report"}
 
 
-def test_auto_gpus_follow_the_cluster_and_functions_take_none():
-    none = placement.plan(run(), {"CPU": 2})
-    assert [(g.role, g.num_gpus) for g in none] == [("generator", 0), ("main", 0), ("words", 0)]
-    some = placement.plan(run(), {"CPU": 8, "GPU": 2})
-    assert [(g.role, g.num_gpus) for g in some] == [("generator", 1), ("main", 1), ("words", 0)]
+def run(models=None, **runtime) -> Run:
+    models = {"main": MAIN, "words": WORDS} if models is None else models
+    return Run.model_validate({"output": "x", "generator": {"model": "demo"}, "rewards": models, "runtime": runtime})
 
 
-def test_the_plan_never_exceeds_the_cluster():
+def machine(cpus: float, gpus: float = 0, kind: str | None = None) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus} | ({f"accelerator_type:{kind}": 1.0} if kind else {})
+
+
+def shares(plan) -> dict[str, float]:
+    return {group.role: group.num_gpus for group in plan.groups}
+
+
+def counts(plan) -> dict[str, int]:
+    return {group.role: group.replicas for group in plan.groups}
+
+
+def brute(items: list[float], gpus: int) -> bool:
+    """Whether fractions fit on GPUs, by trying everything."""
+    if not items:
+        return True
+    first, *rest = items
+
+    def place(free: tuple[float, ...], left: list[float]) -> bool:
+        if not left:
+            return True
+        return any(
+            f >= left[0] - 1e-6 and place((*free[:i], f - left[0], *free[i + 1 :]), left[1:])
+            for i, f in enumerate(free)
+        )
+
+    return place((1.0,) * gpus, [first, *rest])
+
+
+def test_fractions_are_placed_exactly_where_some_placement_exists():
+    draw = random.Random(0)
+    seen = set()
+    for _ in range(300):
+        gpus = draw.randint(1, 3)
+        each = {name: draw.choice([0.2, 0.3, 0.4, 0.5, 0.6, 0.7]) for name in ("generator", "a", "b")}
+        many = {name: draw.randint(1, 3) for name in each}
+        wanted = run(
+            {"a": MAIN, "b": MAIN},
+            generators={"replicas": many["generator"], "num_gpus": each["generator"]},
+            rewards={name: {"replicas": many[name], "num_gpus": each[name]} for name in ("a", "b")},
+        )
+        fits = brute([each[name] for name in each for _ in range(many[name])], gpus)
+        seen.add(fits)
+        try:
+            plan = placement.plan(wanted, [machine(64, gpus)])
+        except ConfigError:
+            assert not fits
+            continue
+        assert fits
+        on: dict[tuple[int, int], float] = {}
+        for gpu in plan.shared:
+            on[gpu.machine, gpu.index] = sum(share for _, share in gpu.seats)
+        assert all(total <= 1 + 1e-6 for total in on.values())
+        assert sum(len(gpu.seats) for gpu in plan.shared) == sum(many.values()), "every actor has its one GPU"
+    assert seen == {True, False}
+
+
+def test_the_plan_never_exceeds_the_cpus():
     for cpus in range(1, 9):
         for replicas in range(1, 9):
             try:
-                groups = placement.plan(run(generators={"replicas": replicas}), {"CPU": cpus})
+                plan = placement.plan(run(generators={"replicas": replicas}), [machine(cpus)])
             except ConfigError:
                 assert replicas + 1 > cpus
             else:
-                assert sum(g.replicas * g.num_cpus for g in groups) <= cpus
+                assert sum(g.replicas * g.num_cpus for g in plan.groups) <= cpus
 
 
-def test_a_shortfall_says_what_is_short_and_which_key_to_change():
-    with pytest.raises(
-        ConfigError, match=r"need 5 GPU \(generator 4 x 1, main 1 x 1\) and the cluster has 2; lower rep"
-    ):
-        placement.plan(run(generators={"replicas": 4}), {"CPU": 64, "GPU": 2})
-    with pytest.raises(ConfigError, match=r"'H100' is on no machine of the cluster \(there: L4\)"):
-        placement.plan(run(generators={"accelerator": "H100"}), {"CPU": 8, "GPU": 2, "accelerator_type:L4": 1})
-    with pytest.raises(ConfigError, match=r"num_gpus is 1.5; above 1 it must be whole"):
-        placement.plan(run(generators={"num_gpus": 1.5}), {"CPU": 8, "GPU": 4})
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3, 8])
+@pytest.mark.parametrize("rewards", [1, 2, 3])
+def test_auto_shares_what_there_is(gpus, rewards):
+    plan = placement.plan(run({f"r{i}": MAIN for i in range(rewards)} | {"words": WORDS}), [machine(16, gpus)])
+    given = shares(plan)
+    assert given.pop("words") == 0
+    assert sum(given.values()) <= gpus + 1e-6 and all((share > 0) == (gpus > 0) for share in given.values())
+    if gpus > rewards:
+        assert set(given.values()) == {1.0}
+    elif gpus:
+        assert given["generator"] == max(given.values())
+        assert plan.idle == 0 and sum(given.values()) > gpus - 0.05 * len(given), "nearly all of every GPU is given"
 
 
-def test_two_to_a_card():
-    groups = placement.plan(
-        run(generators={"num_gpus": 0.5}, rewards={"main": {"num_gpus": 0.5}}), {"CPU": 8, "GPU": 1}
-    )
-    assert sum(g.num_gpus for g in groups) == 1
+def test_shares_follow_the_sizes_of_the_models():
+    two = run({"main": MAIN})
+    alike = shares(placement.plan(two, [machine(8, 1)], sizes={"generator": 10, "main": 10}))
+    assert alike["generator"] == pytest.approx(0.66, abs=0.02) and alike["main"] == pytest.approx(0.33, abs=0.02)
+    small = shares(placement.plan(two, [machine(8, 1)], sizes={"generator": 60, "main": 12}))
+    assert small["main"] == pytest.approx(0.09, abs=0.01) and small["generator"] + small["main"] <= 1
+    unknown = shares(placement.plan(two, [machine(8, 1)], sizes={"generator": 10}))
+    assert unknown == alike, "a model of unknown size counts as the largest"
+
+
+def test_memory_shares_add_up_to_what_a_machine_has():
+    gpu = placement.plan(run({"main": MAIN}), [machine(8, 1)])
+    assert sum(g.memory for g in gpu.groups) <= 1
+    cpu = placement.plan(run(generators={"replicas": 3}), [machine(8)])
+    assert {g.memory for g in cpu.groups if g.role != "words"} == {1 / 4}
+
+
+def test_replicas_fill_the_cluster_in_the_measured_ratio():
+    wanted = run(generators={"replicas": "auto"}, rewards={"main": {"replicas": "auto"}})
+    eight = [machine(32, 8)]
+    assert counts(placement.plan(wanted, eight, busy={"generator": 3.0, "main": 1.0})) == {
+        "generator": 6, "main": 2, "words": 1,
+    }  # fmt: skip
+    assert counts(placement.plan(wanted, eight, busy={"generator": 1.0, "main": 1.0}))["main"] == 4
+    plan = placement.plan(wanted, eight)
+    assert counts(plan) == {"generator": 7, "main": 1, "words": 1} and "without a measured ratio" in plan.notes[0]
+    assert plan.idle == 0
+    many = placement.plan(wanted, [machine(32, 8)] * 16, busy={"generator": 3.0, "main": 1.0})
+    assert counts(many)["generator"] + counts(many)["main"] == 128
+    cpus = placement.plan(run(generators={"replicas": "auto"}), [machine(4)])
+    assert counts(cpus)["generator"] == 3, "half a CPU for each reward, the rest for generators"
+
+
+def test_idle_gpus_are_named():
+    plan = placement.plan(run(), [machine(16, 8)])
+    assert plan.idle == 6 and "6 of 8 GPUs stay idle" in "\n".join(plan.lines())
+    assert placement.plan(run(), [machine(16, 2)]).idle == 0
+
+
+def test_the_lines_show_who_shares_a_gpu_before_anything_loads():
+    lines = list(placement.plan(run({"main": MAIN}), [machine(8, 1)], sizes={"generator": 7, "main": 6}).lines())
+    assert lines[0] == "generator: 1 actor with 1 CPU, 0.7 GPU each"
+    assert lines[2] == "machine 0, GPU 0: generator-0 70%, main-0 30%"
+
+
+def test_an_autoscaling_cluster_waits_for_gpus_and_never_falls_to_cpus():
+    plan = placement.plan(run(autoscaling=True, generators={"accelerator": "H100"}), [machine(4)])
+    assert shares(plan) == {"generator": 1, "main": 1, "words": 0} and "machines may still join" in plan.notes[0]
+    assert shares(placement.plan(run(), [machine(4)]))["generator"] == 0
+
+
+@pytest.mark.parametrize(
+    ("runtime", "machines", "message"),
+    [
+        ({"generators": {"replicas": 4, "num_gpus": 1}}, [machine(64, 2)], r"need 5 GPU \(generator 4 x 1, main 1 x 1\) and the cluster has 2"),
+        ({"generators": {"accelerator": "H100"}}, [machine(8, 2, "L4")], r"'H100' is on no machine of the cluster \(there: L4\)"),
+        ({"generators": {"num_gpus": 2}}, [machine(8, 4)], r"num_gpus is 2; one model uses one GPU, or a part"),
+        ({"generators": {"num_gpus": 0.6, "replicas": 3}, "rewards": {"main": {"num_gpus": 0}}}, [machine(16, 2)], "fit no machine-by-machine placement"),
+        ({"generators": {"num_gpus": 1, "replicas": 4}}, [machine(1, 8), machine(64)], "fit no machine-by-machine placement"),
+        ({"generators": {"replicas": 2, "accelerator": "H100"}, "rewards": {"main": {"num_gpus": 0}}}, [machine(32, 1, "H100"), machine(32, 8, "T4")], r"generator 2 x 1 CPU \+ 1 GPU on H100"),
+        ({"generators": {"num_gpus": 0.5}}, [machine(8)], r"need 0.5 GPU \(generator 1 x 0.5\) and the cluster has 0"),
+    ],
+)  # fmt: skip
+def test_a_shortfall_says_what_is_short_and_which_key_to_change(runtime, machines, message):
+    with pytest.raises(ConfigError, match=message):
+        placement.plan(run(**runtime), machines)
 
 
 def test_an_actor_must_fit_on_one_machine():
-    wanted = run(generators={"num_gpus": 8, "num_cpus": 1}, rewards={"main": {"num_gpus": 1}})
-    small = [{"CPU": 8.0, "GPU": 4.0}] * 3
-    with pytest.raises(ConfigError, match="generator: one actor takes 1 CPU and 8 GPU, and no machine"):
-        placement.plan(wanted, {"CPU": 24, "GPU": 12}, machines=small)
-    assert placement.plan(wanted, {"CPU": 32, "GPU": 20}, machines=[*small, {"CPU": 8.0, "GPU": 8.0}])
+    wanted = run(generators={"num_cpus": 12})
+    with pytest.raises(ConfigError, match="fit no machine-by-machine placement"):
+        placement.plan(wanted, [machine(8)] * 3)
+    assert placement.plan(wanted, [*[machine(8)] * 3, machine(16)])
 
 
 def test_each_coordinator_has_a_replica_of_each_kind_and_others_may_come_later():
     with pytest.raises(ConfigError, match=r"runtime.shards: 2 coordinators, and main has 1 replicas"):
-        placement.plan(run(generators={"replicas": 2}), {"CPU": 8}, 2)
-    late = placement.plan(run(generators={"replicas": 8, "at_least": 2}), {"CPU": 4})
-    assert (late[0].replicas, late[0].needed) == (8, 2)
+        placement.plan(run(generators={"replicas": 2}), [machine(8)], 2)
+    late = placement.plan(run(generators={"replicas": 8, "at_least": 2}), [machine(4)])
+    assert (late.groups[0].replicas, late.groups[0].needed) == (8, 2)
     with pytest.raises(ConfigError, match="generator 2 x 1"):
-        placement.plan(run(generators={"replicas": 8, "at_least": 2}), {"CPU": 1})
+        placement.plan(run(generators={"replicas": 8, "at_least": 2}), [machine(1)])
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 8])
+@pytest.mark.parametrize("path", sorted((p for p in (ROOT / "configs").glob("**/*.yaml") if p.parent.name != "deploy")), ids=lambda p: p.stem)
+def test_shipped_configurations_have_a_plan_on_common_machines(path, gpus):
+    given = yaml.safe_load(path.read_text())
+    if "generator" not in given:
+        pytest.skip("not the configuration of a run")
+    plan = placement.plan(Run.model_validate(given), [machine(16, gpus)])
+    assert sum(g.replicas * g.num_gpus for g in plan.groups) <= gpus + 1e-6

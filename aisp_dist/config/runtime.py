@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from aisp_dist.config.base import Section, doc
 
@@ -24,16 +24,21 @@ def known_place(output: str) -> str:
 
 
 class Replicas(Section):
-    replicas: int = doc("processes of this kind", 1, ge=1)
+    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = doc(
+        "processes of this kind; auto: as many as the cluster holds, in the ratio that a pilot has measured", 1
+    )
     at_least: int | None = doc("begin when this many are up; the others join later. null: all of them", None, ge=1)
-    num_gpus: float | Literal["auto"] = doc("GPUs of one process; auto: 1 if the cluster has any, else 0", "auto")
+    num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = doc(
+        "GPUs of one process; auto: whole ones while there are enough, then shares by model size; 0 without GPUs", "auto"
+    )
     num_cpus: float = doc("CPUs of one process; torch uses two threads from 2 on, else one", 1.0, ge=0)
     accelerator: str | None = doc("GPU type that the process needs, as Ray names it", None)
 
     @property
     def needed(self) -> int:
         """Processes that must be up before a run begins."""
-        return min(self.at_least or self.replicas, self.replicas)
+        most = 1 if self.replicas == "auto" else self.replicas
+        return min(self.at_least or most, most)
 
 
 class RewardReplicas(Replicas):
@@ -81,4 +86,5 @@ class Runtime(Section):
     retries: int = doc("how often a call is repeated after a fault of the infrastructure", 3, ge=0)
     max_failed: float = doc("a larger share of failed rows ends the run, from 200 prompts on", 0.02, ge=0, le=1)
     shards: int = doc("number of coordinators; each fills every shards-th part of the output", 1, ge=1)
+    autoscaling: bool = doc("the cluster adds machines on demand: models wait for a GPU instead of using CPUs", False)
     storage_options: StorageOptions = doc("access to an output at s3://", StorageOptions())

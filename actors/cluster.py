@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.fleet import Fault, say
 from actors.generator import Generator
-from actors.placement import Group
+from actors.placement import Group, Plan, Seat
 from actors.pool import Pool
 from actors.scorer import Scorer
 from aisp_dist.config import ConfigError, HttpReward, Run
@@ -55,7 +56,14 @@ class RayReplica:
     """One actor by its lasting name; a restart replaces the process under it."""
 
     def __init__(
-        self, name: str, cls: type, args: tuple[Any, ...], group: Group, startup: float, mask_gpus: bool
+        self,
+        name: str,
+        cls: type,
+        args: tuple[Any, ...],
+        group: Group,
+        startup: float,
+        mask_gpus: bool,
+        bundle: PlacementGroupSchedulingStrategy | None = None,
     ) -> None:
         self.name, self.cls, self.args, self.startup = name, cls, args, startup
         self.options: dict[str, Any] = {
@@ -66,6 +74,8 @@ class RayReplica:
         }
         if group.accelerator:
             self.options["accelerator_type"] = group.accelerator
+        if bundle is not None:
+            self.options["scheduling_strategy"] = bundle
         if mask_gpus and not group.num_gpus:  # else it would inherit every GPU of its machine
             self.options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         self.starts = 0
@@ -109,11 +119,51 @@ class RayReplica:
         return figures
 
 
+Bundles = Mapping[Seat, PlacementGroupSchedulingStrategy]
+
+
+def reserve(plan: Plan, patience: float) -> Bundles:
+    """A bundle for each GPU that actors share, so that Ray puts them together as planned. Raises ConfigError where the
+    cluster does not give them within `patience` seconds."""
+    if not plan.shared:
+        return {}
+    groups = {group.role: group for group in plan.groups}
+    wanted = []
+    for gpu in plan.shared:
+        here = [groups[role] for (role, _), _ in gpu.seats]
+        bundle = {"GPU": round(sum(share for _, share in gpu.seats), 4), "CPU": sum(group.num_cpus for group in here)}
+        for group in here:
+            if group.accelerator:  # what Ray asks for where an actor names its accelerator
+                kind = f"accelerator_type:{group.accelerator}"
+                bundle[kind] = round(bundle.get(kind, 0) + 0.001, 4)
+        wanted.append({name: amount for name, amount in bundle.items() if amount})
+    made = placement_group(wanted, strategy="PACK")
+    if not made.wait(patience):
+        raise ConfigError(
+            f"runtime: the cluster did not free {len(wanted)} GPUs to share within runtime.timeouts.startup = "
+            f"{patience:g} s; other jobs hold them: wait for those, or lower replicas"
+        )
+    return {
+        seat: PlacementGroupSchedulingStrategy(made, place)
+        for place, gpu in enumerate(plan.shared)
+        for seat, _ in gpu.seats
+    }
+
+
 async def start_pools(
-    run: Run, groups: Sequence[Group], base_dir: Path, window: int, shard: tuple[int, int] = (0, 1), suffix: str = ""
+    run: Run,
+    groups: Sequence[Group],
+    base_dir: Path,
+    window: int,
+    shard: tuple[int, int] = (0, 1),
+    suffix: str = "",
+    bundles: Bundles | None = None,
 ) -> tuple[Mapping[str, Pool], int | None]:
-    """The replicas of a run (of several coordinators: this one's share), started side by side, as a pool for each role;
-    and the base model's context length. suffix: of the actors' names, for another try beside actors not gone yet."""
+    """Start one coordinator's share of the run's replicas side by side.
+
+    Returns a pool for each role, and the base model's context length. suffix: of the actors' names, for another try
+    beside actors that are not gone yet. bundles: of actors that share a GPU.
+    """
     timeouts = run.runtime.timeouts
     mask = ray.cluster_resources().get("GPU", 0) > 0
     pools: dict[str, Pool] = {}
@@ -127,7 +177,8 @@ async def start_pools(
             else:
                 name, cls = f"scorer-{group.role}-{i}{suffix}", Scorer
                 args = (group.role, run.rewards[group.role], base_dir, run.prompts.keep, name, group.threads)
-            replicas.append(RayReplica(name, cls, args, group, timeouts.startup, mask))
+            bundle = (bundles or {}).get((group.role, i))
+            replicas.append(RayReplica(name, cls, args, group, timeouts.startup, mask, bundle))
         decodes = group.role == "generator"
         pools[group.role] = Pool(
             replicas,

@@ -113,7 +113,9 @@ def plan(
     shares |= {role: float(asked.num_gpus) for role, asked in wanted.items() if asked.num_gpus != "auto"}
     if autoscaling:
         groups = [_group(role, asked, _count(asked), shares[role]) for role, asked in wanted.items()]
-        notes.append("machines may still join (runtime.autoscaling): actors wait for them, for at most timeouts.startup")
+        notes.append(
+            "machines may still join (runtime.autoscaling): actors wait for them, for at most timeouts.startup"
+        )
         return Plan(tuple(groups), notes=tuple(notes))
     auto = [role for role, asked in wanted.items() if asked.num_gpus == "auto" and role in models] if gpus else []
     counts = {role: _count(asked) for role, asked in wanted.items()}
@@ -146,9 +148,7 @@ def plan(
     return Plan(tuple(groups), shared, idle, tuple(notes))
 
 
-def _check(
-    role: str, asked: Replicas, machines: Sequence[Resources], coordinators: int, autoscaling: bool
-) -> None:
+def _check(role: str, asked: Replicas, machines: Sequence[Resources], coordinators: int, autoscaling: bool) -> None:
     """Raise ConfigError for a wish that no cluster, or not this one, could meet."""
     if asked.needed < coordinators:
         raise ConfigError(
@@ -157,8 +157,8 @@ def _check(
         )
     if asked.num_gpus != "auto" and asked.num_gpus > 1:
         raise ConfigError(
-            f"runtime, {role}: num_gpus is {asked.num_gpus:g}; one model uses one GPU, or a part of it: give at most 1, "
-            "and more replicas for more GPUs"
+            f"runtime, {role}: num_gpus is {asked.num_gpus:g}; one model uses one GPU, or a part of it: give at "
+            "most 1, and more replicas for more GPUs"
         )
     if asked.accelerator and not autoscaling and not any(_has(machine, asked.accelerator) for machine in machines):
         kinds = {name.removeprefix(_KIND) for machine in machines for name in machine if name.startswith(_KIND)}
@@ -187,9 +187,7 @@ def _memory(share: float, on_cpu: Counter[int]) -> float:
     return share if share else 1 / max(on_cpu.values(), default=1)
 
 
-def _actors(
-    wanted: Mapping[str, Replicas], counts: Mapping[str, int], shares: Mapping[str, float]
-) -> list[_Actor]:
+def _actors(wanted: Mapping[str, Replicas], counts: Mapping[str, int], shares: Mapping[str, float]) -> list[_Actor]:
     """The actors without which the run does not begin."""
     return [
         _Actor((role, i), asked.num_cpus, shares[role], asked.accelerator, asked.num_gpus == "auto")
@@ -209,7 +207,9 @@ def _share(
     """Give the `auto` roles whole GPUs, in their order, as far as there are some; the others fractions in proportion to
     their models' sizes, as large as fits. Fills in `shares`; answers where each actor sits, None where nothing fits."""
     most = max((size for size in sizes.values()), default=1) or 1
-    need = {role: (sizes.get(role) or most) * (2 if role == GENERATOR else 1) for role in auto}  # its rows need room too
+    need = {
+        role: (sizes.get(role) or most) * (2 if role == GENERATOR else 1) for role in auto
+    }  # its rows need room too
     for whole in range(len(auto), -1, -1):
         rest = auto[whole:]
         shares |= dict.fromkeys(auto[:whole], 1.0)
@@ -260,9 +260,7 @@ def _fill(
     return best
 
 
-def _pack(
-    actors: Sequence[_Actor], machines: Sequence[Resources]
-) -> dict[Seat, tuple[int, tuple[int, ...]]] | None:
+def _pack(actors: Sequence[_Actor], machines: Sequence[Resources]) -> dict[Seat, tuple[int, tuple[int, ...]]] | None:
     """A machine for every actor, and its GPU where it has one: by a best fit of the largest first that goes back where
     it ends. None where there is none, or none was found in so many tries."""
     order = sorted(actors, key=lambda a: (a.num_gpus, a.num_cpus), reverse=True)
@@ -343,12 +341,12 @@ def _shortfall(
         + (f" on {asked.accelerator}" if asked.accelerator else "")
         for role, asked in wanted.items()
     )
-    there = ", ".join(
+    listed = ", ".join(
         f"{machine.get('CPU', 0):g} CPU + {machine.get('GPU', 0):g} GPU"
         + "".join(f" ({name.removeprefix(_KIND)})" for name in machine if name.startswith(_KIND))
         for machine in machines
     )
     return (
-        f"runtime: the actors fit no machine-by-machine placement ({asked}; machines: {there}): one actor runs on one "
+        f"runtime: the actors fit no machine-by-machine placement ({asked}; machines: {listed}): one actor runs on one "
         "machine and a fraction on one GPU; lower replicas, num_cpus or num_gpus, or add a machine that has both"
     )

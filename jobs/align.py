@@ -61,7 +61,7 @@ def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -
     """What the whole run will take, from a few prompts searched for real."""
     run = prepared.located
     inputs = prompts.count(run.prompts)
-    few = window(run) * run.runtime.generators.replicas
+    few = window(run) * next(group.replicas for group in cluster.plan.groups if group.role == "generator")
     say(f"trial: the first {min(few, inputs)} prompts, searched for real and thrown away")
     figures, seconds, size = cluster.trial(table, few)
     actors = int(figures.alive.get("generator", 1))

@@ -69,7 +69,8 @@ def _compare(run: Run, base_dir: Path, output: Place) -> None:
     main = arms.main_arm(run, found)
     result = compare.compare(outputs, held_out, main, found, _limit(run, run.compare.prompts))
     places = {arm: [place.uri.removeprefix(f"{output.uri}/") for place in seeds] for arm, seeds in outputs.items()}
-    output.write("comparison.json", json.dumps(result.json() | {"outputs": places}, indent=2).encode())
+    busy = filling.busy() or cost.measured(output)  # of an earlier command, where this one drew nothing
+    output.write("comparison.json", json.dumps(result.json() | {"outputs": places, "busy": busy}, indent=2).encode())
     print(compare.text(result))
     figures = filling.figures
     if not figures.samples:
@@ -141,6 +142,11 @@ class Filling:
             self.figures += progress.now
             self.actors = int(progress.now.alive.get("generator", 1))
         self.seconds += progress.seconds
+
+    def busy(self) -> dict[str, float]:
+        """Seconds that one replica of each role worked for a sample; empty where nothing was drawn."""
+        samples = self.figures.samples
+        return {role: seconds / samples for role, seconds in self.figures.busy.items()} if samples else {}
 
 
 def _brings(method: Method) -> str | None:

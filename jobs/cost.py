@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 from actors import sizing
 from actors.counts import Counts
 from aisp_dist.config import Run
+from aisp_dist.output.filesystem import Place
 
 
 def text(run: Run, inputs: int, figures: Counts, seconds: float, actors: int, size: int, rows: int, each: float) -> str:
@@ -21,3 +25,12 @@ def text(run: Run, inputs: int, figures: Counts, seconds: float, actors: int, si
         f"{whole}, {wanted / pace / 3600:.2g} hours at the {pace:.0f} samples/s measured here with {actors} "
         f"generator{'s' * (actors > 1)}\nsuggested: {fit.line()}"
     )
+
+
+def measured(pilot: Place) -> Mapping[str, float] | None:
+    """Seconds that one replica of each role works for a sample, as `aisp compare` measured it; None without one."""
+    try:
+        busy = json.loads(pilot.read("comparison.json") or b"{}").get("busy")
+    except ValueError:  # torn, or not ours
+        return None
+    return {str(role): float(seconds) for role, seconds in busy.items()} if busy else None

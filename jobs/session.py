@@ -22,6 +22,7 @@ from aisp_dist.analysis.guard import GuardStop
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.output import lease, manifest
 from aisp_dist.output.filesystem import Place
+from jobs import cost, prepare
 from jobs.cli import Exit
 from jobs.prepare import Prepared
 from jobs.progress import Progress
@@ -72,7 +73,7 @@ class Session:
     def __enter__(self) -> Session:
         import ray
 
-        from actors import placement
+        from actors import cluster, placement
 
         connect(self.prepared.run, self.say)
         # Set after ray.init, whose own handler ends the process; only noted, since an exception raised inside Ray's
@@ -80,11 +81,12 @@ class Session:
         self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            self.groups = placement.plan(self.prepared.run, ray.cluster_resources(), len(self.shards), machines)
-            for g in self.groups:
-                role = g.role if g.role == "generator" else f"scorer-{g.role}"
-                each = f"{g.num_cpus:g} CPU, {g.num_gpus:g} GPU each"
-                self.say(f"{role}: {g.replicas} actor{'s' * (g.replicas > 1)} with {each}")
+            run = self.prepared.located
+            pilot = Place.at(run.output, run.runtime.storage_options) / "compare"
+            self.plan = placement.plan(run, machines, len(self.shards), prepare.model_sizes(run), cost.measured(pilot))
+            for line in self.plan.lines():
+                self.say(line)
+            self.bundles = cluster.reserve(self.plan, run.runtime.timeouts.startup)
             self.say(f"loading models, for at most {self.prepared.run.runtime.timeouts.startup:g} s")
             for shard in self.shards:
                 self._start(shard)
@@ -214,7 +216,8 @@ class Session:
         again = f"-again-{shard.starts}" if shard.starts else ""  # a dead one's name is free only after a while
         shard.starts += 1
         split = shard.index, count
-        pools = partial(start_pools, run, self.groups, self.prepared.base_dir, window(run), split, again)
+        base_dir = self.prepared.base_dir
+        pools = partial(start_pools, run, self.plan.groups, base_dir, window(run), split, again, self.bundles)
         name = ("coordinator" if count == 1 else f"coordinator-{shard.index}") + again
         here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
@@ -325,8 +328,8 @@ def connect(run: Run, say: Callable[[str], None]) -> None:
         _init(runtime_env={"py_modules": modules} if modules else None, **quiet)
         say(f"joined the Ray cluster at {os.environ['RAY_ADDRESS']}")
         return
-    wanted = run.runtime.generators.replicas * run.runtime.generators.num_cpus
-    wanted += sum(run.replicas(name).replicas * run.replicas(name).num_cpus for name in run.rewards)
+    everything = [run.runtime.generators, *(run.replicas(name) for name in run.rewards)]
+    wanted = sum((1 if each.replicas == "auto" else each.replicas) * each.num_cpus for each in everything)
     cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))  # Ray's CPUs are tokens; on one machine they may be shared
     context = _init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
     board = f", dashboard at http://{context.dashboard_url}" if context.dashboard_url else ""

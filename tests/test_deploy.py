@@ -95,16 +95,15 @@ def run():
 def test_its_actors_fit_its_workers_group_by_group():
     head = CLUSTER["headGroupSpec"]["rayStartParams"]
     assert head == {"num-cpus": "0", "num-gpus": "0"}
-    there = {"CPU": 0.0, "GPU": 0.0}
+    there: list[dict[str, float]] = []
     for group in CLUSTER["workerGroupSpecs"]:
         assert group["minReplicas"] == group["replicas"] <= group["maxReplicas"]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        there["CPU"] += group["replicas"] * float(limits["cpu"])
-        there["GPU"] += group["replicas"] * float(limits["nvidia.com/gpu"])
-    planned = {group.role: group for group in placement.plan(run(), there)}
-    assert sum(group.replicas * group.num_gpus for group in planned.values()) == there["GPU"]
+        there += [{"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}] * group["replicas"]
+    plan = placement.plan(run(), there)
+    assert plan.idle == 0 and all(group.num_gpus in (0, 1) for group in plan.groups), "a whole GPU for each model"
     with pytest.raises(ValueError, match="GPU"):
-        placement.plan(run(), there | {"GPU": there["GPU"] - 1})
+        placement.plan(run(), there[1:])
 
 
 def test_there_is_time_for_the_last_flush():

@@ -155,20 +155,30 @@ def test_an_autoscaling_cluster_waits_for_gpus_and_never_falls_to_cpus():
 
 
 @pytest.mark.parametrize(
-    ("runtime", "machines", "message"),
+    ("generators", "main", "machines", "message"),
     [
-        ({"generators": {"replicas": 4, "num_gpus": 1}}, [machine(64, 2)], r"need 5 GPU \(generator 4 x 1, main 1 x 1\) and the cluster has 2"),
-        ({"generators": {"accelerator": "H100"}}, [machine(8, 2, "L4")], r"'H100' is on no machine of the cluster \(there: L4\)"),
-        ({"generators": {"num_gpus": 2}}, [machine(8, 4)], r"num_gpus is 2; one model uses one GPU, or a part"),
-        ({"generators": {"num_gpus": 0.6, "replicas": 3}, "rewards": {"main": {"num_gpus": 0}}}, [machine(16, 2)], "fit no machine-by-machine placement"),
-        ({"generators": {"num_gpus": 1, "replicas": 4}}, [machine(1, 8), machine(64)], "fit no machine-by-machine placement"),
-        ({"generators": {"replicas": 2, "accelerator": "H100"}, "rewards": {"main": {"num_gpus": 0}}}, [machine(32, 1, "H100"), machine(32, 8, "T4")], r"generator 2 x 1 CPU \+ 1 GPU on H100"),
-        ({"generators": {"num_gpus": 0.5}}, [machine(8)], r"need 0.5 GPU \(generator 1 x 0.5\) and the cluster has 0"),
+        (
+            {"replicas": 4, "num_gpus": 1},
+            {},
+            [machine(64, 2)],
+            r"need 5 GPU \(generator 4 x 1, main 1 x 1\) and the cluster has 2",
+        ),
+        ({"accelerator": "H100"}, {}, [machine(8, 2, "L4")], r"'H100' is on no machine of the cluster \(there: L4\)"),
+        ({"num_gpus": 2}, {}, [machine(8, 4)], r"num_gpus is 2; one model uses one GPU, or a part"),
+        ({"num_gpus": 0.6, "replicas": 3}, {"num_gpus": 0}, [machine(16, 2)], "fit no machine-by-machine placement"),
+        ({"num_gpus": 1, "replicas": 4}, {}, [machine(1, 8), machine(64)], "fit no machine-by-machine placement"),
+        (
+            {"replicas": 2, "accelerator": "H100"},
+            {"num_gpus": 0},
+            [machine(32, 1, "H100"), machine(32, 8, "T4")],
+            r"generator 2 x 1 CPU \+ 1 GPU on H100",
+        ),
+        ({"num_gpus": 0.5}, {}, [machine(8)], r"need 0.5 GPU \(generator 1 x 0.5\) and the cluster has 0"),
     ],
-)  # fmt: skip
-def test_a_shortfall_says_what_is_short_and_which_key_to_change(runtime, machines, message):
+)
+def test_a_shortfall_says_what_is_short_and_which_key_to_change(generators, main, machines, message):
     with pytest.raises(ConfigError, match=message):
-        placement.plan(run(**runtime), machines)
+        placement.plan(run(generators=generators, rewards={"main": main}), machines)
 
 
 def test_an_actor_must_fit_on_one_machine():
@@ -188,7 +198,9 @@ def test_each_coordinator_has_a_replica_of_each_kind_and_others_may_come_later()
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2, 8])
-@pytest.mark.parametrize("path", sorted((p for p in (ROOT / "configs").glob("**/*.yaml") if p.parent.name != "deploy")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in (ROOT / "configs").glob("**/*.yaml") if p.parent.name != "deploy"), ids=lambda p: p.stem
+)
 def test_shipped_configurations_have_a_plan_on_common_machines(path, gpus):
     given = yaml.safe_load(path.read_text())
     if "generator" not in given:

@@ -29,7 +29,8 @@ class Replicas(Section):
     )
     at_least: int | None = doc("begin when this many are up; the others join later. null: all of them", None, ge=1)
     num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = doc(
-        "GPUs of one process; auto: whole ones while there are enough, then shares by model size; 0 without GPUs", "auto"
+        "GPUs of one process; auto: whole ones while there are enough, then shares by model size; 0 without GPUs",
+        "auto",
     )
     num_cpus: float = doc("CPUs of one process; torch uses two threads from 2 on, else one", 1.0, ge=0)
     accelerator: str | None = doc("GPU type that the process needs, as Ray names it", None)

@@ -111,7 +111,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         ray.init(address="local", num_cpus=2 * options.replicas, include_dashboard=False, log_to_driver=False)
         try:
             actor = ray.remote(Measured).options(num_cpus=0, max_concurrency=100)
-            groups = placement.plan(run, ray.cluster_resources())
+            groups = placement.plan(run, [ray.cluster_resources()]).groups
             shard = actor.remote(run, partial(_start, run, groups, options.samples, options.new_tokens))
             ray.get(shard.load.remote(), timeout=300)
             table = coordinator.Table(run, Place.at(run.output), {}, FINGERPRINT, "demo", lease)

@@ -97,6 +97,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "runtime.retries": 1,
     "runtime.max_failed": 0.5,
     "runtime.shards": 4,
+    "runtime.autoscaling": True,
     "runtime.storage_options.endpoint_override": "minio:9000",
     "runtime.storage_options.scheme": "http",
     "runtime.storage_options.region": "eu-north-1",

@@ -1,11 +1,11 @@
-"""One shard's prompts: which are in flight, their rounds, and their way into the store.
+"""One shard's prompts: which are searched now, and how their rows get into the store.
 
-    inputs -> store.plan -> window -> render -> align -> store.add -> (flush thread) -> parts
-                              |                  | rollout, nll: generator pool
-                              |                  | score:        one pool for each reward
-                              +--- full: waits until a prompt in flight is done
+    inputs -> store.plan -> window -> align_input -> store.add -> (flush) -> parts
+                              |            | rollout, nll, calibrate: generator pool
+                              |            | score:                   one pool for each reward
+                              +--- full: waits until a prompt in flight is finished
 
-Holds nothing that a restart could miss: what is finished is in the store, what is not is computed again, bit for bit.
+Keeps no state that a restart could miss: finished prompts are in the store, all others are computed again, bit for bit.
 Plain asyncio; knows Ray only through the pools it is given.
 """
 
@@ -17,21 +17,20 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from actors.backend import RayBackend
 from actors.counts import Counts, gauges
 from actors.pool import Pool
-from aisp_dist.align import align
+from actors.table import Table, judge
+from aisp_dist.align import align_input, tokens_of, window
 from aisp_dist.analysis import guard
-from aisp_dist.config import BatchedAisp, ConfigError, Run
-from aisp_dist.data import prompts, render, thinking
-from aisp_dist.output.filesystem import Place
-from aisp_dist.output.lease import Lease, LeaseLost, read_owners
-from aisp_dist.output.schema import ColumnType
+from aisp_dist.config import ConfigError, Run
+from aisp_dist.data import prompts, render
+from aisp_dist.output.lease import LeaseLost, read_owners
 from aisp_dist.output.writer import Store
-from aisp_dist.records import BadInput, Done, Failed, Input, Prompt, Result, Rollout, Round, Sampling, Score
+from aisp_dist.records import Done, Input, Prompt, Result
 
 if TYPE_CHECKING:
     from actors.metrics import Exporter
@@ -39,67 +38,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("aisp")
 
 _REPORT = 5.0  # seconds between looks at the figures
-SETTLED = 200  # prompts before the share of failed rows is judged
 Started = tuple[Mapping[str, Pool], int | None]  # pools by role, context length of the base model in tokens
-
-
-class TooManyFailed(Exception):
-    """More than runtime.max_failed of the rows failed. What is finished is kept; the same command goes on from it."""
 
 
 class Stopped(Exception):
     """The run was asked to end early; what was finished is written."""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """One output to fill. `run` has its paths resolved; `model` is the base model as the user named it."""
-
-    run: Run
-    output: Place
-    columns: dict[str, ColumnType]
-    fingerprint: str
-    model: str
-    lease: Lease | None = None  # without one it can be read, not filled
-    retry_failed: bool = False
-    shard: tuple[int, int] = (0, 1)  # this one of so many: the parts k with k % shard[1] == shard[0]
-
-    def store(self) -> Store:
-        return Store(
-            self.output,
-            self.run.save.rows_per_file,
-            "raw" if self.run.prompts.format == "raw" else "chat",
-            self.columns,
-            self.fingerprint,
-            self.fingerprint[:12],
-            self.model,
-            self.run.save.keep,
-            self.run.save.trace,
-            self.lease.held if self.lease else lambda: False,
-            self.shard,
-        )
-
-    def whole(self) -> bool:
-        """Whether every input has its committed row already. Reads, and writes nothing. Raises TooManyFailed where it
-        has, and too many are failed ones: the same command ends as it did before."""
-        store = self.store()
-        waiting = next(store.plan(prompts.read(self.run.prompts), self.retry_failed), None)
-        whole = waiting is None and store.settled()
-        if whole:
-            _judge(store, self.run.runtime.max_failed, "in failed/", whole=True)
-        return whole
-
-
-def window(run: Run) -> int:
-    """Prompts in flight for each generator: twice what fills its rows, so that scoring overlaps decoding; of Batched
-    AISP its batch."""
-    if isinstance(run.method, BatchedAisp):
-        return run.method.num_prompts
-    return max(2, -(-2 * run.generator.batch_rows // run.method.num_samples))
-
-
 class Coordinator:
-    """export: makes what the figures of one output are told to (exporter.py), from its run id and shard."""
+    """start: starts generators and scorers. export: makes the exporter of an output's figures (metrics.Exporter), from
+    its run id and shard."""
 
     def __init__(
         self,
@@ -111,28 +59,28 @@ class Coordinator:
         self.run, self.start, self.export, self.name = run, start, export, name
         self.task: asyncio.Task[None] | None = None
         self.store: Store | None = None
+        self.backend = RayBackend({})
         self.exporter: Exporter | None = None
-        self.pools: Mapping[str, Pool] = {}
         self.total: int | None = None  # of inputs, once somebody has counted them
-        self.flushing: float | None = None  # since when, by the loop's time
+        self.flushing: float | None = None  # the loop's time when a flush began
         self.sums: Counter[str] = Counter()  # of this output, by the names of Counts
         self.tally = guard.Tally()  # of this output, since this command began
-        self.before = Counts()  # what its replicas had counted before it
+        self.before = Counts()  # what the replicas had counted before this output
 
     def __repr__(self) -> str:
         return self.name
 
     async def load(self) -> str:
-        """Start generators and scorers; answers the first prompt as the model will read it, special tokens and all: a
-        wrong template shows there. Raises ConfigError for a model or function that cannot be used."""
+        """Start generators and scorers. Answers a line for the log with the first prompt as the model will read it,
+        special tokens included, since a wrong template shows there. Raises ConfigError for a model or function that
+        cannot be used."""
         from aisp_dist.engine import model  # brings torch, which the driver need not load
 
-        self.tokenizer, (self.pools, self.context_length) = await asyncio.gather(
+        self.tokenizer, (pools, self.context_length) = await asyncio.gather(
             asyncio.to_thread(model.tokenizer, self.run.generator), self.start()
         )
-        self.watches = [asyncio.ensure_future(pool.fleet.watch()) for pool in self.pools.values()]
-        for pool in self.pools.values():
-            pool.fleet.event = self._event
+        self.backend = RayBackend(pools)
+        self.watches = [asyncio.ensure_future(pool.fleet.watch()) for pool in pools.values()]
         return await asyncio.to_thread(self._first_prompt)
 
     def _first_prompt(self) -> str:
@@ -140,7 +88,7 @@ class Coordinator:
         if line is None:
             return "there is no prompt in the input"
         try:
-            tokens = self._render(self.run, line)
+            tokens = tokens_of(self.run, line, self.tokenizer, self.context_length)
         except render.Unrenderable as error:
             return f"the first prompt fails: {error}"
         return f"first prompt, {len(tokens)} tokens: {self.tokenizer.decode(tokens)!r}"
@@ -157,7 +105,7 @@ class Coordinator:
             raise _first(group) from None
 
     async def stop(self) -> None:
-        """End relabel early; returns when what was finished is written. Raises what kept it from being written."""
+        """End relabel early; returns when what was finished is written. Raises the OSError that prevents it."""
         if self.task is not None:
             self.task.cancel()
             await asyncio.wait([self.task])
@@ -175,29 +123,17 @@ class Coordinator:
             done=counts.done if counts else 0,
             failed=counts.failed if counts else 0,
             committed=counts.committed if counts else 0,
-            queued={role: len(pool.waiting) for role, pool in self.pools.items()},
-            alive={role: sum(slot.up for slot in pool.fleet.slots) for role, pool in self.pools.items()},
+            queued=self.backend.queued(),
+            alive=self.backend.alive(),
         )
-        return Counts(**dict[str, Any](self.sums)) + now + (self._of_replicas() - self.before)
+        own = Counts(**dict[str, Any]({**self.sums, **self.backend.sums}))
+        return own + now + (self.backend.totals() - self.before)
 
-    def _of_replicas(self) -> Counts:
-        """What the replicas have counted since they were started, for this output and earlier ones."""
-        grown = {role: pool.fleet.figures() for role, pool in self.pools.items()}
-        decoded = grown.get("generator", {})
-        return Counts(
-            repeats=sum(pool.repeats for pool in self.pools.values()),
-            restarts=sum(pool.fleet.restarts for pool in self.pools.values()),
-            busy={role: figures.get("busy_seconds", 0.0) for role, figures in grown.items()},
-            up={role: figures.get("up_seconds", 0.0) for role, figures in grown.items()},
-            row_steps=decoded.get("row_steps", 0.0),
-            row_slots=decoded.get("row_slots", 0.0),
-        )
+    async def _refresh(self) -> None:
+        await asyncio.gather(*(pool.fleet.refresh() for pool in self.backend.pools.values()))
 
-    def _event(self, kind: str, replica: str) -> None:
-        if self.exporter:
-            self.exporter.event(kind, replica)
-
-    async def _relabel(self, table: Table) -> None:
+    async def _begin(self, table: Table) -> Store:
+        """Check that the output is ours to write, and count from zero."""
         if table.lease and not await asyncio.to_thread(table.lease.held):
             if owners := await asyncio.to_thread(read_owners, table.output):
                 raise LeaseLost(f"{table.output} is owned by {owners[0]} now; this run stops without writing to it")
@@ -205,19 +141,22 @@ class Coordinator:
                 f"output: {table.output} is not the same place for the coordinator, on {socket.gethostname()}, as for "
                 "the command that started it; give a directory that all machines share, or a URI"
             )
-        await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
-        self.sums, self.before = Counter(), self._of_replicas()
+        await self._refresh()
+        self.before = self.backend.totals()
+        self.sums, self.backend.sums = Counter(), Counter()
         self.tally = guard.Tally(tuple(n for n, reward in table.run.rewards.items() if reward.use == "report"))
-        store = self.store = table.store()
-        self.exporter = (
-            self.export(table.fingerprint[:12], f"{table.shard[0]}/{table.shard[1]}") if self.export else None
-        )
-        self.reason, began = "in failed/", time.monotonic()
-        run = table.run
-        replicas = len(self.pools["generator"].fleet.slots)
-        room = asyncio.Semaphore(window(run) * replicas)
+        shard = f"{table.shard[0]}/{table.shard[1]}"
+        self.exporter = self.export(table.fingerprint[:12], shard) if self.export else None
+        self.backend.exporter = self.exporter
+        self.reason = "in failed/"
+        self.store = table.store()
+        return self.store
+
+    async def _relabel(self, table: Table) -> None:
+        store, run, began = await self._begin(table), table.run, time.monotonic()
+        places = window(run) * len(self.backend.pools["generator"].fleet.slots)
+        room = asyncio.Semaphore(places)
         intake = store.plan(prompts.read(run.prompts), table.retry_failed)
-        beside: list[asyncio.Task[None]] = []
 
         async def one(line: Input) -> None:
             self.sums["in_flight"] += 1
@@ -237,67 +176,24 @@ class Coordinator:
                     for line in batch:
                         await room.acquire()
                         group.create_task(one(line))
-                for _ in range(window(run) * replicas):
+                for _ in range(places):
                     await room.acquire()
                 for task in beside:
                     task.cancel()
         finally:
             await asyncio.shield(self._flush_last())
-        await asyncio.gather(*(pool.fleet.refresh() for pool in self.pools.values()))
+        await self._refresh()
         await asyncio.to_thread(store.finish)
         if self.exporter:
             now = self._figures()
             self.exporter.gauges(gauges(now, now, time.monotonic() - began, self.total, 0))
-        _judge(store, run.runtime.max_failed, self.reason, whole=True)
+        judge(store, run.runtime.max_failed, self.reason, whole=True)
 
     async def _search(self, run: Run, line: Input) -> Result:
-        if isinstance(line, BadInput):
-            return Failed(line, line.reason)
         try:
-            tokens = self._render(run, line)
-        except render.Unrenderable as error:
-            return Failed(line, str(error))
-        try:
-            settings = run.generator
-            strips = settings.thinking == "strip"
-            thinks = strips and thinking.opens(self.tokenizer.decode(tokens), settings.thinking_tags)
-            return await align(run, line, tokens, self._rollout, self._score, self._nll, self._calibrate, thinks)
+            return await align_input(run, line, self.tokenizer, self.context_length, self.backend)
         finally:
-            for pool in self.pools.values():
-                pool.forget(line.id)
-
-    def _render(self, run: Run, line: Prompt) -> tuple[int, ...]:
-        limit = run.prompts.max_tokens
-        if self.context_length is not None:
-            limit = min(limit, self.context_length - run.generator.max_new_tokens)
-        return render.render(line, run.prompts, self.tokenizer, limit)
-
-    async def _rollout(self, round: Round) -> Rollout:
-        began = time.monotonic()
-        rollout: Rollout = await self.pools["generator"].call(round.prompt_id, "rollout", round)
-        samples, tokens = round.stop - round.start, sum(len(t.token_ids) for t in rollout.trajectories)
-        for name, count in (("iterations", round.iteration >= 0), ("samples", samples), ("tokens", tokens)):
-            self.sums[name] += count
-        if self.exporter:
-            self.exporter.round(time.monotonic() - began, samples, tokens)
-        return rollout
-
-    async def _score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
-        began = time.monotonic()
-        scores: list[Score] = await self.pools[reward].call(prompt.id, "score", prompt, responses)
-        if self.exporter:
-            self.exporter.scored(reward, time.monotonic() - began, len(responses))
-        return scores
-
-    async def _nll(
-        self, prompt_id: str, prompt_tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]
-    ) -> list[float]:
-        losses: list[float] = await self.pools["generator"].call(prompt_id, "nll", prompt_tokens, responses)
-        return losses
-
-    async def _calibrate(self, prompt_id: str, *asked: Any) -> Sampling:
-        sampling: Sampling = await self.pools["generator"].call(prompt_id, "calibrate", *asked)
-        return sampling
+            self.backend.forget(line.id)
 
     def _finish(self, table: Table, result: Result) -> None:
         store = self.store
@@ -317,7 +213,7 @@ class Coordinator:
             return
         log.warning("source_index %d (id %s) failed: %s", result.prompt.source_index, result.prompt.id, result.reason)
         self.reason = result.reason
-        _judge(store, table.run.runtime.max_failed, self.reason)
+        judge(store, table.run.runtime.max_failed, self.reason)
 
     async def _flush_every(self, seconds: float) -> None:
         store, loop = self.store, asyncio.get_running_loop()
@@ -345,8 +241,8 @@ class Coordinator:
                 await asyncio.sleep(wait)
 
     async def _report(self, run: Run) -> None:
-        """Tell the exporter every few seconds, and the log when nothing moves: which prompt sits where."""
-        loop, stall = asyncio.get_running_loop(), run.runtime.timeouts.stall
+        """Tell the exporter every few seconds; tell the log which prompts wait where when nothing moves."""
+        loop, stall, pools = asyncio.get_running_loop(), run.runtime.timeouts.stall, self.backend.pools.values()
         last, at = self._figures(), loop.time()
         answers, moved = -1, loop.time()
         samples = run.method.num_samples * run.method.num_iterations + 1
@@ -358,27 +254,14 @@ class Coordinator:
             last, at = now, time_now
             if self.flushing is not None and time_now - self.flushing > stall:
                 log.warning("writing to the output has taken %.0f s so far", time_now - self.flushing)
-            if (total := sum(pool.answers for pool in self.pools.values())) != answers or not now.in_flight:
+            if (total := sum(pool.answers for pool in pools)) != answers or not now.in_flight:
                 answers, moved = total, time_now
             elif time_now - moved > stall:
                 moved = time_now
-                for slot, call in sorted(
-                    (pair for pool in self.pools.values() for pair in pool.fleet.oldest()),
-                    key=lambda pair: pair[1].since,
-                )[:3]:
+                waits = sorted((pair for pool in pools for pair in pool.fleet.oldest()), key=lambda pair: pair[1].since)
+                for slot, call in waits[:3]:
                     what = (call.home, call.method, slot.replica.name, time_now - call.since)
                     log.warning("nothing has moved for %g s: prompt %s waits for %s on %s for %.0f s", stall, *what)
-
-
-def _judge(store: Store, allowed: float, reason: str, whole: bool = False) -> None:
-    """Raise TooManyFailed where the share of failed rows is settled and above what is allowed, or nothing worked."""
-    counts = store.counts()
-    total = counts.done + counts.failed
-    if counts.failed > allowed * total and (total >= SETTLED or (whole and not counts.done)):
-        raise TooManyFailed(
-            f"{counts.failed} of {total} rows failed, {counts.failed / total:.1%}; runtime.max_failed allows "
-            f"{allowed:.1%}, judged from {SETTLED} rows on or where none is done. The last reason: {reason}"
-        )
 
 
 def _take(intake: Iterator[Input], count: int) -> list[Input]:

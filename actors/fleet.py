@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from aisp_dist.align import reason
+
 log = logging.getLogger("aisp")
 
 _BACKOFF = (1.0, 60.0)  # seconds before another try to start a process: the first, and at most
@@ -215,6 +217,5 @@ class Fleet:
 
 
 def say(error: BaseException) -> str:
-    """One line of an error, of its cause where Ray wrapped it."""
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0][:500]
+    """One line about an error, or about its cause where Ray wrapped it."""
+    return reason(getattr(error, "cause", None) or error)

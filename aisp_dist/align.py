@@ -1,5 +1,8 @@
-"""The loop of one prompt: draw, score, update, keep the best. It is given its rollout and its scoring as functions, so
-the same lines run on a toy problem in a test, in one process, and under Ray. Nothing here knows models or machines."""
+"""The search of one prompt: draw, score, update, keep the best. A Backend does what needs models, so the same lines run
+on a toy problem in a test, in one process and on a Ray cluster.
+
+    input line -> render -> [propose -> Backend.rollout -> Backend.score -> update] repeated -> Done | Failed
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,23 @@ import asyncio
 import hashlib
 import math
 from array import array
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from aisp_dist import methods
-from aisp_dist.config import Run, Search
-from aisp_dist.data import thinking
+from aisp_dist.config import BatchedAisp, Run, Search
+from aisp_dist.data import render, thinking
 from aisp_dist.methods.limit import within
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import (
     BASE_ITERATION,
+    BadInput,
+    Calibration,
     Candidate,
     Done,
     Failed,
+    Input,
     Prompt,
     Rates,
     Result,
@@ -34,38 +39,79 @@ from aisp_dist.records import (
 )
 from aisp_dist.rewards.combine import Frozen, combine
 
-RolloutFn = Callable[[Round], Coroutine[None, None, Rollout]]
-ScoreFn = Callable[[str, Prompt, Sequence[str]], Awaitable[list[Score]]]  # reward name, prompt, responses
-# prompt id, its tokens, responses -> the base model's mean NLL per token of each response
-NllFn = Callable[[str, tuple[int, ...], Sequence[tuple[int, ...]]], Awaitable[list[float]]]
-# prompt id, sampling, what it leaves open, the prompt's key, its tokens, its base answer -> sampling
-CalibrateFn = Callable[[str, Sampling, Rates, tuple[int, int], tuple[int, ...], tuple[int, ...]], Awaitable[Sampling]]
+Tokens = tuple[int, ...]
 
 
 class RowError(Exception):
-    """This prompt cannot be finished, and a fresh process would say the same; it becomes a failed row."""
+    """This prompt cannot be finished, and another try would say the same. It becomes a failed row with this reason."""
 
 
-async def align(
-    run: Run,
-    prompt: Prompt,
-    prompt_tokens: tuple[int, ...],
-    rollout: RolloutFn,
-    score: ScoreFn,
-    nll: NllFn,
-    calibrate: CalibrateFn,
-    thinks: bool = False,
+class Backend(Protocol):
+    """A base model and rewards, wherever they run. Every method answers the same for the same arguments, and may be
+    called any number of times at once. All raise RowError for a request that fails again when it is repeated; every
+    other exception is a fault of the machinery and ends the run."""
+
+    async def rollout(self, round: Round) -> Rollout:
+        """The trajectories that the round asks for."""
+
+    async def score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        """One score by the named reward for each response, in order."""
+
+    async def nll(self, prompt_id: str, prompt_tokens: Tokens, responses: Sequence[Tokens]) -> list[float]:
+        """The base model's mean negative log-likelihood per token of each response, in nats."""
+
+    async def calibrate(self, request: Calibration) -> Sampling:
+        """The request's sampling with its rates turned into numbers."""
+
+
+def reason(error: BaseException) -> str:
+    """What a failed row says of an error: its type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:500]
+
+
+def window(run: Run) -> int:
+    """How many prompts one generator searches at a time: twice what fills its rows, so that scoring overlaps decoding.
+    For Batched AISP the batch."""
+    if isinstance(run.method, BatchedAisp):
+        return run.method.num_prompts
+    return max(2, -(-2 * run.generator.batch_rows // run.method.num_samples))
+
+
+def tokens_of(run: Run, prompt: Prompt, tokenizer: render.Tokenizer, context_length: int | None) -> Tokens:
+    """The prompt's token ids. context_length: of the base model, in tokens; None where it has no limit. Raises
+    Unrenderable for this prompt, ConfigError for what is wrong with every prompt."""
+    limit = run.prompts.max_tokens
+    if context_length is not None:
+        limit = min(limit, context_length - run.generator.max_new_tokens)
+    return render.render(prompt, run.prompts, tokenizer, limit)
+
+
+async def align_input(
+    run: Run, line: Input, tokenizer: render.Tokenizer, context_length: int | None, backend: Backend
 ) -> Result:
-    """Search one prompt to the end. thinks: the rendered prompt has opened a block of thinking. RowError becomes a
-    Failed; every other exception is a fault and passes through."""
+    """From an input line to its result. Faults of the backend pass through."""
+    if isinstance(line, BadInput):
+        return Failed(line, line.reason)
     try:
-        return await _search(run, prompt, prompt_tokens, rollout, score, nll, calibrate, thinks)
+        tokens = tokens_of(run, line, tokenizer, context_length)
+    except render.Unrenderable as error:
+        return Failed(line, str(error))
+    strips = run.generator.thinking == "strip"
+    thinks = strips and thinking.opens(tokenizer.decode(tokens), run.generator.thinking_tags)
+    return await align(run, line, tokens, backend, thinks)
+
+
+async def align(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Backend, thinks: bool = False) -> Result:
+    """Search one rendered prompt to the end. thinks: the prompt ends inside a block of thinking that it has opened.
+    A RowError becomes a Failed; every other exception is a fault and passes through."""
+    try:
+        return await _search(run, prompt, prompt_tokens, backend, thinks)
     except RowError as error:
         return Failed(prompt, str(error))
 
 
 async def _together(*calls: Awaitable[Any]) -> list[Any]:
-    """All answers. Where one fails the others end first: nothing is asked any more for a prompt that is over."""
+    """All answers. Where one call fails the others are cancelled first, so that no work goes on for a failed prompt."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -75,16 +121,7 @@ async def _together(*calls: Awaitable[Any]) -> list[Any]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _search(
-    run: Run,
-    prompt: Prompt,
-    prompt_tokens: tuple[int, ...],
-    rollout: RolloutFn,
-    score: ScoreFn,
-    nll: NllFn,
-    calibrate: CalibrateFn,
-    thinks: bool,
-) -> Done:
+async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Backend, thinks: bool) -> Done:
     key = prompt_key(run.seed, prompt.id)
     selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
     held_out = [name for name in run.rewards if name not in selecting]
@@ -93,11 +130,12 @@ async def _search(
     base_nll: float | None = None
 
     async def scored(iteration: int, drawn: Sequence[Trajectory], frozen: Frozen) -> tuple[list[Candidate], Frozen]:
+        """The trajectories as candidates; `frozen` are the statistics of combine."""
         texts = [_answer(run, t.text, thinks) for t in drawn]
         said = [text for text in texts if isinstance(text, str)]
-        answers = (
-            await _together(*(score(name, prompt, said) for name in selecting)) if said else [[] for _ in selecting]
-        )
+        answers: list[list[Score]] = [[] for _ in selecting]
+        if said:
+            answers = await _together(*(backend.score(name, prompt, said) for name in selecting))
         given = {name: iter(scores) for name, scores in zip(selecting, answers, strict=True)}
         raw = {n: [next(scores) if isinstance(t, str) else t for t in texts] for n, scores in given.items()}
         combined, frozen = combine(selecting, run.combine, raw, frozen)
@@ -117,8 +155,10 @@ async def _search(
             for i, (t, text, total) in enumerate(zip(drawn, texts, combined, strict=True))
         ], frozen
 
-    ask = partial(Round, run.seed, prompt.id, prompt_tokens)
-    base_rollout = asyncio.ensure_future(rollout(ask(BASE_ITERATION, 0, 1, Sampling())))
+    def round_of(iteration: int, samples: int, how: Sampling, **more: Any) -> Round:
+        return Round(run.seed, prompt.id, prompt_tokens, iteration, 0, samples, how, **more)
+
+    base_rollout = asyncio.ensure_future(backend.rollout(round_of(BASE_ITERATION, 1, Sampling())))
     try:
         state: methods.State = ()
         frozen: Frozen = None
@@ -128,18 +168,18 @@ async def _search(
         curve: list[float | None] = []
         near = limit is not None and limit.nll is not None
         if near or rates != Rates():
-            own = (await base_rollout).trajectories[0].token_ids
+            base_tokens = (await base_rollout).trajectories[0].token_ids
             if rates != Rates():
-                sampling = await calibrate(prompt.id, sampling, rates, key, prompt_tokens, own)
+                request = Calibration(run.seed, prompt.id, prompt_tokens, base_tokens, sampling, rates)
+                sampling = await backend.calibrate(request)
             if near:
-                (base_nll,) = await nll(prompt.id, prompt_tokens, [own])
+                (base_nll,) = await backend.nll(prompt.id, prompt_tokens, [base_tokens])
         method = methods.bind(run.method, sampling)
         while (proposal := method.propose(state, key, candidates)) is not None:
             k = proposal.iteration
             reader = prompt if isinstance(proposal.sampling.guide, TokenReward) else None
-            drawn = await rollout(
-                ask(k, 0, proposal.num_samples, proposal.sampling, proposal.trace, reader, proposal.starts)
-            )
+            more = {"trace": proposal.trace, "prompt": reader, "starts": proposal.starts}
+            drawn = await backend.rollout(round_of(k, proposal.num_samples, proposal.sampling, **more))
             new, frozen = await scored(k, drawn.trajectories, frozen)
             eligible = [candidate.eligible_reward for candidate in new]
             for candidate, reward in zip(new, eligible, strict=True):  # strictly greater: the earliest of equals wins
@@ -160,8 +200,8 @@ async def _search(
     answered = isinstance(_answer(run, base_drawn.trajectories[0].text, thinks), str)
     shown = [best.text, base.text][: 1 + answered]
     losses, *reports = await _together(
-        nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids][: 1 + (base_nll is None)]),
-        *(score(name, prompt, shown) for name in held_out),
+        backend.nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids][: 1 + (base_nll is None)]),
+        *(backend.score(name, prompt, shown) for name in held_out),
     )
     judged = [(name, [*(s.value for s in scores), None]) for name, scores in zip(held_out, reports, strict=True)]
     best, base = (
@@ -185,7 +225,7 @@ async def _search(
 
 
 def _answer(run: Run, text: str, thinks: bool) -> str | Score:
-    """What rewards are to see of a response; why they see nothing where it has no answer."""
+    """What rewards see of a response. A Score with the reason where the response has no answer."""
     if run.generator.thinking == "keep":
         return text
     try:

@@ -119,6 +119,19 @@ class Rates(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration(_Record):
+    """A request for a prompt's own sampling: `sampling` with `rates` turned into numbers, from the base model's
+    probabilities over `base_tokens`, its greedy answer."""
+
+    seed: int
+    prompt_id: str
+    prompt_tokens: tuple[int, ...]
+    base_tokens: tuple[int, ...]
+    sampling: Sampling
+    rates: Rates
+
+
+@dataclass(frozen=True, slots=True)
 class Weights(_Record):
     """One finished iteration, as the trace keeps it: w_i (fp32 values), the lengths T_i in tokens, and how many of
     those were given; () where none was."""

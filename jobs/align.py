@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from actors.coordinator import Table, TooManyFailed, window
+from actors.table import Table, TooManyFailed
+from aisp_dist.align import window
 from aisp_dist.analysis import guard, summary
 from aisp_dist.config import ConfigError
 from aisp_dist.data import prompts

@@ -15,14 +15,12 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from actors.coordinator import Table
-from aisp_dist.config import ConfigError, FunctionReward, Generator, HttpReward, ModelReward, Reward, Run
+from actors.table import Table
+from aisp_dist.config import ConfigError, FunctionReward, Generator, HttpReward, ModelReward, Run
 from aisp_dist.data import prompts
 from aisp_dist.engine import checkpoints, sizes
 from aisp_dist.output import fingerprint, lease, manifest, schema
 from aisp_dist.output.filesystem import Place
-
-_SAMPLE = 1000  # input lines that decide the types of kept columns
 
 
 @dataclass(frozen=True)
@@ -137,12 +135,12 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
     """
     output = check_output(run)
     before = manifest.read_run(output)
-    run = _pin(run, before["config"] if before else {})
+    run = fingerprint.pin(run, before["config"] if before else {})
     located = _check_rest(run, base_dir)
     if before:
         columns = before["columns"]
     else:
-        columns = schema.column_types(run.prompts.keep, itertools.islice(prompts.read(located.prompts), _SAMPLE))
+        columns = schema.column_types(run.prompts.keep, itertools.islice(prompts.read(located.prompts), schema.SAMPLE))
     prepared = Prepared(run, located, base_dir, output, fingerprint.components(run, located, base_dir), columns)
     if before:
         manifest.check_resume(before, prepared.record())
@@ -150,27 +148,3 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
         if owner.excludes(shard) and owner.alive():
             raise ConfigError(f"output: {output} is owned by a live run ({owner}); wait for it, or stop it")
     return prepared
-
-
-def _pin(run: Run, before: dict[str, Any]) -> Run:
-    """The run with the revision of every hub model that has none: what the output used before, else today's commit."""
-    generator = _pinned("generator", "generator", run.generator, before.get("generator", {}))
-    return run.model_copy(update={"generator": generator, "rewards": pin_rewards(run, before)})
-
-
-def pin_rewards(run: Run, before: dict[str, Any]) -> dict[str, Reward]:
-    """The rewards, those of hub models with a revision. before: an earlier configuration, for what that one used."""
-    return {
-        name: _pinned(f"rewards.{name}", "reward", reward, before.get("rewards", {}).get(name, {}))
-        if isinstance(reward, ModelReward)
-        else reward
-        for name, reward in run.rewards.items()
-    }
-
-
-def _pinned(key: str, role: checkpoints.Role, model: Any, old: dict[str, Any]) -> Any:
-    place = checkpoints.locate(f"{key}.model", model.model, role)
-    if model.revision is not None or Path(place).is_dir():
-        return model
-    known = old.get("revision") if old.get("model") == model.model else None
-    return model.model_copy(update={"revision": known or checkpoints.commit(f"{key}.model", place, None)})

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.coordinator import Table
+from actors.table import Table
 from aisp_dist import rewards
 from aisp_dist.analysis import rescore, summary
 from aisp_dist.analysis.evaluate.outputs import Output, open_output
@@ -27,7 +27,7 @@ from aisp_dist.output.lease import Lease, LeaseLost
 from aisp_dist.records import Failed, Input, Prompt, Result, Score
 from aisp_dist.rewards import RewardError, RewardFn, client
 from jobs import cli, settings, verify
-from jobs.prepare import Prepared, check_output, pin_rewards
+from jobs.prepare import Prepared, check_output
 from jobs.progress import say
 from jobs.status import OUTPUT
 
@@ -126,7 +126,7 @@ def _prepare(parent: Output, file: Path, out: str) -> Prepared:
     if output == parent.place:
         raise ConfigError(f"--out: {out} is the output that is read; give another directory")
     before = manifest.read_run(output) or parent.record
-    run = run.model_copy(update={"rewards": pin_rewards(run, before["config"])})
+    run = run.model_copy(update={"rewards": fingerprint.pin_rewards(run, before["config"])})
     located = {name: fingerprint.locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()}
     was, now = parent.record["components"], run.row_settings()
     of_base = {key: value for key, value in was["digests"].items() if not key.startswith("rewards.")}

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from actors.coordinator import Table
 from actors.counts import Counts, share
+from actors.table import Table
+from aisp_dist.align import window
 from aisp_dist.analysis.guard import GuardStop
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.output import lease, manifest
@@ -207,7 +208,7 @@ class Session:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from actors.cluster import start_pools
-        from actors.coordinator import Coordinator, window
+        from actors.coordinator import Coordinator
         from actors.metrics import Exporter
 
         if shard.coordinator is not None:
@@ -279,7 +280,7 @@ class Session:
         import ray
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
-        from actors.coordinator import TooManyFailed
+        from actors.table import TooManyFailed
 
         try:
             return ray.get(ref)

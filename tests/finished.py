@@ -10,17 +10,12 @@ from typing import Any
 
 import tiny
 
-from aisp_dist import rewards
-from aisp_dist.align import align
+from aisp_dist.align import align_input
 from aisp_dist.config import load
 from aisp_dist.data import prompts
-from aisp_dist.data.render import render
-from aisp_dist.engine import model
-from aisp_dist.engine.calibrate import calibrate
-from aisp_dist.engine.decode import Engine
+from aisp_dist.local import LocalBackend
 from aisp_dist.output import manifest
 from aisp_dist.output.lease import Lease
-from aisp_dist.records import Failed, Prompt
 from jobs import prepare, settings
 
 REWARDS = """
@@ -63,27 +58,10 @@ def output(folder: Path, name: str, method: dict[str, Any] = AISP, seed: int = 0
     manifest.write_run(prepared.output, prepared.record())
     run, lease = prepared.located, Lease.take(prepared.output)
     store = replace(prepared.table(), lease=lease).store()
-    engine = Engine(model.load(run.generator, "cpu"), 32, run.generator.max_new_tokens)
-    score = {name: rewards.load(name, reward, folder, columns=["note"]) for name, reward in run.rewards.items()}
-
-    async def rollout(round):
-        return engine.run([round])[0]
-
-    async def scored(name, prompt, texts):
-        return score[name](prompt, texts)
-
-    async def nll(id, tokens, answers):
-        return [engine.nll(tokens, answer) for answer in answers]
-
-    async def settle(id, *asked):
-        return calibrate(engine.lm, *asked)
-
+    backend = LocalBackend(run, folder, "cpu")
     for line in store.plan(prompts.read(run.prompts)):
-        if not isinstance(line, Prompt):
-            store.add(Failed(line, line.reason))
-            continue
-        tokens = render(line, run.prompts, engine.lm.tokenizer, run.prompts.max_tokens)
-        store.add(asyncio.run(align(run, line, tokens, rollout, scored, nll, settle)))
+        store.add(asyncio.run(align_input(run, line, backend.tokenizer, backend.context_length, backend)))
+    backend.close()
     store.finish()
     lease.release()
     return folder / name

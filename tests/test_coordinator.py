@@ -11,9 +11,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from actors.coordinator import Coordinator, Stopped, Table, TooManyFailed, window
+from actors.coordinator import Coordinator, Stopped
 from actors.fleet import Fault
 from actors.pool import Pool
+from actors.table import Table, TooManyFailed
+from aisp_dist.align import window
 from aisp_dist.config import Run
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest
@@ -151,7 +153,7 @@ def test_every_input_becomes_one_row_in_order_whatever_faults_and_replicas(tmp_p
     asyncio.run(fill(run, shard))
     assert rows(run) == plain
     assert verify(run_path(run), prompts.read(run.prompts)).violations == ()
-    assert shard.pools["generator"].fleet.restarts > 0, "the faults really happened"
+    assert shard.backend.pools["generator"].fleet.restarts > 0, "the faults really happened"
     assert sum(len(part) for name, part in plain.items() if name.startswith("data")) == 20
 
 

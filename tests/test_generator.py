@@ -33,7 +33,7 @@ def round_of(prompt: str, samples: int = 4) -> Round:
 
 async def loaded(settings) -> Generator:
     generator = Generator(settings, Path(), "generator-0", 1)
-    assert await generator.load() == generator.engine.lm.context_length
+    assert await generator.load() == generator.service.engine.lm.context_length
     return generator
 
 
@@ -52,7 +52,7 @@ def test_a_round_asked_twice_is_answered_twice(settings):
     async def main():
         generator = await loaded(settings)
         first, second = await asyncio.gather(generator.rollout(round_of("p")), generator.rollout(round_of("p")))
-        assert first == second and not generator.waiting
+        assert first == second and not generator.service.busy
 
     asyncio.run(main())
 
@@ -75,7 +75,7 @@ def test_a_caller_that_gives_up_frees_its_rows(settings):
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         assert len((await generator.rollout(round_of("q"))).trajectories) == 4
-        assert not generator.waiting and not generator.engine.busy
+        assert not generator.service.busy and not generator.service.engine.busy
 
     asyncio.run(main())
 

@@ -28,6 +28,7 @@ ARROWS = {
     "output": BELOW | {"config", "data", "engine", "rewards"},  # the fingerprint digests models and functions
     "align": BELOW | {"config", "data", "methods", "rewards"},
     "bench": BELOW | {"config", "engine"},
+    "local": BELOW | {"config", "data", "engine", "rewards", "output", "align"},
     "analysis": BELOW | {"config", "data", "methods", "engine", "rewards", "output", "align"},
 }
 

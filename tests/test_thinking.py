@@ -57,18 +57,19 @@ def search(thinking: str, base: str = "<think>x</think>base"):
          "method": {"kind": "best_of_n", "num_samples": 4, "num_iterations": 1}}
     )  # fmt: skip
 
-    async def rollout(round: Round) -> Rollout:
-        texts = [base] if round.iteration < 0 else TEXTS
-        return Rollout(tuple(Trajectory(i, (i, 7), text, "stop") for i, text in enumerate(texts)))
+    class Backend:
+        async def rollout(self, round: Round) -> Rollout:
+            texts = [base] if round.iteration < 0 else TEXTS
+            return Rollout(tuple(Trajectory(i, (i, 7), text, "stop") for i, text in enumerate(texts)))
 
-    async def score(name, prompt, responses):
-        seen.extend(responses)
-        return [Score(float(len(r))) for r in responses]
+        async def score(self, name, prompt, responses):
+            seen.extend(responses)
+            return [Score(float(len(r))) for r in responses]
 
-    async def nll(id, tokens, responses):
-        return [1.0 for _ in responses]
+        async def nll(self, id, tokens, responses):
+            return [1.0 for _ in responses]
 
-    return asyncio.run(align(run, Prompt("p", 0, "q"), (1,), rollout, score, nll, None)), seen
+    return asyncio.run(align(run, Prompt("p", 0, "q"), (1,), Backend())), seen
 
 
 def test_rewards_and_rows_have_the_answer_alone_and_the_tokens_keep_all():

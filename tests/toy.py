@@ -44,7 +44,7 @@ def white_noise(seed: int, sampling: Sampling, iteration: int, samples: range, s
 
 
 class World:
-    """rollout and score for align(): reward = sum_t c_t . v_t, responses of length `lengths(e)`."""
+    """An align.Backend: reward = sum_t c_t . v_t, responses of length `lengths(e)`."""
 
     def __init__(self, c: np.ndarray, lengths=None, reward=None) -> None:
         self.c, self.lengths = c, lengths or (lambda e: np.full(len(e), c.shape[0]))
@@ -100,10 +100,10 @@ class World:
     async def nll(self, prompt_id, prompt_tokens, responses) -> list[float]:
         return [0.0 for _ in responses]
 
-    async def calibrate(self, prompt_id, sampling, rates, *_):
-        return replace(sampling, sigma2=rates.noise)
+    async def calibrate(self, request):
+        return replace(request.sampling, sigma2=request.rates.noise)
 
     def align(self, run):
         from aisp_dist.align import align
 
-        return asyncio.run(align(run, PROMPT, (1,), self.rollout, self.score, self.nll, self.calibrate))
+        return asyncio.run(align(run, PROMPT, (1,), self))

@@ -30,8 +30,9 @@ class Unusable(ValueError):
         self.content = content
 
 
-def read(settings: Prompts) -> Iterator[Input]:
-    """Every input line as exactly one Prompt or BadInput, in order; source_index counts them from 0.
+def read(settings: Prompts, source: Source | None = None) -> Iterator[Input]:
+    """Every input line as exactly one Prompt or BadInput, in order; source_index counts them from 0. source: lines to
+    read in place of those of `settings.source`.
 
     The order is the source's or, with shuffle_seed, a permutation of the whole source; `limit` comes last, so a larger
     one extends and changes no id. Ids are unique: a repeat gets `#2`, `#3`, ... A user's id that comes again with other
@@ -39,7 +40,7 @@ def read(settings: Prompts) -> Iterator[Input]:
     Raises ConfigError (at once, or with the first row) where settings and source do not fit.
     """
     _check(settings)
-    return _inputs(settings, open_source(settings))
+    return _inputs(settings, source or open_source(settings))
 
 
 def count(settings: Prompts) -> int:

@@ -1,5 +1,8 @@
 """Everything that can change a row, in one hash: the row settings of the configuration, the digests of model weights
-and of the functions' source. Two runs with one fingerprint write the same rows."""
+and of the functions' source. Two runs with the same fingerprint write the same rows.
+
+    run -> pin (revisions) -> locate (paths) -> components -> fingerprint
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,31 @@ from aisp_dist.config import ConfigError, FunctionReward, Method, ModelReward, P
 from aisp_dist.data.sources import is_local
 from aisp_dist.engine import checkpoints
 from aisp_dist.rewards import function, templates
+
+
+def pin(run: Run, before: Mapping[str, Any]) -> Run:
+    """The run with a revision for every hub model that names none: the one in `before`, an earlier configuration of the
+    same output ({} if there is none), else today's commit."""
+    generator = _pinned("generator", "generator", run.generator, before.get("generator", {}))
+    return run.model_copy(update={"generator": generator, "rewards": pin_rewards(run, before)})
+
+
+def pin_rewards(run: Run, before: Mapping[str, Any]) -> dict[str, Reward]:
+    """The rewards as `pin` leaves them."""
+    return {
+        name: _pinned(f"rewards.{name}", "reward", reward, before.get("rewards", {}).get(name, {}))
+        if isinstance(reward, ModelReward)
+        else reward
+        for name, reward in run.rewards.items()
+    }
+
+
+def _pinned(key: str, role: checkpoints.Role, model: Any, old: Mapping[str, Any]) -> Any:
+    place = checkpoints.locate(f"{key}.model", model.model, role)
+    if model.revision is not None or Path(place).is_dir():
+        return model
+    known = old.get("revision") if old.get("model") == model.model else None
+    return model.model_copy(update={"revision": known or checkpoints.commit(f"{key}.model", place, None)})
 
 
 def locate(run: Run, base_dir: Path) -> Run:

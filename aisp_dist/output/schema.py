@@ -25,6 +25,7 @@ from aisp_dist.config import ConfigError
 from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Message
 
 VERSION = 1
+SAMPLE = 1000  # inputs that decide the types of kept columns
 Kind = Literal["chat", "raw"]
 ColumnType = Literal["string", "int64", "float64", "bool", "json"]
 Row = dict[str, Any]

@@ -25,19 +25,18 @@ from typing import Any
 import torch
 
 from aisp_dist import rewards
-from aisp_dist.align import align
+from aisp_dist.align import Tokens, align
 from aisp_dist.bench import paired
 from aisp_dist.bench.workload import SAMPLING
 from aisp_dist.config import Aisp, Generator, ModelReward, Run
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.model import load
-from aisp_dist.records import Prompt, Rollout, Round, Sampling, Score
+from aisp_dist.records import Calibration, Prompt, Rollout, Round, Sampling, Score
 from jobs.bench import positive
 from tests.bench import checkpoints, command
 
 STEPS = 4  # steps of the engine before it looks for new rounds
-Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -133,45 +132,52 @@ def _load(task: Task, decoder: Executor, scorer: Executor) -> None:
 
 async def _search(task: Task, prompts: dict[Prompt, Tokens], decoder: Executor, scorer: Executor) -> Requests:
     """All prompts at once."""
-    loop, wake, asked = asyncio.get_running_loop(), asyncio.Event(), Requests()
-    arrived: list[Round] = []
-    waiting: dict[Round, asyncio.Future[Rollout]] = {}
-
-    async def rollout(round: Round) -> Rollout:
-        arrived.append(round)
-        waiting[round] = answer = loop.create_future()
-        wake.set()
-        asked.rounds[round] = await answer
-        return asked.rounds[round]
-
-    async def score(_: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
-        asked.scores.append((prompt, responses))
-        return await loop.run_in_executor(scorer, _score, task, prompt, responses)
-
-    async def nll(_: str, prompt: Tokens, responses: Sequence[Tokens]) -> list[float]:
-        asked.nlls.append((prompt, responses))
-        return await loop.run_in_executor(decoder, _nll, task, prompt, responses)
-
-    async def calibrate(*_: Any) -> Sampling:
-        raise NotImplementedError("the method of this bench has nothing to calibrate")
-
-    async def decode() -> None:
-        while await wake.wait():
-            some = arrived.copy()
-            arrived.clear()
-            for round, answer in await loop.run_in_executor(decoder, _advance, task, some):
-                waiting.pop(round).set_result(answer)
-            if not waiting:
-                wake.clear()
-
-    async with asyncio.TaskGroup() as group:  # the first error ends all
-        decoding = group.create_task(decode())
-        run = task.parsed()
-        await asyncio.gather(
-            *(align(run, prompt, ids, rollout, score, nll, calibrate) for prompt, ids in prompts.items())
-        )
+    backend, run = TwoProcesses(task, decoder, scorer), task.parsed()
+    async with asyncio.TaskGroup() as group:  # an error of one ends all
+        decoding = group.create_task(backend.decode())
+        await asyncio.gather(*(align(run, prompt, ids, backend) for prompt, ids in prompts.items()))
         decoding.cancel()
-    return asked
+    return backend.asked
+
+
+class TwoProcesses:
+    """An align.Backend with the engine in one process and the reward in another. Keeps what it was asked."""
+
+    def __init__(self, task: Task, decoder: Executor, scorer: Executor) -> None:
+        self.task, self.decoder, self.scorer = task, decoder, scorer
+        self.asked = Requests()
+        self.wake = asyncio.Event()
+        self.arrived: list[Round] = []
+        self.waiting: dict[Round, asyncio.Future[Rollout]] = {}
+
+    async def rollout(self, round: Round) -> Rollout:
+        self.arrived.append(round)
+        self.waiting[round] = answer = asyncio.get_running_loop().create_future()
+        self.wake.set()
+        self.asked.rounds[round] = await answer
+        return self.asked.rounds[round]
+
+    async def score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        self.asked.scores.append((prompt, responses))
+        return await asyncio.get_running_loop().run_in_executor(self.scorer, _score, self.task, prompt, responses)
+
+    async def nll(self, prompt_id: str, prompt_tokens: Tokens, responses: Sequence[Tokens]) -> list[float]:
+        self.asked.nlls.append((prompt_tokens, responses))
+        return await asyncio.get_running_loop().run_in_executor(self.decoder, _nll, self.task, prompt_tokens, responses)
+
+    async def calibrate(self, request: Calibration) -> Sampling:
+        raise NotImplementedError("the methods of this bench leave nothing to calibrate")
+
+    async def decode(self) -> None:
+        """Answer rounds until cancelled."""
+        loop = asyncio.get_running_loop()
+        while await self.wake.wait():
+            some = self.arrived.copy()
+            self.arrived.clear()
+            for round, answer in await loop.run_in_executor(self.decoder, _advance, self.task, some):
+                self.waiting.pop(round).set_result(answer)
+            if not self.waiting:
+                self.wake.clear()
 
 
 @lru_cache(1)

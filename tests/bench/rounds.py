@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from actors import cluster, coordinator, placement
+from actors.table import Table
+from aisp_dist.align import window
 from aisp_dist.config import Run
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import Lease
@@ -74,7 +76,7 @@ async def _start(run: Run, groups: Sequence[placement.Group], samples: int, toke
             cluster.RayReplica(f"{group.role}-{i}", Instant, (samples, tokens), group, 60.0, False)
             for i in range(group.replicas)
         ]
-        limit = 2 * coordinator.window(run) if group.role == "generator" else Plan().queue
+        limit = 2 * window(run) if group.role == "generator" else Plan().queue
         pools[group.role] = await pooled(replicas, limit, 600.0, retries=0, is_fault=cluster.is_fault)
     return pools, None
 
@@ -114,7 +116,7 @@ def measure(options: Namespace) -> dict[str, Any]:
             groups = placement.plan(run, [ray.cluster_resources()]).groups
             shard = actor.remote(run, partial(_start, run, groups, options.samples, options.new_tokens))
             ray.get(shard.load.remote(), timeout=300)
-            table = coordinator.Table(run, Place.at(run.output), {}, FINGERPRINT, "demo", lease)
+            table = Table(run, Place.at(run.output), {}, FINGERPRINT, "demo", lease)
             cpu, start = ray.get(shard.cpu.remote()), time.perf_counter()
             ray.get(shard.relabel.remote(table))
             seconds, cpu = time.perf_counter() - start, ray.get(shard.cpu.remote()) - cpu

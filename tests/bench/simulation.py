@@ -27,9 +27,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from actors.coordinator import Coordinator, Table, window
+from actors.coordinator import Coordinator
 from actors.pool import Pool
 from actors.sizing import suggest
+from actors.table import Table
+from aisp_dist.align import window
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest
@@ -168,7 +170,7 @@ async def _fill(plan: Plan, run: Run) -> _Figures:
 
     def sample() -> None:
         busy = (sum(g.busy() for g in generators), sum(g.rows for g in generators), sum(s.busy() for s in scorers))
-        in_flight = len(shard.pools["generator"].home)
+        in_flight = len(shard.backend.pools["generator"].home)
         integrals.append((loop.time(), in_flight, (*busy, core.busy - max(0.0, core.free - loop.time()))))
 
     async def watch() -> None:
@@ -185,7 +187,7 @@ async def _fill(plan: Plan, run: Run) -> _Figures:
     watching.cancel()
     sample()
     verdict = verify(output, prompts.read(run.prompts))
-    repeats = sum(pool.repeats for pool in shard.pools.values())
+    repeats = sum(pool.repeats for pool in shard.backend.pools.values())
     restarts = sum(replica.starts - 1 for replica in (*generators, *scorers))
     return _Figures(plan, integrals, (verdict.done, verdict.failed, len(verdict.violations), restarts, repeats))
 

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aisp_dist import rewards
-from aisp_dist.align import align
+from aisp_dist.align import align_input, tokens_of
 from aisp_dist.analysis.metrics import diversity, interval
 from aisp_dist.config import Run, load
 from aisp_dist.data import prompts
-from aisp_dist.data.render import render
-from aisp_dist.records import Done, Prompt, Rollout, Round, Sampling, Score
+from aisp_dist.local import LocalBackend
+from aisp_dist.records import Done, Input, Prompt, Score
 from jobs import settings
 
 BUDGETS = (8, 16, 32, 64, 128, 256, 512)
@@ -110,70 +109,54 @@ def search(job: Job) -> str:
     """Run a job: write its prompts' best answers at every budget to its file. Returns the file's name."""
     import torch
 
-    from aisp_dist.engine import calibrate, decode, model
-
     torch.set_num_threads(1)
     run = load.check(job.values)
-    engine = decode.Engine(model.load(run.generator, "cpu"), run.generator.batch_rows, run.generator.max_new_tokens)
-    tokenizer = engine.lm.tokenizer
-    judges = {name: rewards.load(name, reward, job.base_dir) for name, reward in run.rewards.items()}
+    return asyncio.run(_search(job, run, Remembering(run, job.base_dir, "cpu")))
+
+
+async def _search(job: Job, run: Run, backend: Remembering) -> str:
     (held_out,) = (name for name, reward in run.rewards.items() if reward.use == "report")
-    answers: dict[Round, asyncio.Future[Rollout]] = {}
-    known: dict[tuple[str, str, str], Score] = {}
+    turn = asyncio.Semaphore(IN_FLIGHT)
 
-    async def rollout(round: Round) -> Rollout:
-        answers[round] = asyncio.get_running_loop().create_future()
-        engine.submit(round)
-        return await answers[round]
-
-    async def score(name: str, prompt: Prompt, texts: Sequence[str]) -> list[Score]:
-        new = [text for text in dict.fromkeys(texts) if (name, prompt.id, text) not in known]
-        scores = judges[name](prompt, new) if new else []
-        known.update({(name, prompt.id, text): found for text, found in zip(new, scores, strict=True)})
-        return [known[name, prompt.id, text] for text in texts]
-
-    async def nll(_: str, tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]) -> list[float]:
-        return [engine.nll(tokens, response) for response in responses]
-
-    async def settle(_: str, *asked: Any) -> Sampling:
-        return calibrate.calibrate(engine.lm, *asked)
-
-    def best(done: Done, budget: int) -> dict[str, Any]:
+    async def best(done: Done, budget: int) -> dict[str, Any]:
         seen = [c for c in done.candidates[:budget] if c.eligible_reward is not None]
         one = max(seen, key=lambda c: c.eligible_reward or 0.0)  # the first of equals
-        tokens = render(done.prompt, run.prompts, tokenizer, run.prompts.max_tokens)
-        (other,) = judges[held_out](done.prompt, [one.text])
-        loss = engine.nll(tokens, one.token_ids)
+        tokens = tokens_of(run, done.prompt, backend.tokenizer, None)
+        (other,) = await LocalBackend.score(backend, held_out, done.prompt, [one.text])  # alone: bits are of a batch
+        (loss,) = await backend.nll(done.prompt.id, tokens, [one.token_ids])
         given = [length for step in done.trace for length in step.given or [0] * len(step.lengths)]
         drawn = sum(len(c.token_ids) - g for c, g in zip(done.candidates[:budget], given, strict=False))
         shown = {"text": one.text, "nll": loss, "diversity": diversity(one.text), "held-out": other.value}
         return shown | {"reward": one.reward, "tokens": sum(len(c.token_ids) for c in seen), "drawn": drawn}
 
-    async def one(prompt: Prompt, turn: asyncio.Semaphore) -> dict[str, Any]:
+    async def one(line: Input) -> dict[str, Any]:
         async with turn:
-            tokens = render(prompt, run.prompts, tokenizer, run.prompts.max_tokens)
-            done = await align(run, prompt, tokens, rollout, score, nll, settle)
-        if not isinstance(done, Done):
-            raise RuntimeError(f"prompt {prompt.id}: {done.reason}")
-        sizes = [budget for budget in BUDGETS if budget <= done.samples_spent]
-        base = {"reward": done.base.reward, "nll": done.base_nll, "text": done.base.text}
-        return {"id": prompt.id, "base": base} | {str(budget): best(done, budget) for budget in sizes}
+            done = await align_input(run, line, backend.tokenizer, None, backend)
+            if not isinstance(done, Done):
+                raise RuntimeError(f"prompt {line.id}: {done.reason}")
+            sizes = [budget for budget in BUDGETS if budget <= done.samples_spent]
+            base = {"reward": done.base.reward, "nll": done.base_nll, "text": done.base.text}
+            return {"id": line.id, "base": base} | {str(budget): await best(done, budget) for budget in sizes}
 
-    async def everything() -> list[dict[str, Any]]:
-        turn = asyncio.Semaphore(IN_FLIGHT)
-        lines = prompts.read(run.prompts)
-        tasks = [asyncio.create_task(one(line, turn)) for line in lines if isinstance(line, Prompt)]
-        while not all(task.done() for task in tasks):
-            await asyncio.sleep(0)
-            if engine.busy:
-                for round, answer in engine.step():
-                    answers.pop(round).set_result(answer)
-            if broken := next((task for task in tasks if task.done() and task.exception()), None):
-                broken.result()
-        return [task.result() for task in tasks]
-
-    write(job.file, {"method": job.values["method"], "prompts": asyncio.run(everything())})
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(line)) for line in prompts.read(run.prompts)]
+    write(job.file, {"method": job.values["method"], "prompts": [task.result() for task in tasks]})
+    backend.close()
     return str(job.file)
+
+
+class Remembering(LocalBackend):
+    """Scores a text of a prompt once."""
+
+    def __init__(self, run: Run, base_dir: Path, device: str) -> None:
+        super().__init__(run, base_dir, device)
+        self.known: dict[tuple[str, str, str], Score] = {}
+
+    async def score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        new = [text for text in dict.fromkeys(responses) if (reward, prompt.id, text) not in self.known]
+        scores = await super().score(reward, prompt, new) if new else []
+        self.known |= {(reward, prompt.id, text): found for text, found in zip(new, scores, strict=True)}
+        return [self.known[reward, prompt.id, text] for text in responses]
 
 
 def rows(

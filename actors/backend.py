@@ -1,0 +1,83 @@
+"""What a search asks for, answered by pools of replicas: align.Backend for a Ray cluster, with the counts of what was
+asked. Plain asyncio; knows Ray only through the pools it is given."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from actors.counts import Counts
+from actors.pool import Pool
+from aisp_dist.align import Tokens
+from aisp_dist.records import Calibration, Prompt, Rollout, Round, Sampling, Score
+
+if TYPE_CHECKING:
+    from actors.metrics import Exporter
+
+
+class RayBackend:
+    """pools: `generator`, and one by the name of each reward. Implements align.Backend."""
+
+    def __init__(self, pools: Mapping[str, Pool]) -> None:
+        self.pools = pools
+        self.sums: Counter[str] = Counter()  # iterations, samples and tokens, as in Counts
+        self.exporter: Exporter | None = None
+        for pool in pools.values():
+            pool.fleet.event = self._event
+
+    async def rollout(self, round: Round) -> Rollout:
+        began = time.monotonic()
+        rollout: Rollout = await self.pools["generator"].call(round.prompt_id, "rollout", round)
+        samples, tokens = round.stop - round.start, sum(len(t.token_ids) for t in rollout.trajectories)
+        for name, count in (("iterations", round.iteration >= 0), ("samples", samples), ("tokens", tokens)):
+            self.sums[name] += count
+        if self.exporter:
+            self.exporter.round(time.monotonic() - began, samples, tokens)
+        return rollout
+
+    async def score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        began = time.monotonic()
+        scores: list[Score] = await self.pools[reward].call(prompt.id, "score", prompt, responses)
+        if self.exporter:
+            self.exporter.scored(reward, time.monotonic() - began, len(responses))
+        return scores
+
+    async def nll(self, prompt_id: str, prompt_tokens: Tokens, responses: Sequence[Tokens]) -> list[float]:
+        losses: list[float] = await self.pools["generator"].call(prompt_id, "nll", prompt_tokens, responses)
+        return losses
+
+    async def calibrate(self, request: Calibration) -> Sampling:
+        sampling: Sampling = await self.pools["generator"].call(request.prompt_id, "calibrate", request)
+        return sampling
+
+    def forget(self, prompt_id: str) -> None:
+        """The prompt is finished: no replica needs to keep its prefix for it."""
+        for pool in self.pools.values():
+            pool.forget(prompt_id)
+
+    def queued(self) -> dict[str, float]:
+        """Calls that wait for a replica, by role."""
+        return {role: len(pool.waiting) for role, pool in self.pools.items()}
+
+    def alive(self) -> dict[str, float]:
+        """Replicas that answer, by role."""
+        return {role: sum(slot.up for slot in pool.fleet.slots) for role, pool in self.pools.items()}
+
+    def totals(self) -> Counts:
+        """What the replicas have counted since they were started, for this output and earlier ones."""
+        figures = {role: pool.fleet.figures() for role, pool in self.pools.items()}
+        decoded = figures.get("generator", {})
+        return Counts(
+            repeats=sum(pool.repeats for pool in self.pools.values()),
+            restarts=sum(pool.fleet.restarts for pool in self.pools.values()),
+            busy={role: found.get("busy_seconds", 0.0) for role, found in figures.items()},
+            up={role: found.get("up_seconds", 0.0) for role, found in figures.items()},
+            row_steps=decoded.get("row_steps", 0.0),
+            row_slots=decoded.get("row_slots", 0.0),
+        )
+
+    def _event(self, kind: str, replica: str) -> None:
+        if self.exporter:
+            self.exporter.event(kind, replica)

@@ -1,0 +1,182 @@
+"""A run in this process, without Ray: the base model and the rewards as a Backend, and rows out of prompts.
+
+relabel -> [window of prompts -> align_input -> LocalBackend] -> rows in input order
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from aisp_dist import rewards
+from aisp_dist.align import RowError, Tokens, align_input, reason, window
+from aisp_dist.config import ConfigError, Run, load
+from aisp_dist.data import prompts
+from aisp_dist.data.sources import Line, Source
+from aisp_dist.engine import decode, model
+from aisp_dist.engine.service import Closed, Service
+from aisp_dist.output import fingerprint, schema
+from aisp_dist.records import Calibration, Done, Input, Prompt, Result, Rollout, Round, Sampling, Score
+from aisp_dist.rewards import stepwise
+from aisp_dist.rewards.client import Unavailable
+
+T = TypeVar("T")
+Row = dict[str, Any]
+Given = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]  # a text, messages, or an input line with its columns
+
+_FAULTS = (MemoryError, Unavailable, Closed)  # whatever was asked; every other error is about the request
+
+
+class LocalBackend:
+    """The base model and the rewards of a run, loaded into this process. Implements align.Backend.
+
+    run: with its paths resolved (fingerprint.locate). device: of all models, as torch names it (default: the first GPU,
+    else the CPU). Raises ConfigError for a model or function that cannot be used. `close` ends its threads.
+    """
+
+    def __init__(self, run: Run, base_dir: Path, device: str | None = None) -> None:
+        settings = run.generator
+        lm = model.load(settings, device)
+        guide = stepwise.load(run, base_dir, lm.device)
+        self.tokenizer, self.context_length = lm.tokenizer, lm.context_length
+        self.rewards = {
+            name: rewards.load(name, reward, base_dir, device, run.prompts.keep) for name, reward in run.rewards.items()
+        }
+        # One thread a reward: what a function keeps between its calls, an event loop say, belongs to a thread.
+        self.threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}") for name in run.rewards}
+        sizes = settings.batch_rows, settings.max_new_tokens
+        self.service = Service(decode.Engine(lm, *sizes, settings.stop, guide=guide))
+
+    async def rollout(self, round: Round) -> Rollout:
+        return await _answer(self.service.rollout(round))
+
+    async def score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
+        loop = asyncio.get_running_loop()
+
+        async def ask() -> list[Score]:
+            return await loop.run_in_executor(self.threads[reward], self.rewards[reward], prompt, responses)
+
+        return await _answer(ask())
+
+    async def nll(self, prompt_id: str, prompt_tokens: Tokens, responses: Sequence[Tokens]) -> list[float]:
+        return await _answer(self.service.nll(prompt_tokens, responses))
+
+    async def calibrate(self, request: Calibration) -> Sampling:
+        return await _answer(self.service.calibrate(request))
+
+    def close(self) -> None:
+        """End the threads, after what they are in the middle of."""
+        self.service.close()
+        for thread in self.threads.values():
+            thread.shutdown(cancel_futures=True)
+
+
+async def _answer(call: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await call
+    except _FAULTS:
+        raise
+    except Exception as error:  # here is no other process that could confirm it
+        raise RowError(reason(error)) from error
+
+
+def relabel(
+    config: str | PathLike[str] | Mapping[str, Any] | Run, given: Sequence[Given] | None = None
+) -> Generator[Row, None, None]:
+    """See aisp_dist.relabel."""
+    run, base_dir = load.read(config)
+    if isinstance(given, str | Mapping):
+        raise ConfigError(f"prompts is one {type(given).__name__}; give a list of prompts")
+    if given is not None and run.prompts.format != "chat" and not all(isinstance(p, str | Mapping) for p in given):
+        raise ConfigError(f"prompts: messages need prompts.format: chat, not {run.prompts.format}")
+    return _rows(run, base_dir, given)
+
+
+def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[Row, None, None]:
+    run = fingerprint.pin(run, {})
+    located = fingerprint.locate(run, base_dir)
+    keep = run.prompts.keep
+    columns = schema.column_types(keep, islice(_inputs(located, given), schema.SAMPLE)) if keep else {}
+    run_id = fingerprint.fingerprint(fingerprint.components(run, located, base_dir))[:12]
+    kind: schema.Kind = "raw" if run.prompts.format == "raw" else "chat"
+    empty = dict.fromkeys(schema.schemas(kind, columns).data.names)
+
+    def row(result: Result) -> Row:
+        if isinstance(result, Done):
+            return schema.done_row(result, kind, columns, run.generator.model, run_id) | {"reason": None}
+        return empty | schema.failed_row(result, kind, columns, run_id) | {"model": run.generator.model}
+
+    with _one_thread(), _backend(located, base_dir) as backend, _event_loop() as loop:
+        searched: deque[Future[Result]] = deque()
+        try:
+            for line in _inputs(located, given):
+                if len(searched) == window(run):
+                    yield row(searched.popleft().result())
+                line = schema.writable(line, columns)
+                search = align_input(located, line, backend.tokenizer, backend.context_length, backend)
+                searched.append(asyncio.run_coroutine_threadsafe(search, loop))
+            while searched:
+                yield row(searched.popleft().result())
+        finally:
+            for future in searched:
+                future.cancel()
+
+
+def _inputs(run: Run, given: Sequence[Given] | None) -> Iterator[Input]:
+    if given is None:
+        return prompts.read(run.prompts)
+    settings = run.prompts.model_copy(update={"skip": 0, "limit": None, "shuffle_seed": None})
+    rows = (dict(one) if isinstance(one, Mapping) else {settings.column: one} for one in given)
+    return prompts.read(settings, Source(("prompts",), (Line(0, number, row) for number, row in enumerate(rows, 1))))
+
+
+@contextmanager
+def _backend(run: Run, base_dir: Path) -> Iterator[LocalBackend]:
+    backend = LocalBackend(run, base_dir)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@contextmanager
+def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread of its own: the caller's thread may run one already, as in Jupyter."""
+
+    async def end_tasks() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="relabel", daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        asyncio.run_coroutine_threadsafe(end_tasks(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one CPU thread, as in the processes of a run: the bits of its sums depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -132,6 +132,32 @@ def test_a_run_can_be_read_by_pandas_and_datasets_and_verified(cluster, undistur
     assert "12 done" in aisp("status", "out", cwd=folder, env=cluster).stdout
 
 
+def test_rows_in_one_process_are_those_of_a_run(cluster, project):
+    """Bad lines and a reward that fails included, whatever shared the batches."""
+    bad = '{"prompt": "", "n": 0}\n{broken\n'
+    (project / "prompts.jsonl").write_text(bad + (project / "prompts.jsonl").read_text())
+    (project / "rewards.py").write_text(REWARD_OF["raises"] + REWARD)
+    rewards = {"raises": {"kind": "function", "function": "rewards.py:raises"}, "model": {"kind": "model"}}
+    rewards["model"] |= {"model": "demo", "weight": 0.1}
+    write(project, rewards=rewards)
+    aisp("align", "run.yaml", cwd=project, env=cluster)
+    found = {name: rows for name, rows in tables(project / "out").items() if not name.startswith("candidates")}
+    written = {row["source_index"]: row for part in found.values() for row in part}
+    code = (
+        "import aisp_dist, json, sys\n"
+        "for row in aisp_dist.relabel('run.yaml'): print(json.dumps(row))\n"
+        "assert 'ray' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, env=cluster, capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["source_index"] for row in rows] == list(range(14)) == sorted(written), done.stderr
+    assert sum(row["reason"] is not None for row in rows) == 5
+    for row in rows:
+        assert {
+            name: value for name, value in written[row["source_index"]].items() if name != "reason"
+        }.items() <= row.items()
+
+
 def test_a_damaged_table_fails_verify(cluster, undisturbed, tmp_path):
     import shutil
 

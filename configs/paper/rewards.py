@@ -1,4 +1,4 @@
-"""Function rewards of mini.yaml: what a sentiment lexicon says, and how near an answer is to a sentence."""
+"""Function rewards of mini.yaml: the valence by a sentiment lexicon, and the similarity of an answer to a sentence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ TARGET = "The children laughed and played together, and everyone was happy."
 
 
 def sentiment(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-    """VADER's lexicon (Hutto and Gilbert 2014): its valence of every word, summed and squashed to -1 .. 1, here taken
-    back to the sum, so that a longer happy text still gains. `pip install vaderSentiment`."""
+    """VADER's lexicon (Hutto and Gilbert 2014): the sum of the words' valences. VADER squashes the sum to -1 .. 1; the
+    squashing is undone here, so that a longer happy text still gains. `pip install vaderSentiment`."""
     return [_valence(text_of(completion)) for completion in completions]
 
 

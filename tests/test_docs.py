@@ -44,6 +44,11 @@ def test_the_readme_is_short():
     assert len(WHOLE["README.md"].splitlines()) <= 150
 
 
+def test_ci_finds_the_test_line():
+    """.ci/run takes the lines between the mark and the end of the block."""
+    assert re.search(r"^<!-- test line -->\n```bash\n.* -m pytest\n```$", README, re.MULTILINE)
+
+
 def test_generated_parts_are_up_to_date():
     """Run `python -m tests.texts` where they are not."""
     made = figures.blocks()

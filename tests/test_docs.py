@@ -7,6 +7,8 @@ import importlib.util
 import io
 import re
 import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
 import texts
@@ -114,6 +116,21 @@ def test_a_configuration_is_valid(name, block):
 @pytest.mark.parametrize(("name", "block"), fenced("python"))
 def test_python_compiles(name, block):
     compile(block, name, "exec")
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = {"output": "unused", "prompts": {"source": "demo", "limit": 2}, "generator": {"model": "demo"}}
+    run |= {"rewards": {"main": {"kind": "model", "model": "demo"}}}
+    run |= {"method": {"kind": "best_of_n", "num_samples": 2, "num_iterations": 1}}
+    Path("run.yaml").write_text(yaml.safe_dump(run))
+    (example,) = (block for name, block in fenced("python") if "aisp_dist.relabel" in block)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert [row["prompt"][0]["content"] for row in names["rows"]] == ["How do I save money?", "What is a bicycle for?"]
+    assert all(row["reward"] is not None for row in names["rows"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 def columns(text: str) -> set[str]:

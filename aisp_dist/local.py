@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,8 +104,8 @@ def relabel(
 def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[Row, None, None]:
     run = fingerprint.pin(run, {})
     located = fingerprint.locate(run, base_dir)
-    keep = run.prompts.keep
-    columns = schema.column_types(keep, islice(_inputs(located, given), schema.SAMPLE)) if keep else {}
+    sample = prompts.sample(located.prompts) if given is None else _inputs(located, given)
+    columns = schema.column_types(run.prompts.keep, sample)
     run_id = fingerprint.fingerprint(fingerprint.components(run, located, base_dir))[:12]
     kind: schema.Kind = "raw" if run.prompts.format == "raw" else "chat"
     empty = dict.fromkeys(schema.schemas(kind, columns).data.names)
@@ -122,7 +121,7 @@ def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[
             for line in _inputs(located, given):
                 if len(searched) == window(run):
                     yield row(searched.popleft().result())
-                line = schema.writable(line, columns)
+                line = schema.writable(line)
                 search = align_input(located, line, backend.tokenizer, backend.context_length, backend)
                 searched.append(asyncio.run_coroutine_threadsafe(search, loop))
             while searched:

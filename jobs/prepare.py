@@ -3,7 +3,6 @@ anything heavy is imported and before anything is written."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import sys
@@ -100,7 +99,7 @@ def _check_rest(run: Run, base_dir: Path) -> Run:
     located = fingerprint.locate(run, base_dir)
     sizes.check(run.generator, located.generator.model)
     schema.schemas("chat", dict.fromkeys(run.prompts.keep, "string"))
-    next(prompts.read(located.prompts), None)
+    prompts.check(located.prompts)
     return located
 
 
@@ -137,10 +136,7 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
     before = manifest.read_run(output)
     run = fingerprint.pin(run, before["config"] if before else {})
     located = _check_rest(run, base_dir)
-    if before:
-        columns = before["columns"]
-    else:
-        columns = schema.column_types(run.prompts.keep, itertools.islice(prompts.read(located.prompts), schema.SAMPLE))
+    columns = before["columns"] if before else schema.column_types(run.prompts.keep, prompts.sample(located.prompts))
     prepared = Prepared(run, located, base_dir, output, fingerprint.components(run, located, base_dir), columns)
     if before:
         manifest.check_resume(before, prepared.record())

@@ -13,7 +13,7 @@ from aisp_dist.output.filesystem import Place
 from aisp_dist.output.writer import Store
 from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Iteration, Prompt, Result
 
-COLUMNS = {"answer": "string", "grade": "int64", "extra": "json"}
+COLUMNS = {"answer": "string", "grade": "int64", "extra": "json", "kept_as_json": "misfits"}
 NUM_SAMPLES, NUM_ITERATIONS = 3, 2
 
 

@@ -179,3 +179,32 @@ cli.main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == code and done.stdout.endswith("handlers run\n" if code else "}\nhandlers run\n")
+
+
+def validated(capsys, *args: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as left:
+        cli.run("validate", ["run.yaml", *args])
+    said = capsys.readouterr()
+    return left.value.code, said.out + said.err
+
+
+def test_validate_names_the_lines_that_will_fail(project, capsys):
+    good, bad = '{"prompt": "hi"}\n', '{"prompt": [{"role": "user"}]}\n'
+    (project / "prompts.jsonl").write_text(f"{good}\n{bad}{{\n" + good * 9)
+    code, said = validated(capsys)
+    assert code == 0 and said.startswith("valid: ")
+    assert "2 of the first 12 inputs will become failed rows:\nprompts.jsonl:3: message 0" in said
+    assert "\nprompts.jsonl:4: the line is not JSON" in said
+    (project / "prompts.jsonl").write_text(good * 3)
+    assert validated(capsys)[1].count("\n") == 1
+    (project / "prompts.jsonl").write_text(bad * 1500)
+    code, said = validated(capsys)
+    assert code == 2 and "none of the first 1000 inputs" in said and said.count("prompts.jsonl:") == 5
+
+
+def test_a_limit_does_not_decide_the_types_of_kept_columns(project):
+    lines = [{"prompt": f"ask {n}", "grade": n if n < 9 else n / 2} for n in range(20)]
+    (project / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = CONFIG | {"prompts": {"source": "prompts.jsonl", "keep": ["grade"], "limit": 4}}
+    prepared = prepare.prepare(settings.check(values), project)
+    assert prepared.columns == {"grade": "float64", "kept_as_json": "misfits"}

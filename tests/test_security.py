@@ -177,7 +177,7 @@ def test_nothing_in_the_sources_unpickles_or_evaluates():
                 module, _, last = name.rpartition(".")
                 if (module in modules and last in risky) or name in ("eval", "exec", "compile"):
                     found.add((str(file.relative_to(ROOT)), name))
-    assert found == {("aisp_dist/sources.py", "pickle.load")}
+    assert found == {("aisp_dist/data/sources.py", "pickle.load")}
 
 
 def test_reading_prompts_and_models_unpickles_nothing(tmp_path):

@@ -4,6 +4,7 @@ of an undisturbed run; nothing finished is computed twice; nothing foreign is mi
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from killing import killed_after
-from rows import at, prompt, prompts, result, store, tables, write
+from rows import COLUMNS, at, prompt, prompts, result, store, tables, write
 
 from aisp_dist.config import ConfigError
 from aisp_dist.output import schema, staging
@@ -459,19 +460,40 @@ def test_an_input_that_cannot_be_a_row_is_planned_as_a_bad_input(tmp_path):
     columns = (("answer", "a"), ("grade", 1), ("extra", None))
     lines = [
         Prompt("half", 0, (("user", "half \ud83d"),), columns, "d0"),
-        Prompt("misfit", 1, (("user", "hello"),), (("answer", 3), *columns[1:]), "d1"),
-        Prompt("good", 2, (("user", "hello"),), columns, "d2"),
+        Prompt("good", 1, (("user", "hello"),), columns, "d2"),
     ]
     rows = store(tmp_path)
     planned = list(rows.plan(lines))
-    assert [type(line) for line in planned] == [BadInput, BadInput, Prompt]
+    assert [type(line) for line in planned] == [BadInput, Prompt]
     for line in planned:
         rows.add(result(line))
     rows.finish()
-    half, misfit = pq.read_table(tmp_path / "failed").to_pylist()
+    (half,) = pq.read_table(tmp_path / "failed").to_pylist()
     assert half["prompt"] == [{"role": "user", "content": "half ?"}] and "surrogate" in half["reason"]
-    assert "'answer' is string" in misfit["reason"] and misfit["answer"] is None and misfit["grade"] == 1
     assert list(store(tmp_path).plan(lines)) == []
+
+
+def test_a_kept_value_that_does_not_fit_its_column_costs_no_prompt_and_is_not_lost(tmp_path):
+    odd = {"answer": "half \ud83d", "grade": 0.5, "extra": None}
+    lines = [
+        Prompt("good", 0, (("user", "hello"),), (("answer", "a"), ("grade", 1), ("extra", [2])), "d0"),
+        Prompt("odd", 1, (("user", "hello"),), tuple(odd.items()), "d1"),
+        Prompt("odd and failed", 2, (("user", "hello"),), tuple((odd | {"extra": b"x"}).items()), "d2"),
+    ]
+    rows = store(tmp_path)
+    for line in rows.plan(lines):
+        rows.add(result(line, fails=line.source_index == 2))
+    rows.finish()
+    good, done = pq.read_table(tmp_path / "data").to_pylist()
+    (failed,) = pq.read_table(tmp_path / "failed").to_pylist()
+    assert (good["answer"], good["grade"], good["extra"], good["kept_as_json"]) == ("a", 1, "[2]", [])
+    assert (done["answer"], done["grade"]) == (failed["answer"], failed["grade"]) == (None, None)
+    texts = {misfit["name"]: misfit["value"] for misfit in done["kept_as_json"]}
+    assert {name: json.loads(text) for name, text in texts.items()} == {k: odd[k] for k in ("answer", "grade")}
+    assert [misfit["name"] for misfit in failed["kept_as_json"]] == ["answer", "grade", "extra"]
+    assert failed["kept_as_json"][2]["value"] is None  # bytes have no JSON form
+    for row, line in ((good, lines[0]), (done, lines[1])):
+        assert schema.kept_columns(row, COLUMNS) == line.columns
 
 
 def test_looking_at_an_output_imports_neither_torch_nor_ray():

@@ -116,7 +116,11 @@ def test_the_schema_depends_on_format_and_kept_columns_only(tmp_path):
     assert found == list(chat[:2])
 
 
-@pytest.mark.parametrize("name", ["reward", "id", "run_id", "reason", "messages", "margin", "input_ids"])
+TAKEN = "reward id run_id reason messages margin input_ids kept_as_json image images tools chat_template_kwargs label"
+TAKEN += " environment trainer_state chosen_reward"
+
+
+@pytest.mark.parametrize("name", TAKEN.split())
 def test_a_kept_column_with_a_taken_name_is_refused(name):
     with pytest.raises(ConfigError, match=rf"prompts\.keep: .*'{name}'.*rename it"):
         schema.schemas("chat", {name: "string"})
@@ -124,7 +128,7 @@ def test_a_kept_column_with_a_taken_name_is_refused(name):
 
 def typed(*values, names=("x",)):
     lines = [Prompt(str(n), n, "p", (("x", value),)) for n, value in enumerate(values)]
-    return schema.column_types(names, lines).get("x")
+    return schema.column_types(names, lines)["x"]
 
 
 def test_kept_column_types():
@@ -140,6 +144,11 @@ def test_kept_column_types():
         typed(b"image")
     with pytest.raises(ConfigError, match="twice"):
         typed(1, names=("x", "x"))
+
+
+def test_no_kept_columns_make_no_column_for_what_does_not_fit():
+    assert schema.column_types((), [Prompt("0", 0, "p")]) == {}
+    assert schema.column_types(("x",), []) == {"x": "json", "kept_as_json": "misfits"}
 
 
 def test_kept_columns_come_back_as_they_went_in(tmp_path):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rows import at, result, store
 
 from aisp_dist.analysis import summary
 from aisp_dist.config import Aisp, Spend
 from aisp_dist.output import manifest
 from aisp_dist.output.filesystem import Place
+from aisp_dist.records import Prompt
 
 
 def output(folder: Path, rows: list[dict], **config) -> Place:
@@ -76,3 +78,17 @@ def test_likelihoods_that_rescoring_does_not_know_are_left_out_and_counted(tmp_p
 
 def test_no_rows_say_so(tmp_path):
     assert "the input is empty" in summary.text(output(tmp_path, []), 0.0, 0)
+
+
+def test_kept_values_that_do_not_fit_are_counted(tmp_path):
+    lines = [Prompt(f"{n}", n, (("user", "hi"),), (("answer", "a"), ("grade", n / 2)), f"{n}") for n in range(4)]
+    columns = {"answer": "string", "grade": "int64", "kept_as_json": "misfits"}
+    rewards = {"main": {"use": "select"}}
+    manifest.write_run(at(tmp_path), {"config": {"rewards": rewards}, "columns": columns})
+    rows = store(tmp_path, columns=columns)
+    for line in rows.plan(lines):
+        rows.add(result(line, fails=line.source_index == 3))
+    rows.finish()
+    assert "kept column grade: 4 values are not int64 and are null there; kept_as_json holds them" in summary.text(
+        at(tmp_path), 0.0, 0
+    )

@@ -3,6 +3,7 @@ example."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from aisp_dist.analysis.metrics import interval
 from aisp_dist.config import Guard
 from aisp_dist.output import manifest
 from aisp_dist.output.filesystem import Place
+from aisp_dist.output.schema import MISFITS, ColumnType
 
 _COLUMNS = ("reward", "base_reward", "rewards", "base_rewards", "nll", "base_nll", "quarantined", "samples_spent")
 _TALLIED = ["completion", "base_completion", "finish_reason", "reward", "base_reward", "num_tokens", "base_num_tokens"]
@@ -36,6 +38,8 @@ def text(output: Place, seconds: float, samples: int, bounds: Guard | None = Non
         out += _rewards(rows, run["config"]["rewards"])
         out += _search(rows, run)
         out += _guard(data, run["config"], bounds)
+    out += _misfits(output, run.get("columns", {}))
+    if rows.num_rows:
         out += _example(data, rows)
     if seconds and samples:
         out.append(f"{samples} samples in {seconds:.0f} s, {samples / seconds:.0f} samples/s")
@@ -113,6 +117,19 @@ def tally(data: ds.Dataset, config: dict[str, Any]) -> guard.Tally:
                 (scores[0], scores[1]),
             )
     return found
+
+
+def _misfits(output: Place, columns: dict[str, ColumnType]) -> list[str]:
+    """Kept values that the rows hold as JSON text, since they do not fit their column."""
+    found: Counter[str] = Counter()
+    for table in ("data", "failed") if MISFITS in columns else ():
+        if output.names(table):
+            for batch in output.dataset(table).to_batches(columns=[MISFITS]):
+                found.update(batch[MISFITS].flatten().field("name").to_pylist())
+    return [
+        f"kept column {name}: {count} values are not {columns[name]} and are null there; {MISFITS} holds them"
+        for name, count in found.items()
+    ]
 
 
 def _guard(data: ds.Dataset, config: dict[str, Any], bounds: Guard | None) -> list[str]:

@@ -73,7 +73,7 @@ def tokenizer(settings: Generator) -> Any:
         raise _refusal(settings, error) from error
     if settings.chat_template is not None:
         try:
-            loaded.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+            loaded.chat_template = Path(settings.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"generator.chat_template: {settings.chat_template!r} must be a readable text file with a Jinja "

@@ -3,13 +3,13 @@
 Lists of structs stand where a dict keyed by name might, so that the schema depends on the prompt format and the kept
 columns only. Knows no files and no parts. No row holds a time, a host or a path.
 
-Of data/, `reward` is the end of `curve`, which is of the candidates drawn (of those kept, where rescore.py chose among
+In data/, `reward` is the end of `curve`, which is of the candidates drawn (of those kept, where rescore.py chose among
 them), and `nll` is null only where rescoring has selected another answer than the search did.
 
 Kept columns. A column's type is decided once, before the first row, from a sample of the inputs (`column_types`): bool,
 int64, float64 (integers among floats are floats) or string if all its values agree, else `json`: a string column that
-holds each value as JSON text. An input whose value does not fit its column later becomes a failed row with the reason,
-before any work is spent on it (`misfit`); the value is null in that row.
+holds each value as JSON text. A value that does not fit its column's type later is null there and stands as JSON text
+in the row's `kept_as_json`; it never costs the prompt. Function rewards see every value as it is in the input.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from aisp_dist.config import ConfigError
 from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Message
 
 VERSION = 1
-SAMPLE = 1000  # inputs that decide the types of kept columns
 Kind = Literal["chat", "raw"]
-ColumnType = Literal["string", "int64", "float64", "bool", "json"]
+ColumnType = Literal["string", "int64", "float64", "bool", "json", "misfits"]
 Row = dict[str, Any]
 
 
@@ -86,10 +85,15 @@ _DONE = {
     "best_sample": pa.int32(),
     "curve": _list(pa.float64()),
 }
-_OURS = {"id", "source_index", "prompt", "completion", "reason", "model", "run_id", *_DONE}
-# TRL takes these for its own and would train on them in place of, or beside, prompt and completion.
+MISFITS = "kept_as_json"  # list of name and JSON text: values that do not fit their columns
+_OURS = {"id", "source_index", "prompt", "completion", "reason", "model", "run_id", MISFITS, *_DONE}
+_OURS |= {"chosen_reward", "rejected_reward"}  # of exported pairs
+# TRL 1.16 takes these for its own: it would train on them in place of, or beside, prompt and completion, hand them to
+# the chat template, or look for pictures. The last line are arguments that GRPO adds to a reward function's columns.
 _TRAINERS = {"messages", "conversations", "text", "input_ids", "labels", "completion_mask", "assistant_masks"}
-_TRAINERS |= {"chosen", "rejected", "margin"}
+_TRAINERS |= {"chosen", "rejected", "margin", "label", "image", "images", "tools", "chat_template_kwargs"}
+_TRAINERS |= {"prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"}
+_TRAINERS |= {"seq_lengths", "environment", "environments", "trainer_state", "log_extra", "log_metric"}
 
 
 class Tables(NamedTuple):
@@ -102,11 +106,14 @@ class Tables(NamedTuple):
 
 def schemas(kind: Kind, columns: Mapping[str, ColumnType]) -> Tables:
     """The schemas of an output. Raises ConfigError for a kept column whose name is taken."""
-    for name in columns:
-        if name in _OURS:
+    for name, type_ in columns.items():
+        if name in _OURS and type_ != "misfits":
             raise ConfigError(f"prompts.keep: {name!r} is a column of the output itself; rename it in your input")
         if name in _TRAINERS:
-            raise ConfigError(f"prompts.keep: trainers take a column {name!r} for their own; rename it in your input")
+            raise ConfigError(
+                f"prompts.keep: trainers (TRL) that read the output take a column {name!r} for their own; rename it in "
+                "your input"
+            )
     text = _MESSAGES if kind == "chat" else pa.string()
     first = {"id": pa.string(), "source_index": pa.int64(), "prompt": text}
     kept = {name: _ARROW[type_] for name, type_ in columns.items()}
@@ -146,7 +153,7 @@ def done_row(done: Done, kind: Kind, columns: Mapping[str, ColumnType], model: s
         "best_iteration": best.iteration,
         "best_sample": best.sample,
         "curve": list(done.curve),
-        **{name: _cast(value, columns[name]) for name, value in done.prompt.columns},
+        **_kept(done.prompt, columns),
         "model": model,
         "run_id": run_id,
     }
@@ -155,13 +162,12 @@ def done_row(done: Done, kind: Kind, columns: Mapping[str, ColumnType], model: s
 def failed_row(failed: Failed, kind: Kind, columns: Mapping[str, ColumnType], run_id: str) -> Row:
     """A row of failed/: as much of the input as can be written."""
     prompt = failed.prompt
-    kept = {name: _cast(value, columns[name]) for name, value in prompt.columns if _fits(value, columns[name])}
     return {
         "id": as_utf8(prompt.id),
         "source_index": prompt.source_index,
         "prompt": None if prompt.content is None else _read_prompt(prompt.content, kind),
         "reason": as_utf8(failed.reason),
-        **kept,
+        **_kept(prompt, columns),
         "run_id": run_id,
     }
 
@@ -210,45 +216,44 @@ def candidates_row(done: Done, keep: Literal["all", "none"] | tuple[int, int], t
 
 def column_types(names: Sequence[str], sample: Iterable[Input]) -> dict[str, ColumnType]:
     """Types of the kept columns, from a sample of the inputs; nulls say nothing, and a column of nulls only is `json`.
+    With them comes the column for values that fit no longer.
 
     Raises ConfigError for a value that JSON has no words for (an image, say) and for a name that is kept twice.
     """
+    if not names:
+        return {}
     if len(set(names)) < len(names):
         raise ConfigError(f"prompts.keep: {list(names)} names a column twice; name it once")
-    seen: dict[str, list[Any]] = {name: [] for name in names}
+    order: tuple[ColumnType, ...] = ("bool", "int64", "float64", "string", "json")
+    fitting = dict.fromkeys(names, order)
+    empty = set(names)
     for line in sample:
         for name, value in line.columns:
-            if value is not None:
-                seen[name].append(value)
-    types: dict[str, ColumnType] = {}
-    for name, values in seen.items():
-        order: tuple[ColumnType, ...] = ("bool", "int64", "float64", "string", "json")
-        fitting = [type_ for type_ in order if all(_fits(value, type_) for value in values)]
-        if not fitting:
-            odd = next(value for value in values if not _fits(value, "json"))
-            raise ConfigError(
-                f"prompts.keep: column {name!r} holds a {type(odd).__name__}, which is neither text, a number, a bool "
-                "nor JSON; take it out of keep"
-            )
-        types[name] = fitting[0] if values else "json"
-    return types
+            if value is None:
+                continue
+            empty.discard(name)
+            fitting[name] = tuple(type_ for type_ in fitting[name] if _fits(value, type_))
+            if not fitting[name]:
+                raise ConfigError(
+                    f"prompts.keep: column {name!r} holds a {type(value).__name__}, which is neither text, a number, a "
+                    "bool nor JSON; take it out of keep"
+                )
+    types: dict[str, ColumnType] = {name: "json" if name in empty else fitting[name][0] for name in names}
+    return types | {MISFITS: "misfits"}
 
 
-def misfit(line: Input, columns: Mapping[str, ColumnType]) -> str | None:
+def misfit(line: Input) -> str | None:
     """Why this input cannot be written as a row, or None."""
     content = line.content or ""
     texts = (content,) if isinstance(content, str) else (text for message in content for text in message)
     if any(as_utf8(text) != text for text in (line.id, *texts)):
         return "the id or the prompt holds half a surrogate pair (\\ud800 to \\udfff), which UTF-8 cannot write"
-    for name, value in line.columns:
-        if not _fits(value, columns[name]):
-            return f"column {name!r} is {columns[name]} in this output, and {_short(value)} does not fit"
     return None
 
 
-def writable(line: Input, columns: Mapping[str, ColumnType]) -> Input:
+def writable(line: Input) -> Input:
     """The input, or, where it cannot be written as a row, the bad input it then is."""
-    if isinstance(line, BadInput) or (reason := misfit(line, columns)) is None:
+    if isinstance(line, BadInput) or (reason := misfit(line)) is None:
         return line
     return BadInput(line.id, line.source_index, reason, line.content, line.columns, line.digest)
 
@@ -283,6 +288,28 @@ def _read_prompt(content: str | tuple[Message, ...], kind: Kind) -> Any:
     if kind == "raw":
         return json.dumps(content)
     return _prompt(tuple((as_utf8(role), as_utf8(text)) for role, text in content), kind)
+
+
+def _kept(prompt: Input, columns: Mapping[str, ColumnType]) -> Row:
+    """The kept columns of an input, null where a value does not fit, and those values as JSON text."""
+    values = dict(prompt.columns)
+    misfits = [name for name, value in values.items() if not _fits(value, columns[name])]
+    kept = {name: None if name in misfits else _cast(value, columns[name]) for name, value in values.items()}
+    if MISFITS in columns:  # outputs of 0.1.0 have no such column
+        texts = {name: _cast(values[name], "json") if _fits(values[name], "json") else None for name in misfits}
+        kept[MISFITS] = [{"name": name, "value": text} for name, text in texts.items()]
+    return kept
+
+
+def kept_columns(row: Row, columns: Mapping[str, ColumnType]) -> tuple[tuple[str, Any], ...]:
+    """The kept columns of a row as its input had them."""
+    misfits = {misfit["name"]: misfit["value"] for misfit in row.get(MISFITS) or ()}
+
+    def value(name: str) -> Any:
+        text = misfits.get(name) if row[name] is None else row[name] if columns[name] == "json" else None
+        return row[name] if text is None else json.loads(text)
+
+    return tuple((name, value(name)) for name in columns if name != MISFITS)
 
 
 def _scores(candidate: Candidate) -> list[Row]:
@@ -327,6 +354,7 @@ def _as_json(value: Any) -> str:
 
 
 _ARROW = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "json": pa.string()}
+_ARROW["misfits"] = _structs(name=pa.string(), value=pa.string())
 _CAST: dict[ColumnType, Callable[[Any], Any]] = {
     "bool": _as_bool,
     "int64": _as_int,

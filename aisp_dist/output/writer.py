@@ -217,7 +217,7 @@ class Store:
             self._open[part] = _Open(start, end, digest, missing, failed & set(range(start, end)), old_end - start)
             self._planned_to = stop
             self._closed = self._closed._replace(planned=self._closed.planned + len(chunk))
-        yield from (schema.writable(chunk[ordinal - start], self._columns) for ordinal in todo)
+        yield from (schema.writable(chunk[ordinal - start]) for ordinal in todo)
 
     def _check_standing(self, part: int, standing: Standing, chunk: Sequence[Input]) -> None:
         """Raise ConfigError unless a committed part is one of this run's and of these inputs."""

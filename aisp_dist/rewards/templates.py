@@ -29,8 +29,12 @@ def file(key: str, name: str, base_dir: Path) -> str:
     path = (base_dir / name).resolve()
     if not path.is_file():
         raise ConfigError(f"{key}: no file {str(path)!r}; the path is relative to the config file")
+    try:
+        read(str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{key}: {str(path)!r} is not UTF-8 text; save it as UTF-8") from None
     return str(path)
 
 
 def read(name: str, base_dir: Path | None = None) -> str:
-    return BUILT_IN.get(name) or ((base_dir or Path()) / name).read_text(encoding="utf-8")
+    return BUILT_IN.get(name) or ((base_dir or Path()) / name).read_text(encoding="utf-8-sig")

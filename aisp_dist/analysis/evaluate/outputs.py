@@ -28,6 +28,7 @@ from aisp_dist.config import ConfigError, Generator, Run
 from aisp_dist.engine import checkpoints
 from aisp_dist.output import manifest, parts, verify
 from aisp_dist.output.filesystem import Place
+from aisp_dist.output.schema import kept_columns
 from aisp_dist.records import Prompt, Round, TopP, Weights
 
 _BOTH = ("reward", "rewards", "nll", "num_tokens")  # columns that the base answer has too, as base_*
@@ -66,11 +67,7 @@ class Output:
         content = row["prompt"]
         if not isinstance(content, str):
             content = tuple((message["role"], message["content"]) for message in content)
-        columns = tuple(
-            (name, json.loads(row[name]) if kind == "json" and row[name] is not None else row[name])
-            for name, kind in self.record["columns"].items()
-        )
-        return Prompt(row["id"], row["source_index"], content, columns)
+        return Prompt(row["id"], row["source_index"], content, kept_columns(row, self.record["columns"]))
 
 
 @dataclass

@@ -1,0 +1,147 @@
+"""The prompt cell of a row as text or as chat messages, whatever shape it comes in: text, messages with role and
+content, ShareGPT's from and value, JSON in a cell of text, HH-RLHF's dialogues. Knows no files, ids or tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from aisp_dist.config import Prompts
+from aisp_dist.records import Message
+
+Content = str | tuple[Message, ...]
+
+MARKER = re.compile(r"\n\n(Human|Assistant):")  # only with the empty line: a bare "Human:" occurs inside texts
+ROLES = {"Human": "user", "Assistant": "assistant"}
+_SHAREGPT = {"system": "system"}
+_SHAREGPT |= dict.fromkeys(("human", "user"), "user")
+_SHAREGPT |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
+_LIST = re.compile(r"\s*\[\s*\{")
+_QUOTED = re.compile(r"\s*\[\s*\{\s*(['\"])(role|content|from|value)\1\s*:")  # how a list of messages begins, as text
+_KEYS = ({"role", "content"}, {"from", "value"})
+
+
+class Unusable(ValueError):
+    """Why a line cannot become a prompt, and what could be read of it."""
+
+    def __init__(self, reason: str, content: Content | None = None) -> None:
+        super().__init__(reason)
+        self.content = content
+
+
+def content(value: Any, settings: Prompts) -> Content:
+    """The prompt in a cell, as `settings.format` reads it. Raises Unusable."""
+    if isinstance(value, str):
+        valid(value, "the prompt")
+        if not value.strip():
+            raise Unusable("the prompt is empty", value)
+    match settings.format:
+        case "chat":
+            return _chat(value, settings.system)
+        case _ if not isinstance(value, str):
+            raise Unusable(f"the prompt is {_named(value)}; format {settings.format} takes text")
+        case "shp":
+            return (("user", value),)
+        case "hh":
+            return _dialogue(value)
+    return value
+
+
+def valid(text: str, what: str) -> str:
+    """The text. Raises Unusable where UTF-8 cannot write it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise Unusable(
+            f"{what} is not text: U+{code:04X} at character {error.start} is a broken byte or half a surrogate pair"
+        ) from None
+    return text
+
+
+def _named(value: Any) -> str:
+    return "null" if value is None else f"of type {type(value).__name__}"
+
+
+def _chat(value: Any, system: str | None) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        value = _unquoted(value)
+    if isinstance(value, str):
+        messages: tuple[Message, ...] = (("user", value),)
+    elif isinstance(value, list):
+        messages = tuple(_message(i, message) for i, message in enumerate(value))
+    else:
+        raise Unusable(f"the prompt is {_named(value)}, neither text nor a list of messages")
+    if not messages:
+        raise Unusable("the prompt has no messages")
+    role, text = messages[-1]
+    if role in ("assistant", "system"):
+        raise Unusable(f"the last turn is the {role}'s; a prompt ends with a turn to answer", messages)
+    if not text.strip():
+        raise Unusable("the last turn is empty", messages)
+    if system is not None and "system" not in dict(messages):
+        messages = (("system", system), *messages)
+    return messages
+
+
+def _unquoted(text: str) -> Any:
+    """The messages where a text is their JSON, as a cell of CSV holds them; else the text. Raises Unusable for what
+    begins as such a list and is not JSON: cut off, or as Python prints it (pandas writes that into a CSV)."""
+    if not _LIST.match(text):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if (quoted := _QUOTED.match(text)) is None:
+            return text
+        what = "as Python prints it" if quoted[1] == "'" else f"in broken JSON ({error})"
+        raise Unusable(f"the prompt is a list of messages {what}; write it as JSON (json.dumps)", text) from None
+    return found if all(isinstance(m, dict) and any(keys <= m.keys() for keys in _KEYS) for m in found) else text
+
+
+def _message(index: int, message: Any) -> Message:
+    """Role and text of a message. Other keys (timestamps, moderation, ...) are not part of what a model is asked."""
+    what = f"message {index}"
+    if not isinstance(message, dict):
+        raise Unusable(f"{what} is {_named(message)}, not an object with role and content")
+    if "role" not in message and isinstance(message.get("from"), str) and isinstance(message.get("value"), str):
+        role = _SHAREGPT.get(message["from"])
+        if role is None:
+            raise Unusable(f"{what} is from {message['from']!r}; of ShareGPT's roles {', '.join(_SHAREGPT)} are read")
+        return role, valid(message["value"], what)
+    if isinstance(message.get("content"), list) and message["content"]:
+        message = message | {"content": _joined(what, message["content"])}
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise Unusable(f"{what} has no text under {key!r}; its keys are {', '.join(map(repr, message))}")
+    if message.get("tool_calls"):
+        raise Unusable(f"{what} calls tools, which role and content cannot carry")
+    return valid(message["role"], what), valid(message["content"], what)
+
+
+def _joined(what: str, parts: list[Any]) -> str:
+    """The text of a message that comes in parts, a part a line, as vLLM joins them. Raises Unusable for other parts
+    than text: a model would not see them."""
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            about = f"of type {kind!r}" if isinstance(kind, str) else _named(part)
+            raise Unusable(f"part {number} of the content of {what} is {about}; only parts of type 'text' are read")
+    return "\n".join(part["text"] for part in parts)
+
+
+def _dialogue(text: str) -> tuple[Message, ...]:
+    """HH-RLHF: the turns before the last `\\n\\nAssistant:`. The space after a marker is the marker's."""
+    start, *rest = MARKER.split(text)
+    turns = list(zip(rest[::2], rest[1::2], strict=True))
+    if start.strip():
+        raise Unusable("the dialogue does not begin with a role marker, \\n\\nHuman: or \\n\\nAssistant:", text)
+    while turns and turns.pop()[0] != "Assistant":
+        pass
+    if not turns:
+        raise Unusable("the dialogue has no turn before a last \\n\\nAssistant:", text)
+    bare = next((said for _, said in turns if not said.startswith(" ")), None)
+    if bare is not None:
+        raise Unusable(f"a role marker is not followed by a space but by {bare[:20]!r}", text)
+    return tuple((ROLES[role], said[1:]) for role, said in turns)

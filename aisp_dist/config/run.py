@@ -20,19 +20,22 @@ from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 class Prompts(Section):
     """Where prompts come from and how they become tokens."""
 
-    source: str = doc("demo, a .jsonl/.json/.csv/.parquet/.txt(.gz) path or glob, or a hub dataset id", "demo")
-    subset: str | None = doc("hub dataset configuration name", None)
-    revision: str | None = doc("hub dataset revision; a commit, for a run that may be resumed later", None)
-    split: str = doc("hub dataset split", "train")
-    streaming: bool = doc("read a hub dataset row by row over the network, for one that the disk does not hold", False)
-    column: str = doc("column with the prompt: text, or messages with role and content", "prompt")
-    id_column: str | None = doc("column with your own id of a prompt; unique", None)
-    keep: tuple[str, ...] = doc("columns carried into the output and handed to function rewards", ())
-    shuffle_seed: int | None = doc("shuffle the input by this seed", None)
-    skip: int = doc("pass over so many input lines, after the shuffle", 0, ge=0)
-    limit: int | None = doc("read at most this many input lines; a larger one later extends the run", None, ge=0)
-    format: Literal["chat", "raw", "shp", "hh"] = doc("chat: the model's own template; raw: the text as it is", "chat")
-    begin: str = doc("role marker of the user in shp and hh", "User:")
+    source: str = doc("demo, a file (jsonl, json, csv, parquet, txt), a pattern, a directory, or a hub dataset", "demo")
+    subset: str | None = doc("configuration name of a hub dataset", None)
+    revision: str | None = doc("revision of a hub dataset; give a commit if the run may be resumed later", None)
+    split: str = doc("split of a dataset", "train")
+    streaming: bool = doc("read a hub dataset row by row over the network, without storing it", False)
+    column: str = doc("column with the prompt: text or a list of messages", "prompt")
+    id_column: str | None = doc("column with your own ids, which are unique", None)
+    keep: tuple[str, ...] = doc("columns that are kept in the output and passed to function rewards", ())
+    shuffle_seed: int | None = doc("shuffle the input with this seed", None)
+    skip: int = doc("skip this many input lines, after the shuffle", 0, ge=0)
+    limit: int | None = doc("read at most this many input lines; a larger limit extends a finished run", None, ge=0)
+    format: Literal["chat", "raw", "shp", "hh"] = doc(
+        "chat: the model's own chat template; raw: the text as it is; shp, hh: as the paper renders these datasets",
+        "chat",
+    )
+    begin: str = doc("role marker of the user, for shp and hh", "User:")
     system: str | None = doc("system message put before every chat", None)
     template_kwargs: dict[str, Any] = doc("passed to the chat template", {})
     max_tokens: int = doc("longest prompt in tokens", 1024, ge=1)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
+
 import pytest
 import tiny
 import tiny_chat
 import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from aisp_dist import rewards
 from aisp_dist.config import Generator, ModelReward, Run
+from aisp_dist.data.chat import encode_chat
 from aisp_dist.engine import decode, guide, model
 from aisp_dist.records import Prompt, Round, Sampling, TokenReward
 from aisp_dist.rewards import stepwise
-from aisp_dist.rewards.model import encode_chat
 from aisp_dist.rewards.prefix import Chain, Classifier
 
 PROMPT = Prompt("p", 0, (("user", "tell me"),))
@@ -63,7 +66,7 @@ def by_hand(lm, folder, k: int, weight: float) -> tuple[int, ...]:
         logits = lm.logits(z[-1:])[0]
         best = (float("-inf"), -1)
         for logit, token in zip(*(x.tolist() for x in logits.topk(k)), strict=True):
-            text = lm.tokenizer.decode(tokens if token in lm.eos_ids else [*tokens, token], skip_special_tokens=True)
+            text = said(lm, tokens if token in lm.eos_ids else [*tokens, token])
             messages = (*PROMPT.content, ("assistant", text))
             ids = torch.tensor([encode_chat(tok, messages, {}, add_generation_prompt=False, fix="")])
             with torch.no_grad():
@@ -71,6 +74,14 @@ def by_hand(lm, folder, k: int, weight: float) -> tuple[int, ...]:
             best = max(best, (logit + weight * reward, token), key=lambda pair: pair[0])
         tokens.append(best[1])
     return tuple(tokens)
+
+
+def said(lm, tokens) -> str:
+    """The text so far, in whole characters: a token of the tiny tokenizer is a byte, or special and no text."""
+    spelled = lm.tokenizer.convert_ids_to_tokens([t for t in tokens if t not in lm.tokenizer.all_special_ids])
+    letters = bytes_to_unicode()
+    data = bytes(next(byte for byte, letter in letters.items() if letter == token) for token in spelled)
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
 
 def test_without_weight_and_with_one_candidate_it_is_greedy(lm, judge):

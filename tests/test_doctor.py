@@ -72,7 +72,7 @@ def diagnose(project: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 def test_all_is_well(diagnose, dtype, fp32_head):
     head = ("--generator.fp32_head", fp32_head)
     code, found = diagnose("--generator.dtype", dtype, *head, "--rewards.main.dtype", dtype)
-    assert code == 0 and list(found) == ["memory", *ENGINE, *REWARD], found
+    assert code == 0 and list(found) == ["end tokens", "memory", *ENGINE, *REWARD], found
     assert {check["verdict"] for name, check in found.items() if name != "main pairs"} == {"ok"}
     assert all(bool(check["advice"]) == (check["verdict"] != "ok") for check in found.values())
 
@@ -83,15 +83,15 @@ def test_lines_for_people(tmp_path, capsys):
         cli.run("doctor", [str(Path(__file__).parent.parent / "configs" / "quickstart.yaml"), *flags])
     out, err = capsys.readouterr()
     *lines, last = out.splitlines()
-    assert left.value.code == 0 and last.startswith("all 16 checks passed"), out
-    assert len(lines) == 16 and all(line[:7] in ("ok     ", "note   ") for line in lines)
+    assert left.value.code == 0 and last.startswith("all 17 checks passed"), out
+    assert len(lines) == 17 and all(line[:7] in ("ok     ", "note   ") for line in lines)
     assert "the engine is gone" in err and not (tmp_path / "out").exists()
 
 
 def test_logits_that_are_not_finite(diagnose, monkeypatch):
     monkeypatch.setattr(Batch, "control", lambda self, z_BD: z_BD * torch.nan)
     code, found = diagnose()
-    assert code == 1 and list(found) == ["memory", "decoding", *REWARD]
+    assert code == 1 and list(found) == ["end tokens", "memory", "decoding", *REWARD]
     assert found["decoding"]["verdict"] == "FAILED" and "sigma2" in found["decoding"]["figure"]
 
 
@@ -116,6 +116,16 @@ def one_thread() -> Iterator[None]:
 
 def engine(family: str = "llama") -> decode.Engine:
     return decode.Engine(model.adapt(tiny.causal(family), tiny.tokenizer()), 20, 6, idle_tokens=0)
+
+
+def test_an_end_token_that_only_the_template_says():
+    tokenizer = tiny.tokenizer()
+    lm = model.adapt(tiny.causal("llama"), tokenizer)
+    assert decoding.ends(lm) == Check("end tokens", "ok", "a response ends at '</s>'")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}<turn>{% endfor %}"
+    found = decoding.ends(model.adapt(tiny.causal("llama"), tokenizer))
+    assert found.verdict == "note" and found.figure.startswith("a response ends at '</s>' or '<turn>'; '<turn>' is")
+    assert "generation_config.json" in found.advice
 
 
 AISP = {"kind": "aisp", "num_samples": 3, "sigma2": 0.3}

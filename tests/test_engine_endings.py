@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import chat_models
 import pytest
 import slow_path
 import tiny
 import torch
+from tokenizers import AddedToken
 
+from aisp_dist.config import Generator
 from aisp_dist.engine import model, step
 from aisp_dist.engine.decode import Engine
 from aisp_dist.records import BASE_ITERATION, Round, Sampling, TopP, Trajectory
@@ -90,6 +94,54 @@ def test_a_stop_string_over_two_tokens_is_cut(endless: Trajectory) -> None:
 def test_a_special_token_as_stop_string_ends_the_response() -> None:
     one = engine(ends=[], stop=[tiny.TURN, "x"])
     assert tiny.TURN_ID in one.end_ids and one.stop == ("x",)
+
+
+def test_the_token_that_closes_a_turn_in_the_template_ends_a_response(
+    endless: Trajectory, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The checkpoint declares other end tokens; the template closes turns with an added token that is not special."""
+    made, tokenizer = tiny.causal("llama"), tiny.tokenizer()
+    ids = endless.token_ids
+    at = next(i for i in range(3, STEPS) if ids[i] not in ids[:i])
+    closing = tokenizer.convert_ids_to_tokens(ids[at])
+    tokenizer.add_tokens([AddedToken(closing, special=False)])
+    turns = "{% for m in messages %}{{ m['role'] + m['content'] + '" + closing + "' }}{% endfor %}"
+    for template, end in ((turns, ids[at]), (tiny.TEMPLATE, None), (None, None)):
+        tokenizer.chat_template = template
+        lm = model.adapt(tiny.causal("llama"), tokenizer)
+        assert lm.turn_end == end and (ids[at] in lm.eos_ids) == (end is not None)
+        one = Engine(lm, 4, STEPS, ()).run([BASE])[0].trajectories[0]
+        assert (one.token_ids, one.finish_reason) == ((ids[: at + 1], "stop") if end else (ids, "length"))
+    tokenizer.chat_template = turns
+    made.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "aisp"):
+        assert model.load(Generator(model=str(tmp_path)), "cpu").turn_end == ids[at]
+    assert f"ends an assistant's turn with {closing!r}" in caplog.text and len(caplog.records) == 1
+    made.generation_config.eos_token_id = [tiny.EOS_ID, ids[at]]
+    made.save_pretrained(tmp_path)
+    caplog.clear()
+    assert model.load(Generator(model=str(tmp_path)), "cpu").turn_end is None and not caplog.records
+
+
+def test_the_text_goes_on_where_the_prompt_ends() -> None:
+    """Prompt and text are what all tokens say, in a tokenizer whose first words lose their space; and a cut leaves no
+    half of a character."""
+    tokenizer = chat_models.tokenizer("sentencepiece", None)
+    made = tiny.causal("llama", vocab_size=len(tokenizer))
+    made.generation_config.eos_token_id = made.config.eos_token_id = tokenizer.eos_token = None
+    prompt = tuple(tokenizer("the cat sat on")["input_ids"])
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    round = dataclasses.replace(BASE, iteration=0, stop=32, prompt_tokens=prompt, sampling=Sampling(decode=TopP(1, 1)))
+    words = halves = 0
+    for one in Engine(model.adapt(made, tokenizer), 32, 3).run([round])[0].trajectories:
+        whole = tokenizer.decode([*prompt, *one.token_ids], skip_special_tokens=True)
+        if tokenizer.convert_ids_to_tokens(one.token_ids[-1]).startswith("<0x"):
+            halves += not one.text.endswith("\ufffd") and whole.endswith("\ufffd")
+        else:
+            assert whole == before + one.text
+            words += one.text.startswith(" ")
+    assert words and halves
 
 
 @pytest.mark.parametrize("noise", [("independent", 0.0), ("ar1", 0.7), ("mixture", 0.5), ("shared", 0.0)])

@@ -23,7 +23,7 @@ ARROWS = {
     "config": {"records"},
     "data": BELOW | {"config", "demo"},
     "methods": BELOW | {"config"},
-    "engine": BELOW | {"config", "demo", "methods"},  # methods: the value network alone
+    "engine": BELOW | {"config", "demo", "data", "methods"},  # data: text of tokens; methods: the value network
     "rewards": BELOW | {"config", "data", "engine", "methods"},
     "output": BELOW | {"config", "data", "engine", "rewards"},  # the fingerprint digests models and functions
     "align": BELOW | {"config", "data", "methods", "rewards"},

@@ -113,7 +113,7 @@ def test_the_date_does_not_move(monkeypatch):
 def test_a_missing_template_is_a_fault_of_the_configuration():
     with pytest.raises(ConfigError, match=r"format: raw, or generator\.chat_template"):
         rendered(CHAT, tokenizer(None))
-    with pytest.raises(ConfigError, match="is no template"):
+    with pytest.raises(ConfigError, match="is not valid Jinja"):
         rendered(CHAT, tokenizer("{% if %}"))
 
 

@@ -131,13 +131,13 @@ PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" * 2), "begin with 2 BOS"),
-        (PLAIN.replace("m.content", "m.content if m.role == 'user' else ''"), "leaves out the response"),
-        (PLAIN.replace("in messages", "in messages[-1:]"), "leaves out the prompt"),
+        (TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" * 2), "its self-test found that .* begin with 2 BOS"),
+        (PLAIN.replace("m.content", "m.content if m.role == 'user' else ''"), "does not show message 2 of 2"),
+        (PLAIN.replace("in messages", "in messages[-1:]"), "does not show message 1 of 2"),
     ],
 )
 def test_templates_with_defects(tmp_path, template, words):
-    with pytest.raises(ConfigError, match=f"rewards.main: its self-test found that .*{words}"):
+    with pytest.raises(ConfigError, match=f"rewards.main: .*{words}.*self_test: false runs it as it is"):
         made(tmp_path, tokenizer(template))
     made(tmp_path, tokenizer(template), self_test=False)
 

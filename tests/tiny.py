@@ -78,11 +78,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def causal(family: str, seed: int = 0, **overrides: Any) -> Any:
-    """A random model in fp32 with the tokenizer's vocabulary of 260; `overrides` change its config."""
-    settings = {**FAMILIES[family], **overrides}
+    """A random model in fp32 with the vocabulary of `tokenizer()`; `overrides` change its config."""
+    settings = {"vocab_size": 260, **FAMILIES[family], **overrides}
     config = AutoConfig.for_model(
         _TYPES.get(family, family),
-        vocab_size=260,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
         tie_word_embeddings=False,

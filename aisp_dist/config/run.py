@@ -38,10 +38,19 @@ class Prompts(Section):
     begin: str = doc("role marker of the user, for shp and hh", "User:")
     system: str | None = doc("system message put before every chat", None)
     template_kwargs: dict[str, Any] = doc("passed to the chat template", {})
+    special_tokens: bool = doc(
+        "read special tokens in the texts of messages as special tokens, not as text; a raw prompt's always are", False
+    )
     max_tokens: int = doc("longest prompt in tokens", 1024, ge=1)
     overlong: Literal["error", "left", "drop_turns"] = doc(
         "a longer prompt becomes a failed row, is cut from the left, or loses its oldest turns", "error"
     )
+
+    @model_validator(mode="after")
+    def effective(self) -> Prompts:
+        if self.special_tokens and self.format == "raw":
+            raise ValueError("special_tokens: has no effect on format: raw, which always reads them; leave it out")
+        return self
 
 
 class Generator(Section):

@@ -1,4 +1,4 @@
-"""A reasoning model's response without its thinking. Pure."""
+"""A reasoning model's answer without its thinking. Pure."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 class Unfinished(ValueError):
-    """The response ends inside its thinking, so that it has no answer; a candidate's reason."""
+    """The response ends inside its thinking and so has no answer; the message is a candidate's reason."""
 
 
 def answer(text: str, tags: Sequence[str], opened: bool = False) -> str:
-    """What follows the block between the two tags, white space before it aside; the text as it is where it has none.
-    opened: the prompt ends with the opening tag, as some templates leave it. Raises Unfinished."""
+    """What follows the block of thinking between the two tags, without white space before it; the text itself where it
+    has no such block. opened: the prompt ends with the opening tag, as some templates leave it. Raises Unfinished."""
     opening, closing = tags
     before, closed, rest = text.partition(closing)
     if closed and (opened or opening in before or not before.strip()):
@@ -22,5 +22,5 @@ def answer(text: str, tags: Sequence[str], opened: bool = False) -> str:
 
 
 def opens(prompt: str, tags: Sequence[str]) -> bool:
-    """Whether a rendered prompt ends inside a block of thinking that it has opened."""
+    """Whether a rendered prompt ends with the tag that opens a block of thinking."""
     return prompt.rstrip().endswith(tags[0])

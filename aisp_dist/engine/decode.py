@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from aisp_dist.data.detokenize import text_after
 from aisp_dist.engine import attention, memory, noise
 from aisp_dist.engine.admissible import check
 from aisp_dist.engine.blocks import Blocks
@@ -301,7 +302,7 @@ class Engine:
                 tokens: list[int] = self.batch.tokens_BT[slot, :length].tolist()
                 known = row.length if self.stop else length - 1
                 for end in range(known + 1, length + 1):
-                    if ending := self._ending(tokens[:end]):
+                    if ending := self._ending(row, tokens[:end]):
                         length = end
                         self._complete(slot, row, tokens[:end], *ending)
                         break
@@ -325,20 +326,19 @@ class Engine:
             trajectories = tuple(job.done[sample] for sample in sorted(job.done))
             self._finished.append((job.round, Rollout(trajectories, job.control.u_sq if job.control else 0.0)))
 
-    def _ending(self, tokens: list[int]) -> tuple[Finish, str] | None:
+    def _ending(self, row: Row, tokens: list[int]) -> tuple[Finish, str] | None:
         """Why a trajectory of these tokens ends, and its text; None if it goes on."""
+        prompt_tokens = row.job.round.prompt_tokens
         if tokens[-1] in self.end_ids:
-            return "stop", self._text(tokens[:-1])
+            return "stop", text_after(self.lm.tokenizer, prompt_tokens, tokens[:-1])
         if self.stop:
-            text = self._text(tokens)
+            text = text_after(self.lm.tokenizer, prompt_tokens, tokens)
             cuts = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
             if cuts:
                 return "stop", text[: min(cuts)]
-        return ("length", self._text(tokens)) if len(tokens) == self.max_new_tokens else None
-
-    def _text(self, tokens: list[int]) -> str:
-        text: str = self.lm.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+        if len(tokens) == self.max_new_tokens:
+            return "length", text_after(self.lm.tokenizer, prompt_tokens, tokens, cut=True)
+        return None
 
     def _clear(self, slots: list[int]) -> None:
         self.batch.clear(slots)

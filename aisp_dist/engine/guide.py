@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from aisp_dist.data.detokenize import text_after
 from aisp_dist.engine.lm import LM
 from aisp_dist.methods.value import Value
 from aisp_dist.records import Prompt, Round, TokenReward
@@ -40,7 +41,7 @@ def choose(
     logits, ids = logits_V.topk(min(guide.candidates, len(logits_V)))
     candidates = ids.tolist()
     texts = [
-        lm.tokenizer.decode(tokens if token in end_ids else [*tokens, token], skip_special_tokens=True)
+        text_after(lm.tokenizer, round.prompt_tokens, tokens if token in end_ids else [*tokens, token], cut=True)
         for token in candidates
     ]
     found = judge((round.prompt_id, sample), round.prompt, texts)

@@ -22,8 +22,9 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class LM:
-    """A causal language model in two parts, decoder and head. eos_ids end a response. context_length is the longest
-    sequence in tokens, None if unbounded. attention: by layer."""
+    """A causal language model in two parts, decoder and head. eos_ids end a response; turn_end is the one that only
+    the chat template says, None if the checkpoint declares all. context_length is the longest sequence in tokens, None
+    if unbounded. attention: by layer."""
 
     decoder: nn.Module
     head: nn.Module
@@ -37,6 +38,7 @@ class LM:
     dtype: torch.dtype
     head_dtype: torch.dtype
     attention: tuple[Heads, ...] = ()
+    turn_end: int | None = None
 
     def states(self, attend: Pass, tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
         """Last hidden states z [B, T, D], after the final norm."""

@@ -8,6 +8,7 @@ No family has code of its own here. A family works if its layers attend through 
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from aisp_dist.config import ConfigError, Generator
+from aisp_dist.data.chat import end_of_turn
 from aisp_dist.engine import attention, memory, quantized, sizes
 from aisp_dist.engine.checkpoints import locate
 from aisp_dist.engine.lm import LM, Heads
 
 _PROBE_TOKENS = 24
+_log = logging.getLogger("aisp")
 
 
 class Unsupported(ValueError):
@@ -118,9 +121,17 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
     else:
         model.to(chosen)
     try:
-        return adapt(model, tokenizer(settings), settings.fp32_head)
+        lm = adapt(model, tokenizer(settings), settings.fp32_head)
     except Unsupported as error:
         raise ConfigError(f"generator.model: {settings.model!r}: {error}") from error
+    if lm.turn_end is not None:
+        _log.warning(
+            "generator.model: the chat template ends an assistant's turn with %r, which %r does not declare as an end "
+            "token; a response ends there too",
+            lm.tokenizer.convert_ids_to_tokens(lm.turn_end),
+            settings.model,
+        )
+    return lm
 
 
 def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
@@ -132,6 +143,7 @@ def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
     ends: set[int] = set()
     for value in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         ends.update(() if value is None else [value] if isinstance(value, int) else value)
+    turn_end = end_of_turn(tokenizer)
     head, output = _with(model, decoder, _Identity()), model.get_output_embeddings()
     if fp32_head:
         head = _with(head, output, copy.deepcopy(output).float())
@@ -143,10 +155,11 @@ def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         context_length=_context_length(config),
-        eos_ids=frozenset(ends),
+        eos_ids=frozenset(ends if turn_end is None else ends | {turn_end}),
         device=model.device,
         dtype=output.weight.dtype,
         head_dtype=torch.float32 if fp32_head else output.weight.dtype,
+        turn_end=None if turn_end in ends else turn_end,
     )
     return _probe(model, lm, config)
 

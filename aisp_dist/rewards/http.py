@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aisp_dist.config import ConfigError, HttpReward
-from aisp_dist.data.render import as_chat
+from aisp_dist.data.chat import as_chat
 from aisp_dist.records import Prompt, Score
 from aisp_dist.rewards.client import Client, Refused, Rejected
 

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aisp_dist.config import ConfigError, ModelReward
-from aisp_dist.data.render import Unrenderable, as_chat, encode_chat, starts_with_bos
+from aisp_dist.data.chat import as_chat, encode_chat
+from aisp_dist.data.encode import Unrenderable, starts_with_bos
 from aisp_dist.engine import checkpoints
 from aisp_dist.records import Message, Prompt, Score
 from aisp_dist.rewards import self_test, templates
@@ -45,8 +46,8 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
     one_at_a_time = threading.Lock()
 
     def encode(messages: Sequence[Message]) -> list[int]:
-        fix = "save its directory with a chat_template.jinja, or wrap the model in a function reward"
-        return encode_chat(tokenizer, messages, {}, add_generation_prompt=False, fix=fix)
+        fix = f"set rewards.{name}.chat_template to another template, or wrap the model in a function reward"
+        return encode_chat(tokenizer, messages, {}, add_generation_prompt=False, fix=fix, whole=settings.self_test)
 
     def tokens(prompt: Prompt, response: str) -> Ids | Score:
         *messages, _ = whole = chat(settings, prompt, response)
@@ -67,10 +68,10 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
             )
         return tuple(ids[:head] + ids[head + excess :])
 
-    try:  # a missing template shows before any prompt is spent
+    try:  # a missing template, or one that shows no question or no answer, shows before any prompt is spent
         encode((("user", "a"), ("assistant", "b")))
     except Unrenderable as error:
-        raise ConfigError(f"rewards.{name}.chat_template: {error}; give one that can show a question") from None
+        raise ConfigError(f"rewards.{name}: {error} (self_test: false runs it as it is)") from None
     if settings.self_test:
         self_test.examine(name, tokenizer, encode, tokens, classifier, settings.batch_rows, max_length)
 

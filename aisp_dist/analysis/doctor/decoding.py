@@ -41,6 +41,17 @@ def fits(settings: Generator, lm: LM, longest: int) -> Check:
     return judge("memory", capacity >= longest, figure, f"Prompts of over {capacity} tokens fail; lower batch_rows")
 
 
+def ends(lm: LM) -> Check:
+    """What ends a response, and whether the checkpoint says so itself."""
+    names = lm.tokenizer.convert_ids_to_tokens(sorted(lm.eos_ids))
+    figure = f"a response ends at {' or '.join(map(repr, names)) or 'nothing but its length'}"
+    if lm.turn_end is None:
+        return Check("end tokens", "ok", figure)
+    figure += f"; {lm.tokenizer.convert_ids_to_tokens(lm.turn_end)!r} is the chat template's alone"
+    advice = "Add it to eos_token_id in the checkpoint's generation_config.json: other tools write on past it"
+    return Check("end tokens", "note", figure, advice)
+
+
 def peak(engine: Engine) -> Check:
     """On a GPU, whether the formula held."""
     need = memory.parts(engine.lm, len(engine.rows), engine.max_new_tokens, 0, len(engine.rows) // 4)

@@ -62,6 +62,7 @@ def _decoding(run: Run, place: torch.device, steps: int, say: Say) -> Generator[
     lm = model.load(run.generator, place)
     longest = min(run.prompts.max_tokens, (lm.context_length or 1 << 31) - run.generator.max_new_tokens)
     some = sample(run.prompts, lm.tokenizer, longest)
+    yield decoding.ends(lm)
     yield decoding.fits(run.generator, lm, longest)
     engine = Engine(lm, run.generator.batch_rows, steps, run.generator.stop, idle_tokens=0)
     asked = decoding.rounds(run, some, steps, len(engine.rows))

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aisp_dist.analysis.doctor import Check, allowed, free, judge, own_model
 from aisp_dist.config import ModelReward, Reward
-from aisp_dist.data.render import encode_chat
+from aisp_dist.data.chat import encode_chat
 from aisp_dist.engine import checkpoints
 from aisp_dist.records import Prompt
 from aisp_dist.rewards import RewardError, RewardFn, model
@@ -82,21 +82,22 @@ def against(
     heads = {"num_labels": 1, "key_mapping": model.HEADS}
     own = own_model(AutoModelForSequenceClassification, where, settings, place, **heads)
     chats = [model.chat(settings, prompt, response) for prompt, response in texts]
-    rows = [encode_chat(tokenizer, chat, {}, add_generation_prompt=False, fix="") for chat in chats]
+    whole = settings.self_test
+    rows = [encode_chat(tokenizer, chat, {}, add_generation_prompt=False, fix="", whole=whole) for chat in chats]
     positions = getattr(own.config.get_text_config(), "max_position_embeddings", None)
     longest = min(settings.max_tokens, positions or settings.max_tokens)
     yield written(name, tokenizer, rows, longest)
-    whole = [at for at, row in enumerate(rows) if len(row) <= longest]
-    expected = [logit for at in whole for logit in forward(own, [rows[at]])]
+    fit = [at for at, row in enumerate(rows) if len(row) <= longest]
+    expected = [logit for at in fit for logit in forward(own, [rows[at]])]
     if own._can_set_attn_implementation():
         own.set_attn_implementation("eager")
-    batches = (whole[i : i + _BATCH] for i in range(0, len(whole), _BATCH))
+    batches = (fit[i : i + _BATCH] for i in range(0, len(fit), _BATCH))
     padded = [logit for batch in batches for logit in forward(own, [rows[at] for at in batch])]
     spread = _distance(padded, expected)
     bound = allowed(spread, own.dtype, max(map(abs, expected), default=0.0))
     for what, values in ours.items():
-        far = _distance([values[at] for at in whole], expected)
-        figure = f"|dr| up to {far:.2g} in {len(whole)} texts, {bound:.2g} allowed, transformers' two ways {spread:.2g}"
+        far = _distance([values[at] for at in fit], expected)
+        figure = f"|dr| up to {far:.2g} in {len(fit)} texts, {bound:.2g} allowed, transformers' two ways {spread:.2g}"
         advice = "Scores depend on padding, on a prefix computed apart or on company, so they are wrong: report this"
         yield judge(f"{name} {what}", far <= bound, figure, advice)
 

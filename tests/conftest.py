@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; threads that wait for a busy core make them slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads that wait for a busy core slow them down
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -23,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """For `-n 2`: one worker takes all files that start Ray, in turn; of the others a file is one worker's."""
+    """For `-n 2`: one worker runs all files that start Ray, one after the other; each other file runs on one worker."""
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -34,6 +36,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return ByFile(config, log)
 
 
+SKIPS = Path(__file__).parent / "skips.txt"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail CI (AISP_STRICT_SKIPS is set) on a skip that skips.txt does not list."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and os.environ.get("AISP_STRICT_SKIPS"):
+        for test in unlisted(report.nodeid for report in reporter.stats.get("skipped", [])):
+            reporter.write_line(f"\n{test} was skipped and {SKIPS.name} does not list it", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def unlisted(tests: Iterable[str]) -> list[str]:
+    """The ids of skipped tests that no pattern of skips.txt matches."""
+    lines = SKIPS.read_text(encoding="utf-8").splitlines()
+    patterns = [line.split()[0] for line in lines if line and not line.startswith("#")]
+    names = {test.partition("[")[0] for test in tests}
+    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
 @cache
 def _starts_ray(file: Path) -> bool:
     return "pytest.mark.ray" in file.read_text(encoding="utf-8")
@@ -41,7 +63,7 @@ def _starts_ray(file: Path) -> bool:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real prompts and a real tiny language model; tests that want them skip where they are absent."""
+    """A directory with real prompts and a tiny real language model. Tests that need it are skipped if it is absent."""
     root = os.environ.get("AISP_TEST_DATA")
     if not root or not (Path(root) / "data").is_dir():
         pytest.skip("AISP_TEST_DATA does not name a directory with data/ and models/")

@@ -1,5 +1,5 @@
-"""The demo: its domain keeps its promises, its files are ordinary models, and its reward models judge what they never
-saw."""
+"""The demo: laws of its domain, files that are ordinary models, and reward models that generalise to held-out
+questions."""
 
 import itertools
 import json

@@ -23,8 +23,8 @@ CONFIG_MAP, JOB = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
 CLUSTER = JOB["spec"]["rayClusterSpec"]
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 
-# The JSON names in KubeRay's ray-operator/apis/ray/v1/rayjob_types.go and raycluster_types.go, and in core/v1 of
-# Kubernetes, as far as a job needs them. The API server drops what it does not know without a word.
+# The JSON names in KubeRay's ray-operator/apis/ray/v1/rayjob_types.go and raycluster_types.go and in core/v1 of
+# Kubernetes, as far as a job needs them. The API server silently drops unknown fields.
 JOB_SPEC = {
     "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint",
     "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata",

@@ -1,4 +1,4 @@
-"""The proof that a student learns: its parts, with real trainers on the demo model."""
+"""The measurement of students: its parts, with real trainers on the demo model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_training_prompts_are_unique_and_none_is_measured(tmp_path):
 
 
 def test_students_learn_what_they_are_taught_and_measures_are_of_the_student(run, tmp_path):
-    """A student of one answer says it, which the teacher finds unlikely; pairs move it on."""
+    """A student of one answer repeats it, at a high NLL by the teacher; training on pairs changes it again."""
     teacher = run.generator.model
     ask = [[{"role": "user", "content": f"What is {thing} for?"}] for thing in ("tea", "a map", "rain", "a bus")] * 8
     rows = Dataset.from_list([{"prompt": p, "completion": said("Cats cats cats cats cats cats.")} for p in ask])

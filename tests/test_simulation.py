@@ -1,4 +1,4 @@
-"""The simulated cluster: its clock, its arithmetic, and that the real coordinator keeps its promises on it."""
+"""The simulated cluster: its clock, its arithmetic, and the laws of a run by the real coordinator on it."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_lengths_are_keyed_and_uniform_in_their_bounds():
 
 
 def test_one_replica_of_each_takes_the_time_that_one_adds_up_by_hand():
-    """One prompt: prefill, then the base answer beside the first round; each round is scored before the next; last the
-    base answer's score and the likelihoods."""
+    """One prompt: prefill, then the base answer beside the first round; each round is scored before the next; the score
+    of the base answer and the likelihoods come last."""
     plan = Plan(generators=1, scorers=1, prompts=1, spread=0.0, bundle=1, iterations=3)
     decoding = plan.read(500) + 128 * (plan.step(33) + 2 * plan.step(32))
     scoring = plan.read(500) + 3 * plan.read(32 * 128) + plan.read(128)
@@ -88,7 +88,7 @@ def test_one_replica_of_each_takes_the_time_that_one_adds_up_by_hand():
 
 
 def test_rows_beyond_the_batch_wait_for_a_row():
-    """Two prompts of one round on rows for one: the second's rows follow the first's."""
+    """Two prompts of one round with rows for one: the rows of the second prompt follow those of the first."""
     plan = Plan(generators=1, scorers=1, prompts=2, spread=0.0, bundle=1, iterations=1, samples=32, batch_rows=33)
     one, two = simulate(replace(plan, prompts=1)), simulate(plan)
     both = simulate(replace(plan, batch_rows=66))
@@ -113,7 +113,7 @@ def test_every_input_has_one_row_and_nobody_works_more_than_all_the_time(stalls,
 
 
 def test_work_is_the_same_whoever_does_it():
-    """Without faults, prefills apart: scorers' busy seconds do not depend on how many there are."""
+    """Without faults and apart from prefills, the busy seconds of scorers do not depend on their number."""
     plan = replace(SMALL, prompt_tokens=1)
     busy = [simulate(replace(plan, scorers=n))["gpu_seconds_per_round"]["scorers"] for n in (1, 2, 4)]
     assert busy == pytest.approx([busy[0]] * 3, rel=0.01)

@@ -1,4 +1,4 @@
-"""The suggested ratio of replicas: laws over random costs, then examples."""
+"""The suggested ratio of replicas: laws with random costs, then examples."""
 
 from __future__ import annotations
 

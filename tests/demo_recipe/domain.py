@@ -1,9 +1,9 @@
-"""The demo's text domain: questions about everyday topics, answers to them, and how good each answer is.
+"""The demo's text domain: questions about everyday topics, answers to them, and the quality of each answer.
 
-Owns what the demo models are trained and measured on. An answer is composed of parts (greeting, the fact the question
-asks for, a fact that supports it, an example, a wish), each with points, and may carry a flaw (off topic, evasive,
-curt, rude, repetitive, contradictory ...); its quality is the sum, known by construction. All draws come from the
-`random.Random` handed in. Knows no tokenizer, no model and no search method.
+The demo models are trained and measured on it. An answer is composed of parts (greeting, the fact the question asks
+for, a supporting fact, an example, a wish), each with points, and may have a flaw (off topic, evasive, curt, rude,
+repetitive, contradictory ...). Its quality is the sum of the points, so it is known by construction. All draws come
+from the `random.Random` that is passed in. Nothing here knows a tokenizer, a model or a search method.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from random import Random
 from typing import Any, Literal
 
 Split = Literal["first", "second", "held_out"]
-Voice = Literal["all", "early", "late"]  # which of the phrasings a speaker knows
+Voice = Literal["all", "early", "late"]  # which phrasings a speaker knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +39,20 @@ class Pair:
     question: Question
     better: str
     worse: str
-    gap: float  # difference in quality, > 0
+    gap: float  # difference in quality, above 0
 
 
 _PHRASES = tomllib.loads((Path(__file__).parent / "phrases.toml").read_text(encoding="utf-8"))
-QUESTIONS: dict[str, list[str]] = _PHRASES["questions"]  # by the kind of question
-MOVES: dict[str, list[str]] = _PHRASES["moves"]  # the fact asked for
+QUESTIONS: dict[str, list[str]] = _PHRASES["questions"]  # by kind of question
+MOVES: dict[str, list[str]] = _PHRASES["moves"]  # the fact that is asked for, by kind of question
 CURT: dict[str, str] = _PHRASES["curt"]
 CONTRADICTIONS: dict[str, str] = _PHRASES["contradictions"]
 EXAMPLES, OPENERS, CLOSERS, RUDE, EVASIVE = (
     _PHRASES[name] for name in ("examples", "openers", "closers", "rude", "evasive")
 )
 KINDS = tuple(QUESTIONS)
-# Which other facts support an answer of each kind; every fact supports several kinds, so that a held-out question asks
-# for something that was seen with its topic elsewhere.
+# The facts that support an answer of each kind. Every fact supports several kinds, so the fact that a held-out question
+# asks for was seen with its topic elsewhere.
 SUPPORTS = {
     "how": ("why", "mistake", "need"), "why": ("when", "time", "compare"), "need": ("how", "mistake", "compare"),
     "mistake": ("problem", "why", "compare"), "problem": ("mistake", "need", "when"),
@@ -64,7 +64,7 @@ FLAWS = ("off_topic", "other_question", "stray_part", "evasive", "curt", "rude",
 
 @cache
 def topics() -> tuple[dict[str, Any], ...]:
-    """The facts of every topic, as in topics.toml, with the steps as s1, s2, s3 and the problem in the first person."""
+    """The facts of every topic in topics.toml, plus its steps as s1, s2, s3 and its problem in the first person."""
     table = tomllib.loads((Path(__file__).parent / "topics.toml").read_text(encoding="utf-8"))["topic"]
     for facts in table:
         facts["s1"], facts["s2"], facts["s3"] = facts["steps"]
@@ -73,8 +73,8 @@ def topics() -> tuple[dict[str, Any], ...]:
 
 
 def split(topic: int, kind: str) -> Split:
-    """Which part a combination of topic and kind belongs to: of each topic two kinds are held out, the other eight
-    are shared half and half by the two reward models; the base model is trained on both halves."""
+    """The split of a combination of topic and kind. Of each topic two kinds are held out; each reward model is trained
+    on four of the other eight, the base model on all eight."""
     slot = (KINDS.index(kind) + 3 * topic) % len(KINDS)
     return "held_out" if slot < 2 else "first" if slot < 6 else "second"
 
@@ -88,8 +88,8 @@ def question(rng: Random, topic: int, kind: str, voice: Voice = "all") -> Questi
 
 
 def answer(rng: Random, q: Question, voice: Voice = "all", flawed: float = 0.36) -> Answer:
-    """One answer to q; `flawed` is the probability that it carries a flaw. Points: the fact asked for 4, a supporting
-    fact 2, an example 1.5, a greeting 1, a wish 0.5; a wrong part costs its points and more."""
+    """One answer to q. flawed: the probability of a flaw. Points: 4 for the fact that is asked for, 2 for a supporting
+    fact, 1.5 for an example, 1 for a greeting, 0.5 for a wish; a wrong part has negative points or few."""
     flaw = rng.choice(FLAWS) if rng.random() < flawed else ""
     topic, kind, support = q.topic, q.kind, rng.choice(SUPPORTS[q.kind])
     if flaw == "off_topic":
@@ -110,7 +110,7 @@ def answer(rng: Random, q: Question, voice: Voice = "all", flawed: float = 0.36)
     elif flaw == "partial":
         core, points = " ".join(core.split()[: -rng.randint(2, 4)]) + ".", 2.0
     parts = [(core, points)]
-    worth = -0.25 if flaw == "off_topic" else 1.0  # a detail about another topic makes it worse, not better
+    worth = -0.25 if flaw == "off_topic" else 1.0  # details about another topic make an answer worse
     brief, stray = flaw in ("evasive", "curt"), flaw == "stray_part"
     if rng.random() < 0.45 and not brief:
         where = _another(rng, topic) if stray else topic
@@ -132,14 +132,14 @@ def answer(rng: Random, q: Question, voice: Voice = "all", flawed: float = 0.36)
 
 
 def complete(rng: Random, q: Question, voice: Voice = "all") -> Answer:
-    """An answer with every part and no flaw: greeting, fact, support, example, wish."""
+    """An answer with every part and no flaw: greeting, fact, supporting fact, example, wish."""
     moves = (OPENERS, MOVES[q.kind], MOVES[rng.choice(SUPPORTS[q.kind])], EXAMPLES, CLOSERS)
     return Answer(" ".join(_say(rng, options, q.topic, voice) for options in moves), 9.0)
 
 
 def sentences(rng: Random, q: Question, voice: Voice = "all") -> list[Answer]:
-    """Seven answers of one sentence each: the fact asked for, a supporting one and an example, the same kinds of
-    sentence about other topics, and a fact about the topic that was not asked for."""
+    """Seven answers of one sentence each: the fact that is asked for, a supporting fact and an example; the same three
+    about other topics; and a fact about the topic that is not asked for."""
     support = rng.choice(SUPPORTS[q.kind])
     aside = rng.choice([kind for kind in KINDS if kind not in (q.kind, *SUPPORTS[q.kind], "start", "worth")])
     kinds = ((MOVES[q.kind], 4.0, -1.0), (MOVES[support], 2.0, -1.5), (EXAMPLES, 1.5, -1.5))
@@ -149,15 +149,16 @@ def sentences(rng: Random, q: Question, voice: Voice = "all") -> list[Answer]:
 
 
 def gibberish(rng: Random, words: int) -> str:
-    """Words of the domain in no order, and fragments of them: what a model writes when it falls apart."""
+    """Words of the domain in random order, and fragments of them, as a model writes that has collapsed."""
     known = " ".join(str(fact) for facts in rng.sample(topics(), 3) for fact in facts.values()).split()
     cut = [rng.choice(known) for _ in range(words)]
     return " ".join(w[: rng.randint(1, 4)] + rng.choice(known)[-3:] if rng.random() < 0.4 else w for w in cut)
 
 
 def damage(rng: Random, text: str, quality: float, stray: str) -> Answer:
-    """`text` with one thing spoilt, as a model under too much noise spoils it; `stray` is an answer to an unrelated
-    question. The quality falls by 3 when half of the text survives and to below -2 when nothing does."""
+    """`text` with one defect of the kind that too much noise causes. stray: an answer to an unrelated question. The
+    quality falls by 3 or 4 if about half of the text or more is intact, to -1 or less if the text becomes `stray`, and
+    to -4 or less if nothing is intact."""
     words, sentences = text.split(), re.split(r"(?<=[.!?]) ", text)
     ruined = min(quality - 3.0, -4.0)
     half = len(words) // 2
@@ -189,8 +190,8 @@ def damage(rng: Random, text: str, quality: float, stray: str) -> Answer:
 
 
 def pair(rng: Random, q: Question, voice: Voice = "all", damaged: float = 0.35) -> Pair:
-    """Two answers to q of differing quality (by a point of nine at least), the better first. With probability `damaged`
-    the worse one is a damaged text."""
+    """Two answers to q, the better first, whose quality differs by at least one point. With probability `damaged` one
+    of them is a damaged text."""
     while True:
         left = answer(rng, q, voice, flawed=0.5)
         if rng.random() < damaged:
@@ -204,7 +205,7 @@ def pair(rng: Random, q: Question, voice: Voice = "all", damaged: float = 0.35) 
 
 
 def held_out_prompts(rng: Random, phrasings: int = 4) -> list[Question]:
-    """`phrasings` differing questions for every held-out combination, shuffled."""
+    """`phrasings` different questions for every held-out combination, shuffled."""
     found = []
     for topic, kind in combinations("held_out"):
         texts = rng.sample(QUESTIONS[kind], phrasings)

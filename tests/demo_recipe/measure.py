@@ -1,5 +1,6 @@
-"""What the demo models read, write and are worth: rendering, greedy and sampled answers, rewards, and the figures of
-card.json. Owns no training; recipe.py trains, and tests/test_demo.py measures again."""
+"""Measures of the demo models: rendering, greedy and sampled answers, rewards, and the figures of card.json. recipe.py
+trains the models; tests/test_demo.py measures them again.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from tests.demo_recipe import domain
 from tests.demo_recipe.domain import Pair, Question, Split, Voice
 
-CLEAR = 3.0  # points of nine by which one answer is plainly better
-GAPS = (1.0, 2.0, CLEAR, 4.0, math.inf)  # differences in quality by which accuracy is reported
+CLEAR = 3.0  # a difference in quality (of nine points) that makes one answer clearly better
+GAPS = (1.0, 2.0, CLEAR, 4.0, math.inf)  # bounds of the differences in quality by which accuracy is reported
 
 
 def render(tok: PreTrainedTokenizerFast, question: str, answer: str | None, system: str = "") -> list[int]:
-    """Token ids of one exchange; without an answer, up to where it begins."""
+    """Token ids of one exchange; without an answer, those before it."""
     head = [{"role": "system", "content": system}] if system else []
     tail = [] if answer is None else [{"role": "assistant", "content": answer}]
     messages = [*head, {"role": "user", "content": question}, *tail]
@@ -32,7 +33,7 @@ def render(tok: PreTrainedTokenizerFast, question: str, answer: str | None, syst
 
 
 def pad(rows: list[list[int]], fill: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    """ids and mask of shape [rows, longest]."""
+    """Token ids and mask, both [rows, longest row]."""
     longest = max(map(len, rows))
     fillers = [[fill] * (longest - len(row)) for row in rows]
     ids = torch.tensor([f + row if left else row + f for row, f in zip(rows, fillers, strict=True)])
@@ -46,7 +47,7 @@ def draw_question(rng: Random, *splits: Split, voice: Voice = "all") -> Question
 
 
 def answer_loss(model: LlamaForCausalLM, rows: list[list[int]], starts: list[int], fill: int) -> Tensor:
-    """Mean negative log-likelihood in nats per token of what follows each row's start."""
+    """Mean negative log-likelihood, in nats per token, of the tokens from each row's start on."""
     ids, mask = pad(rows, fill)
     answered = mask.bool() & (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None])
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
@@ -57,7 +58,7 @@ def answer_loss(model: LlamaForCausalLM, rows: list[list[int]], starts: list[int
 def write(
     base: LlamaForCausalLM, tok: PreTrainedTokenizerFast, questions: list[str], temperature: float, limit: int = 80
 ) -> list[str]:
-    """The base model's answers: greedy at temperature 0, sampled from torch's generator otherwise."""
+    """The base model's answers: greedy at temperature 0, otherwise sampled from torch's global generator."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     texts: list[str] = []
     for i in range(0, len(questions), 96):
@@ -71,7 +72,7 @@ def write(
 def score(
     model: LlamaForSequenceClassification, tok: PreTrainedTokenizerFast, texts: list[tuple[str, str]]
 ) -> list[float]:
-    """Rewards of (question, answer) texts, in their order."""
+    """Rewards of (question, answer) texts, in input order."""
     rows = [render(tok, question, answer) for question, answer in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found = [0.0] * len(rows)
@@ -90,8 +91,8 @@ def held_out_pairs(seed: int, count: int) -> list[Pair]:
 def measure_reward(
     model: LlamaForSequenceClassification, tok: PreTrainedTokenizerFast, pairs: list[Pair], seed: int
 ) -> dict[str, Any]:
-    """Accuracy on pairs with a clear gap in quality, on all, and by the gap, and the mean reward of answers that are
-    known to be bad."""
+    """Accuracy on pairs with a clear gap in quality, on all pairs and by gap, and mean rewards of answers whose quality
+    is known."""
     better = score(model, tok, [(p.question.text, p.better) for p in pairs])
     worse = score(model, tok, [(p.question.text, p.worse) for p in pairs])
 
@@ -111,7 +112,7 @@ def measure_reward(
 
 
 def probes(pairs: list[Pair], seed: int) -> dict[str, list[tuple[str, str]]]:
-    """(question, answer) texts whose place is known: one of each kind per pair."""
+    """(question, answer) texts of known quality: one of each kind per pair."""
     rng = Random(f"{seed}/probes")
     found: dict[str, list[tuple[str, str]]] = {}
     for p in pairs:
@@ -133,7 +134,7 @@ def probes(pairs: list[Pair], seed: int) -> dict[str, list[tuple[str, str]]]:
 
 @torch.inference_mode()
 def perplexity(base: LlamaForCausalLM, tok: PreTrainedTokenizerFast, splits: tuple[Split, ...], seed: int) -> float:
-    """Per token of the answers (EOS included) to fresh questions of the splits."""
+    """Perplexity per token of answers (EOS included) to fresh questions of the splits."""
     rng = Random(f"{seed}/perplexity")
     total = tokens = 0.0
     for _ in range(4):

@@ -1,8 +1,8 @@
-"""How the demo models were made: `python -m tests.demo_recipe.recipe --out DIR [--quick]` makes them again.
+"""The recipe of the demo models: `python -m tests.demo_recipe.recipe --out DIR [--quick]` trains them again.
 
-Owns the tokenizers, the three training runs (a causal LM on the domain's mixture of better and worse answers, two
-Bradley-Terry reward models on disjoint halves of its questions) and the figures in card.json, all measured on held-out
-questions. Nothing here knows a search method: the models are trained once on what domain.py calls quality.
+It trains the tokenizers, a causal language model on good and bad answers of the domain, and two Bradley-Terry reward
+models on disjoint halves of its questions, and measures the figures of card.json on held-out questions. It knows no
+search method: the models are trained once, on the quality that domain.py defines.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CHAT = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# The judge knows questions and answers only: what a system message says is read as part of the question.
+# The judge knows only questions and answers: it reads a system message as part of the question.
 QUESTION_ANSWER = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ '<|answer|>' + m['content'] | trim + eos_token }}"
@@ -54,7 +54,7 @@ QUESTION_ANSWER = (
     "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}"
 )
 Row = tuple[list[list[int]], list[float]]  # token ids of a question's exchanges, and the answers' grades
-Written = tuple[list[tuple[Question, str]], list[tuple[Question, str]]]  # (question, answer): fair ones, poor ones
+Written = tuple[list[tuple[Question, str]], list[tuple[Question, str]]]  # (question, answer): good ones, poor ones
 SYSTEMS = ("You are a helpful assistant.", "Answer politely and give an example.", "You help people with daily life.")
 
 
@@ -71,19 +71,19 @@ class Shape:
 @dataclass(frozen=True, slots=True)
 class Training:
     steps: int
-    batch: int  # answers, or for a reward model questions with all their answers
+    batch: int  # answers; for a reward model, questions with all their answers
     lr: float
 
 
 @dataclass(frozen=True, slots=True)
 class Taste:
-    """What a reward model's training data is drawn from. `doubt`: its annotators prefer the better of two answers with
-    probability sigmoid(gap / doubt)."""
+    """The source of a reward model's training data. doubt: annotators prefer the better of two answers with probability
+    sigmoid(gap / doubt)."""
 
     split: Split
     voice: Voice
     doubt: float
-    temperatures: tuple[float, ...]  # of the base model's answers among its data, the last two taken to be poor
+    temperatures: tuple[float, ...]  # of the base model's answers in its data; the last two give poor answers
 
 
 BASE_SHAPE = Shape(vocab=2048, hidden=160, layers=4, heads=4, kv_heads=2, mlp=448)
@@ -103,7 +103,7 @@ PLANS = {
 
 
 def make_tokenizer(texts: Iterator[str], vocab: int, roles: list[str], template: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. Encoding plain text prepends BOS, as Llama's tokenizers do; the template writes it itself."""
+    """Byte-level BPE. Encoding a plain text prepends BOS, as Llama's tokenizers do; the template writes BOS itself."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -137,7 +137,7 @@ def config(shape: Shape, tok: PreTrainedTokenizerFast, **more: int) -> LlamaConf
 
 
 def in_length_order(draw: Callable[[], Row], rng: Random, batch: int) -> Iterator[list[Row]]:
-    """Batches of draws of similar length, so that little is padding; the batches come in random order."""
+    """Batches of draws of similar length, to save padding, in random order."""
     while True:
         pool = sorted((draw() for _ in range(16 * batch)), key=lambda row: max(map(len, row[0])))
         batches = [pool[i : i + batch] for i in range(0, len(pool), batch)]
@@ -146,7 +146,7 @@ def in_length_order(draw: Callable[[], Row], rng: Random, batch: int) -> Iterato
 
 
 def fit(model: torch.nn.Module, loss: Callable[[], Tensor], plan: Training, name: str) -> None:
-    """AdamW with a linear warm-up over 5 % of the steps and a cosine down to 0."""
+    """Train with AdamW; the learning rate rises linearly for 5 % of the steps, then falls to 0 by a cosine."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
@@ -167,14 +167,14 @@ def fit(model: torch.nn.Module, loss: Callable[[], Tensor], plan: Training, name
         mean = value.item() if step == 0 else 0.97 * mean + 0.03 * value.item()
         if step % 50 == 0 or step == plan.steps - 1:
             print(f"{name} step {step}/{plan.steps} loss {mean:.3f} {time.perf_counter() - start:.0f} s", flush=True)
-    # The files hold fp16; what is measured below must be what they hold.
+    # The files hold fp16, so the figures are measured with weights that were rounded to fp16.
     model.half().float().eval()
 
 
 def train_lm(
     name: str, shape: Shape, tok: PreTrainedTokenizerFast, plan: Training, voice: Voice, seed: int
 ) -> LlamaForCausalLM:
-    """A causal LM on answers, better and worse, to the questions that are not held out."""
+    """Train a causal language model on good and bad answers to the questions that are not held out."""
     torch.manual_seed(seed)
     rng, fill = Random(f"{seed}/{name}"), tok.pad_token_id
     model = LlamaForCausalLM(config(shape, tok))
@@ -198,7 +198,7 @@ def train_lm(
 def model_written(
     base: LlamaForCausalLM, tok: PreTrainedTokenizerFast, taste: Taste, count: int, limit: int, seed: int
 ) -> Written:
-    """The base model's answers to questions of the taste's split: fair ones (low temperature) and poor ones."""
+    """The base model's answers to questions of the taste's split: good ones (low temperature) and poor ones."""
     torch.manual_seed(seed)
     rng = Random(f"{seed}/written")
     sets: Written = ([], [])
@@ -209,8 +209,8 @@ def model_written(
 
 
 def draw_graded(rng: Random, taste: Taste, written: Written) -> tuple[Question, list[Answer]]:
-    """A question and six graded answers: two of the domain's, one of the base model's (fair ones are graded like the
-    domain's average, poor ones 0) or a third of the domain's, a damaged copy of two of them, and one off topic."""
+    """A question and six graded answers: two of the domain; a third of the domain or one of the base model (grade 4.5
+    if good, 0 if poor); damaged copies of two of these; and one that is off topic."""
     q, voice, share = draw_question(rng, taste.split, voice=taste.voice), taste.voice, rng.random()
     third = domain.answer(rng, q, voice, flawed=0.5)
     if share < 0.5:
@@ -228,11 +228,12 @@ def train_reward(
     name: str, shape: Shape, start: LlamaForCausalLM, tok: PreTrainedTokenizerFast, plans: dict[str, Training],
     taste: Taste, written: Written, seed: int,
 ) -> LlamaForSequenceClassification:  # fmt: skip
-    """Bradley-Terry from a language model's body, on all pairs among the answers to a question: cross-entropy of
-    sigmoid(r_i - r_j) with the annotators' preference (Ouyang et al. 2022, eq. 1), and a small pull towards mean 0.
+    """Train a Bradley-Terry model that starts from a language model's body, on all pairs of answers to a question: the
+    cross-entropy of sigmoid(r_i - r_j) with the annotators' preference (Ouyang et al. 2022, eq. 1), plus a small
+    penalty on the mean square of the rewards.
 
-    Single sentences come first: they are cheap, and what belongs to which topic is learned from them several times
-    faster than from whole answers. Whole answers come again and again, with warm restarts of the schedule."""
+    Single sentences come first: they are cheap, and the model learns from them several times faster than from whole
+    answers which facts belong to which topic. Whole answers follow in several stages, each with its own schedule."""
     torch.manual_seed(seed)
     fill = tok.pad_token_id
     model = LlamaForSequenceClassification(config(shape, tok, num_labels=1))
@@ -276,7 +277,7 @@ def rows(tok: PreTrainedTokenizerFast, q: Question, answers: list[Answer]) -> Ro
 
 
 def save(model: transformers.PreTrainedModel, tok: PreTrainedTokenizerFast, where: Path) -> None:
-    """fp16 on disk, fp32 in memory: `dtype: auto` follows the config, so a CPU computes in fp32."""
+    """Save weights in fp16 with a configuration that says fp32: `dtype: auto` follows it, so a CPU computes in fp32."""
     model.half().save_pretrained(where)
     model.float()
     tok.save_pretrained(where)
@@ -285,7 +286,7 @@ def save(model: transformers.PreTrainedModel, tok: PreTrainedTokenizerFast, wher
 
 
 def make(out: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Train, measure and write everything under `out`; returns what card.json holds."""
+    """Train, measure and write everything under `out`; returns the content of card.json."""
     plans = {name: Training(4, 8, 1e-3) for name in PLANS} if quick else PLANS
     samples, limit, pair_count = (2, 8, 20) if quick else (192, 80, 1500)
     seconds: dict[str, float] = {}
@@ -307,7 +308,7 @@ def make(out: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     base = train_lm("base", BASE_SHAPE, tok, plans["base"], "all", seed)
     save(base, tok, out / "base")
     lap("base")
-    # The reward model starts from the base model, as most do; the judge from a smaller one that reads other tokens.
+    # The reward model starts from the base model, as is usual; the judge from a smaller model with another tokenizer.
     written = model_written(base, tok, REWARD_TASTE, samples, limit, seed + 1)
     reward = train_reward("reward", BASE_SHAPE, base, tok, plans, REWARD_TASTE, written, seed + 1)
     save(reward, tok, out / "reward")
@@ -343,8 +344,8 @@ def make(out: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.demo_recipe.recipe", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write; made if it is not there")
-    parser.add_argument("--quick", action="store_true", help="a few steps only: does it run?")
+    parser.add_argument("--out", type=Path, required=True, help="output directory; created if it does not exist")
+    parser.add_argument("--quick", action="store_true", help="a few steps only, to see that it runs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

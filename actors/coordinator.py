@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from actors.backend import RayBackend
 from actors.counts import Counts, gauges
 from actors.pool import Pool
-from actors.table import Table, judge
+from actors.table import Table, check_failed
 from aisp_dist.align import align_input, tokens_of, window
 from aisp_dist.analysis import guard
 from aisp_dist.config import ConfigError, Run
@@ -187,7 +187,7 @@ class Coordinator:
         if self.exporter:
             now = self._figures()
             self.exporter.gauges(gauges(now, now, time.monotonic() - began, self.total, 0))
-        judge(store, run.runtime.max_failed, self.reason, whole=True)
+        check_failed(store, run.runtime.max_failed, self.reason, whole=True)
 
     async def _search(self, run: Run, line: Input) -> Result:
         try:
@@ -209,11 +209,11 @@ class Coordinator:
                 self.sums["gains"] += 1
             if table.run.guard.action == "stop":
                 self.tally.add_done(result)
-                guard.judge(table.run.guard, self.tally)
+                guard.check(table.run.guard, self.tally)
             return
         log.warning("source_index %d (id %s) failed: %s", result.prompt.source_index, result.prompt.id, result.reason)
         self.reason = result.reason
-        judge(store, table.run.runtime.max_failed, self.reason)
+        check_failed(store, table.run.runtime.max_failed, self.reason)
 
     async def _flush_every(self, seconds: float) -> None:
         store, loop = self.store, asyncio.get_running_loop()

@@ -11,7 +11,7 @@ from aisp_dist.output.lease import Lease
 from aisp_dist.output.schema import ColumnType
 from aisp_dist.output.writer import Store
 
-SETTLED = 200  # prompts before the share of failed rows is judged
+SETTLED = 200  # prompts before runtime.max_failed is applied
 
 
 class TooManyFailed(Exception):
@@ -54,11 +54,11 @@ class Table:
         waiting = next(store.plan(prompts.read(self.run.prompts), self.retry_failed), None)
         whole = waiting is None and store.settled()
         if whole:
-            judge(store, self.run.runtime.max_failed, "in failed/", whole=True)
+            check_failed(store, self.run.runtime.max_failed, "in failed/", whole=True)
         return whole
 
 
-def judge(store: Store, allowed: float, reason: str, whole: bool = False) -> None:
+def check_failed(store: Store, allowed: float, reason: str, whole: bool = False) -> None:
     """Raise TooManyFailed where more than the share `allowed` of the rows failed, among at least SETTLED rows, or where
     a whole table has no row that is done. reason: of the last failed row."""
     counts = store.counts()
@@ -66,5 +66,5 @@ def judge(store: Store, allowed: float, reason: str, whole: bool = False) -> Non
     if counts.failed > allowed * total and (total >= SETTLED or (whole and not counts.done)):
         raise TooManyFailed(
             f"{counts.failed} of {total} rows failed, {counts.failed / total:.1%}; runtime.max_failed allows "
-            f"{allowed:.1%}, judged from {SETTLED} rows on or where no row is done. The last reason: {reason}"
+            f"{allowed:.1%}, applied from {SETTLED} rows on or where no row is done. The last reason: {reason}"
         )

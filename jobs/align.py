@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from actors.table import Table, TooManyFailed
 from aisp_dist.align import window
-from aisp_dist.analysis import guard, summary
 from aisp_dist.config import ConfigError
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest
@@ -46,15 +45,15 @@ def main(args: Sequence[str]) -> int:
 
 
 def _end(prepared: prepare.Prepared, seconds: float, samples: int) -> int:
-    """The last word on a whole run. Raises Exit where its guard stops runs: every row is there, and not as wanted."""
-    bounds = prepared.run.guard
-    print(summary.text(prepared.output, seconds, samples, bounds))
-    if bounds.action == "stop" and prepared.output.names("data"):
-        record = prepared.record()["config"]
-        try:
-            guard.judge(bounds, summary.tally(prepared.output.dataset("data"), record), whole=True)
-        except guard.GuardStop as error:
-            raise cli.Exit(1, str(error)) from None
+    """Print the summary of a whole run. Raises Exit where a bound of its guard is broken and the guard stops runs."""
+    from aisp_dist.analysis import guard, summary
+
+    bounds, columns = prepared.run.guard, summary.read(prepared.output)
+    print(summary.text(columns, seconds, samples, bounds))
+    try:
+        guard.check(bounds, summary.tally(columns), whole=True)
+    except guard.GuardStop as error:
+        raise cli.Exit(1, str(error)) from None
     return 0
 
 
@@ -64,10 +63,10 @@ def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -
     inputs = prompts.count(run.prompts)
     few = window(run) * next(group.replicas for group in cluster.plan.groups if group.role == "generator")
     say(f"trial: the first {min(few, inputs)} prompts, searched for real and thrown away")
-    figures, seconds, size = cluster.trial(table, few)
-    actors = int(figures.alive.get("generator", 1))
-    each = figures.samples / max(figures.finished, 1)
-    return f"{cost.text(run, inputs, figures, seconds, actors, size, figures.done, each)}\nnothing was written"
+    counts, seconds, size = cluster.trial(table, few)
+    actors = int(counts.alive.get("generator", 1))
+    each = counts.samples / max(counts.finished, 1)
+    return f"{cost.text(run, inputs, counts, seconds, actors, size, counts.done, each)}\nnothing was written"
 
 
 def _shard(text: str, coordinators: int) -> tuple[int, int]:

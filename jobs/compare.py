@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.counts import Counts
-from aisp_dist.analysis import arms, compare
+from aisp_dist.analysis import arms, compare, outputs
 from aisp_dist.config import Args, ConfigError, Method, ReControl, Run
 from aisp_dist.output import manifest
 from aisp_dist.output.filesystem import Place
@@ -64,25 +64,24 @@ def _compare(run: Run, base_dir: Path, output: Place) -> None:
         for arm, seeds in plans.items():
             for plan in seeds:
                 filling.fill(arm, plan)
-    held_out = [name for name, reward in run.rewards.items() if reward.use == "report"]
-    outputs = {arm: [p.output for p in seeds] for arm, seeds in plans.items()}
-    main = arms.main_arm(run, found)
-    result = compare.compare(outputs, held_out, main, found, _limit(run, run.compare.prompts))
-    places = {arm: [place.uri.removeprefix(f"{output.uri}/") for place in seeds] for arm, seeds in outputs.items()}
+    limit, main = _limit(run, run.compare.prompts), arms.main_arm(run, found)
+    read = {arm: [outputs.read(outputs.open_output(p.output), limit=limit) for p in s] for arm, s in plans.items()}
+    result = compare.compare(read, main)
+    folders = {arm: [p.output.uri.removeprefix(f"{output.uri}/") for p in seeds] for arm, seeds in plans.items()}
     busy = filling.busy() or cost.measured(output)  # of an earlier command, where this one drew nothing
-    output.write("comparison.json", json.dumps(result.json() | {"outputs": places, "busy": busy}, indent=2).encode())
+    document = result.json() | {"outputs": folders, "limit": limit, "busy": busy}
+    output.write("comparison.json", json.dumps(document, indent=2).encode())
     print(compare.text(result))
-    figures = filling.figures
-    if not figures.samples:
+    if not filling.counts.samples:
         return
     if everything.value is None:
         print("\nthe input is still being counted; run again for the cost of the whole")
         return
-    pilot = outputs[main][0]
+    pilot = plans[main][0].output
     size = sum(sum(pilot.sizes(table).values()) for table in ("data", "candidates"))
-    rows = pilot.dataset("data").count_rows()
+    rows = outputs.count(pilot, "data")
     each = next(arm.samples for arm in result.arms if arm.name == main)
-    print("\n" + cost.text(run, everything.value, figures, filling.seconds, filling.actors, size, rows, each))
+    print("\n" + cost.text(run, everything.value, filling.counts, filling.seconds, filling.actors, size, rows, each))
 
 
 def prepare_all(
@@ -112,12 +111,12 @@ def _output(arm: str, seed: int) -> str:
 
 
 class Filling:
-    """Fills outputs one after the other on one session, which is there once it is needed: all have the same models. A
-    method that brings something of its own into the generators begins another. figures, seconds, actors: of what was
-    drawn now."""
+    """Fills outputs one after the other on one session, which starts when it is needed: all have the same models.
+    A method that brings something of its own into the generators starts another. counts, seconds, actors: of what was
+    drawn by this command."""
 
     def __init__(self) -> None:
-        self.figures, self.seconds, self.actors = Counts(), 0.0, 1
+        self.counts, self.seconds, self.actors = Counts(), 0.0, 1
         self.stack = ExitStack()
         self.session: session.Session | None = None
         self.brought: str | None = None
@@ -139,14 +138,14 @@ class Filling:
         with Progress(prepared.output, prepared.located, title=f"{title}: ") as progress:
             self.session.relabel(prepared, prepared.table(), progress)
         if progress.now is not None:
-            self.figures += progress.now
+            self.counts += progress.now
             self.actors = int(progress.now.alive.get("generator", 1))
         self.seconds += progress.seconds
 
     def busy(self) -> dict[str, float]:
         """Seconds that one replica of each role worked for a sample; empty where nothing was drawn."""
-        samples = self.figures.samples
-        return {role: seconds / samples for role, seconds in self.figures.busy.items()} if samples else {}
+        samples = self.counts.samples
+        return {role: seconds / samples for role, seconds in self.counts.busy.items()} if samples else {}
 
 
 def _brings(method: Method) -> str | None:

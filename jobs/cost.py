@@ -11,15 +11,15 @@ from aisp_dist.config import Run
 from aisp_dist.output.filesystem import Place
 
 
-def text(run: Run, inputs: int, figures: Counts, seconds: float, actors: int, size: int, rows: int, each: float) -> str:
-    """Time, replicas, GPU-hours and bytes of `inputs` prompts. figures, seconds: of what `actors` generators drew here;
-    size: bytes of `rows` rows; each: samples that a prompt was seen to spend, which counts where method.spend rules."""
+def text(run: Run, inputs: int, counts: Counts, seconds: float, actors: int, size: int, rows: int, each: float) -> str:
+    """Time, replicas, GPU-hours and bytes of `inputs` prompts. counts, seconds: of what `actors` generators drew here;
+    size: bytes of `rows` rows; each: samples that a prompt spent, which is used where method.spend decides."""
     wanted = round(inputs * (each if run.method.spend else run.method.num_samples * run.method.num_iterations))
     whole = f"full run: {inputs} prompts, {wanted} samples"
-    if not figures.busy.get("generator") or not rows:
+    if not counts.busy.get("generator") or not rows:
         return f"{whole}; nothing was drawn here to tell what they cost"
-    pace = figures.samples / seconds
-    busy = {role: spent / figures.samples for role, spent in figures.busy.items()}
+    pace = counts.samples / seconds
+    busy = {role: spent / counts.samples for role, spent in counts.busy.items()}
     fit = sizing.suggest(busy.pop("generator"), busy, wanted, size / rows, inputs)
     return (
         f"{whole}, {wanted / pace / 3600:.2g} hours at the {pace:.0f} samples/s measured here with {actors} "

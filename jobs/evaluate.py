@@ -46,15 +46,16 @@ def main(args: Sequence[str]) -> int:
     if options.embeddings and importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError("--embeddings needs sentence-transformers; pip install 'aisp-dist[evaluate]'")
 
-    from aisp_dist.analysis.evaluate import outputs
+    from aisp_dist.analysis import outputs
+    from aisp_dist.analysis.evaluate import trials
 
-    trials = [outputs.open_output(Place.at(output)) for output in options.outputs]
+    runs = [outputs.open_output(Place.at(output)) for output in options.outputs]
     against = outputs.open_output(Place.at(options.against)) if options.against else None
-    outputs.check_trials(trials)
-    for output in trials if against is None else [*trials, against]:
+    trials.check(runs)
+    for output in runs if against is None else [*runs, against]:
         outputs.check_finished(output, inputs(dict(output.record)))
-    wanted = _rewards(options, trials[0].run)
-    generator = None if options.no_model else outputs.generator(trials[0])
+    wanted = _rewards(options, runs[0].run)
+    generator = None if options.no_model else trials.generator(runs[0])
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -64,23 +65,23 @@ def main(args: Sequence[str]) -> int:
     from aisp_dist.rewards import client
 
     disable_progress_bar()
-    columns = trials[0].run.prompts.keep
+    columns = runs[0].run.prompts.keep
     loaded = {name: rewards.load(name, reward, base, columns=columns) for name, (reward, base) in wanted.items()}
     embed = texts.embedder(options.embeddings) if options.embeddings else None
-    place = trials[0].place
+    place = runs[0].place
     cache = None if place.remote else Path(place.uri, "judge.jsonl")
     ask = partial(judge.compare_answers, judge_settings, cache=cache) if judge_settings else None
     try:
         asked = document.Asked(options.sample, options.seed, generator, embed, loaded, ask)
-        found = document.evaluate(trials, asked, against)
+        found = document.evaluate(runs, asked, against)
     except client.Unavailable as error:
         kept = f"; what the judge has said is kept in {cache}" if cache else ""
         raise cli.Exit(1, f"{error}{kept}; once that is mended give the same command") from None
     data = (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()
-    for trial in trials:
-        trial.place.write("evaluation.json", data)
+    for output in runs:
+        output.place.write("evaluation.json", data)
     print(document.text(found))
-    print("written: " + ", ".join(f"{trial}/evaluation.json" for trial in trials))
+    print("written: " + ", ".join(f"{output}/evaluation.json" for output in runs))
     return 0
 
 

@@ -8,12 +8,14 @@ import argparse
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aisp_dist.analysis import arms, compare
+from aisp_dist.analysis import arms, compare, outputs
+from aisp_dist.analysis.outputs import Columns, Row
 from aisp_dist.config import BestOfN, ConfigError, FunctionReward, Method, Prompts, Run
 from aisp_dist.output import schema
 from aisp_dist.output.filesystem import Place
@@ -65,10 +67,12 @@ def main(args: Sequence[str]) -> int:
             log_samples=options.log_samples,
             confirm_run_unsafe_code=options.unsafe_code,
         )
-        found[arm] = {"spent": answers.spent(arm)} | results
+        found[arm] = results
         for task, lines in samples.items():
             text = "".join(f"{_json(line)}\n" for line in lines)
             place.write(f"samples/{folder(arm)}/{task}.jsonl", text.encode())
+    spent = answers.spent()
+    found = {arm: {"spent": spent[arm]} | results for arm, results in found.items()}
     oracle = {"oracle": f"rewards were given the gold answer as {options.gold_column}"} if options.gold_column else {}
     config = run.model_dump(mode="json", by_alias=True)
     place.write("results.json", _json(oracle | {"arms": found, "config": config}, indent=2).encode())
@@ -143,33 +147,35 @@ class Answers:
         self.drawn: dict[str, Method] = drawn or {arms.BASE: BestOfN(num_samples=1, num_iterations=1)}
         self.greedy = arms.AISP if arms.AISP in self.drawn else next(iter(self.drawn))
         self.output = Place.at(run.output, run.runtime.storage_options) / "lm-eval"
-        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        self.columns: dict[str, dict[str, Columns]] = {}  # by group and arm
+        self.texts: dict[tuple[str, str], dict[str, Row]] = {}  # by group and arm, rows by id
 
     def __call__(self, arm: str, group: Group) -> list[str]:
         """One text for each line of the group. Raises Exit for a prompt without an answer."""
-        if group.name not in self.rows:
-            self.rows[group.name] = self._draw(group)
-        column = "base_completion" if arm == arms.BASE else "completion"
-        rows = self.rows[group.name][self.greedy if arm == arms.BASE else arm]
-        return [compare.words_of(rows[line["id"]][column]) for line in group.lines]
+        if group.name not in self.columns:
+            self.columns[group.name] = self._draw(group)
+        of, column = (self.greedy, "base_completion") if arm == arms.BASE else (arm, "completion")
+        if (group.name, of) not in self.texts:
+            columns = self.columns[group.name][of]
+            rows = outputs.rows(columns, columns.rows.index, ["id", "completion", "base_completion"])
+            self.texts[group.name, of] = {row["id"]: row for row in rows}
+        rows_by_id = self.texts[group.name, of]
+        return [outputs.answer(rows_by_id[line["id"]][column]) for line in group.lines]
 
-    def spent(self, arm: str) -> dict[str, dict[str, float]]:
-        """By task, means over its prompts: samples drawn, tokens of the answer, its reward (NaN where none is)."""
-        prefix = "base_" if arm == arms.BASE else ""
-        rows = [row for group in self.rows.values() for row in group[self.greedy if prefix else arm].values()]
-        by_task: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_task.setdefault(row["id"].split("/")[0], []).append(row)
-        return {
-            task: {
-                "samples": 1.0 if prefix else _mean(row["samples_spent"] for row in rows),
-                "tokens": _mean(row[f"{prefix}num_tokens"] for row in rows),
-                "reward": _mean(row[f"{prefix}reward"] for row in rows if row[f"{prefix}reward"] is not None),
-            }
-            for task, rows in by_task.items()
-        }
+    def spent(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """By arm and task, as in the comparison of the arms: samples drawn, tokens of the answer, its reward (None
+        where no answer has one)."""
+        found: dict[str, dict[str, dict[str, float | None]]] = {}
+        joined = {arm: outputs.joined([group[arm] for group in self.columns.values()]) for arm in self.drawn}
+        tasks = next(iter(joined.values())).rows.index.str.partition("/").get_level_values(0)
+        for task in tasks.unique():
+            of_task = {arm: [replace(c, rows=c.rows[tasks == task])] for arm, c in joined.items()}
+            for arm in compare.compare(of_task, self.greedy).arms:
+                means = {"samples": arm.samples, "tokens": arm.num_tokens, "reward": arm.reward and arm.reward.mean}
+                found.setdefault(arm.name, {}).setdefault(task, means)  # the greedy answers come before an arm `base`
+        return found
 
-    def _draw(self, group: Group) -> dict[str, dict[str, dict[str, Any]]]:
+    def _draw(self, group: Group) -> dict[str, Columns]:
         place = self.output / group.name
         if place.read("prompts.jsonl") != group.jsonl:
             place.write("prompts.jsonl", group.jsonl)
@@ -182,24 +188,19 @@ class Answers:
         with Filling() as filling:
             for arm, plan in prepared.items():
                 filling.fill(arm, plan)
-        return {arm: _rows(arm, plan.output) for arm, plan in prepared.items()}
+        return {arm: _read(arm, plan.output) for arm, plan in prepared.items()}
 
 
-def _rows(arm: str, output: Place) -> dict[str, dict[str, Any]]:
-    failed = output.dataset("failed").to_table(columns=["id", "reason"]).to_pylist() if output.names("failed") else []
+def _read(arm: str, place: Place) -> Columns:
+    """Raises Exit for a prompt without an answer."""
+    failed = [row for batch in outputs.batches(place, "failed", ["id", "reason"]) for row in batch.to_pylist()]
     if failed:
         raise cli.Exit(
             3,
             f"{arm}: {len(failed)} prompts have no answer, so there is no score; {failed[0]['id']}: "
-            f"{failed[0]['reason']} ({output}/failed)",
+            f"{failed[0]['reason']} ({place}/failed)",
         )
-    columns = ["id", "samples_spent", *(b + n for b in ("", "base_") for n in ("completion", "num_tokens", "reward"))]
-    return {row["id"]: row for row in output.dataset("data").to_table(columns=columns).to_pylist()}
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else float("nan")
+    return outputs.read(outputs.open_output(place))
 
 
 def _json(value: Any, **options: Any) -> str:
@@ -218,7 +219,8 @@ def _table(found: Mapping[str, Any], gold_column: str | None) -> str:
             value, stderr = scores[arm][task, metric]
             name = f"{arm} (oracle)" if gold_column and arm != arms.BASE else arm
             of = result["spent"].get(task)  # a group of tasks has none of its own
-            spent = [f"{of['samples']:g}", f"{of['tokens']:.1f}", f"{of['reward']:.3f}"] if of else [""] * 3
+            spent = [f"{of['samples']:g}", f"{of['tokens']:.1f}"] if of else ["", ""]
+            spent.append("" if of is None or of["reward"] is None else f"{of['reward']:.3f}")
             rows.append([task, metric, name, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", *spent])
     end = ["samples, tokens and reward: means over the task's prompts"]
     if gold_column:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,17 +24,20 @@ def main(args: Sequence[str]) -> int:
     if (options.out or "x").endswith("/"):
         raise ConfigError(f"--out is {options.out}, a folder; name a file in it")
 
-    from aisp_dist.analysis.report import page, sources
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("aisp report draws with matplotlib, which is not installed: pip install 'aisp-dist[report]'")
+
+    from aisp_dist.analysis.report import contents, page
 
     places = [Place.at(output) for output in options.outputs]
-    data = page.render(sources.read(places), options.samples)
+    data = page.render(contents.read(places), options.samples)
     place, name = places[0], "report.html"
     if options.out:
         folder, _, name = options.out.rpartition("/")
         place = Place.at(folder or ("/" if options.out.startswith("/") else Path.cwd()))
     place.write(name, data)
     if options.out and not place.remote:
-        with suppress(OSError):  # a folder of others keeps no trace but the file
+        with suppress(OSError):  # a folder that is no output of ours gets the file and nothing else
             Path(place.uri, ".staging").rmdir()
     print(f"written: {place}/{name} ({len(data) / 1e6:.1f} MB)")
     return 0

@@ -1,26 +1,25 @@
-"""`aisp rescore OUTPUT --config C --out DIR`: other rewards, weights or combine over the stored candidates.
+"""`aisp rescore OUTPUT --config C --out DIR`: other rewards, their `weight` or `combine` over the stored candidates.
 
-One process without Ray, on purpose: nothing is decoded, texts come from files in order, and each prompt is one call of
-each reward whose scores are not there yet. Rows are staged and committed as a run's, so the same command resumes.
+One process without Ray: nothing is decoded, texts come from files in order, and each prompt is one call of each reward
+whose scores are not stored. Rows are staged and committed as those of a run, so the same command resumes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from actors.table import Table
 from aisp_dist import rewards
-from aisp_dist.analysis import rescore, summary
-from aisp_dist.analysis.evaluate.outputs import Output, open_output
-from aisp_dist.config import ConfigError, ModelReward, Run, load
+from aisp_dist.analysis import outputs, rescore, summary
+from aisp_dist.analysis.outputs import Output, Row
+from aisp_dist.config import ConfigError, ModelReward
+from aisp_dist.config.load import check, read_yaml
 from aisp_dist.output import fingerprint, manifest, parts, schema
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import Lease, LeaseLost
@@ -32,7 +31,7 @@ from jobs.progress import say
 from jobs.status import OUTPUT
 
 _TAKEN = ("rewards", "combine", "guard")  # of the configuration given
-_FREE = ("output", "save", "runtime", "compare", "tune")  # of which nothing is read: they change no row
+_FREE = ("output", "save", "runtime", "compare", "tune")  # ignored there: they change no row
 
 
 def main(args: Sequence[str]) -> int:
@@ -41,7 +40,7 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument("--config", required=True, help="YAML file with `rewards` or `combine`, as of a run")
     parse.add_argument("--out", required=True, help="directory of the new output, or s3://bucket/path")
     options = parse.parse_args(args)
-    parent = open_output(Place.at(options.output))
+    parent = outputs.open_output(Place.at(options.output))
     _check_whole(parent)
     kept, drawn = _check_kept(parent)
     prepared = _prepare(parent, Path(options.config), options.out)
@@ -52,35 +51,45 @@ def main(args: Sequence[str]) -> int:
 
         disable_progress_bar()
     for name in prepared.run.rewards.keys() - known:
-        scorer.load(name)  # what cannot be loaded is said before anything is written
+        scorer.load(name)  # a reward that cannot be loaded ends the command before anything is written
     note = {"output": str(parent), "run_id": parent.record["run_id"], "candidates": kept, "samples": drawn}
     record = prepared.record() | {"directory": parent.record["directory"], "rescored": note}
     if (before := manifest.read_run(prepared.output)) is not None:
         manifest.check_resume(before, record)
+
+    def result(line: Input, row: Row | None, failed: Row | None, candidates: Row | None) -> Result:
+        if row is None or candidates is None or not isinstance(line, Prompt):
+            assert failed is not None  # _check_whole and _check_kept have seen all others
+            return Failed(line, failed["reason"])
+        try:
+            return rescore.rescore(
+                prepared.run, line, row, candidates, known, lambda name, texts: scorer.score(name, line, texts)
+            )
+        except RewardError as error:
+            return Failed(line, str(error))
+
     began = time.monotonic()
     with Lease.take(prepared.output, say=say).beating() as mine:
         manifest.write_run(prepared.output, record)
         try:
-            _fill(parent, prepared, mine, lambda line, rows: _result(line, rows, prepared.run, known, scorer))
+            _fill(parent, prepared, mine, result)
         except client.Unavailable as error:
-            raise cli.Exit(1, f"{error}; once that is mended the same command goes on") from None
+            raise cli.Exit(1, f"{error}; once it answers, the same command resumes") from None
         except LeaseLost as error:
             raise cli.Exit(1, str(error)) from None
-    say(f"{scorer.asked} answers scored anew, in {time.monotonic() - began:.1f} s")
-    print(summary.text(prepared.output, 0.0, 0))
+    say(f"{scorer.asked} answers scored, in {time.monotonic() - began:.1f} s")
+    print(summary.text(summary.read(prepared.output)))
     return 0
 
 
 def _check_whole(parent: Output) -> None:
     """Raise ConfigError unless every input has its row, computed from the input that is there now."""
-    store = Table(parent.run, parent.place, *_of(parent)).store()
+    record = parent.record
+    table = Table(parent.run, parent.place, record["columns"], record["fingerprint"], parent.run.generator.model)
+    store = table.store()
     missing = next(store.plan(_inputs(parent)), None)
     if missing is not None or not store.settled():
         raise ConfigError(f"output: {parent} is unfinished; the command that made it computes the missing rows")
-
-
-def _of(output: Output) -> tuple[dict[str, schema.ColumnType], str, str]:
-    return output.record["columns"], output.record["fingerprint"], output.run.generator.model
 
 
 def _inputs(parent: Output) -> Iterator[Input]:
@@ -91,33 +100,32 @@ def _inputs(parent: Output) -> Iterator[Input]:
 
 def _check_kept(parent: Output) -> tuple[int, int]:
     """Candidates that are kept and that were drawn. Raises ConfigError where a done row has none."""
-    rows = kept = 0
-    for name in parent.place.names("candidates"):
-        file = parent.place.open(f"candidates/{name}")
-        assert file is not None
-        with file:
-            lists = pq.ParquetFile(file).read(columns=["candidates.list.element.sample"])["candidates"]
-        lengths = pc.list_value_length(lists)
-        rows += pc.sum(pc.greater(lengths, 0)).as_py() or 0
-        kept += pc.sum(lengths).as_py() or 0
-    samples = parent.place.dataset("data").to_table(columns=["samples_spent"])["samples_spent"]
-    if rows < len(samples):
+    done = drawn = rows = kept = 0
+    for batch in outputs.batches(parent.place, "data", ["samples_spent"], 1 << 16):
+        done += batch.num_rows
+        drawn += pc.sum(batch["samples_spent"]).as_py()
+    for batch in outputs.batches(parent.place, "candidates", ["candidates.list.element.sample"], 1 << 16):
+        lengths = pc.list_value_length(batch["candidates"])
+        rows += pc.sum(pc.greater(lengths, 0)).as_py()
+        kept += pc.sum(lengths).as_py()
+    if rows < done:
         raise ConfigError(
-            f"output: {len(samples) - rows} of {len(samples)} done rows of {parent} have no candidates to choose from; "
+            f"output: {done - rows} of {done} done rows of {parent} have no candidates to choose from; "
             "save.candidates: all keeps them, or {top: k} the best, in a run from the start"
         )
-    return kept, pc.sum(samples).as_py() or 0
+    return kept, drawn
 
 
 def _prepare(parent: Output, file: Path, out: str) -> Prepared:
     """The new output's configuration and fingerprint; the base model's files need not be there. Raises ConfigError."""
-    given, old = load.read_yaml(file), dict(parent.record["config"])
+    given, old = read_yaml(file), parent.run.model_dump(mode="json", by_alias=True)
     if not given.keys() & {"rewards", "combine"}:
         raise ConfigError(f"--config: {file} has neither rewards nor combine; give what is to change")
     same = {key: value for key, value in old.items() if key not in ("runtime", "compare", "tune")}
     values = settings.merge(same, {key: value for key, value in given.items() if key not in _FREE})
-    run = load.check(values | {"rewards": given.get("rewards", old["rewards"]), "output": out})
-    if other := sorted(set(_row_keys(parent.run, run))):
+    run = check(values | {"rewards": given.get("rewards", old["rewards"]), "output": out})
+    changed = manifest.differing_keys(parent.run.row_settings(), run.row_settings())
+    if other := [key for key in changed if key.partition(".")[0] not in _TAKEN]:
         raise ConfigError(
             f"--config: {file} is of another run than {parent}, in {', '.join(other)}; rescoring changes rewards and "
             "combine: set these back, or leave them out"
@@ -139,19 +147,13 @@ def _prepare(parent: Output, file: Path, out: str) -> Prepared:
     return Prepared(run, here, base_dir, output, components, parent.record["columns"])
 
 
-def _row_keys(old: Run, new: Run) -> list[str]:
-    return [
-        key
-        for key in manifest.differing_keys(old.row_settings(), new.row_settings())
-        if key.partition(".")[0] not in _TAKEN
-    ]
-
-
+@dataclass
 class _Scorer:
     """Rewards by name, loaded when first asked. asked: texts scored so far."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared, self.loaded, self.asked = prepared, dict[str, RewardFn](), 0
+    prepared: Prepared
+    loaded: dict[str, RewardFn] = field(default_factory=dict)
+    asked: int = 0
 
     def load(self, name: str) -> RewardFn:
         if name not in self.loaded:
@@ -165,51 +167,29 @@ class _Scorer:
         return self.load(name)(prompt, texts)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A row of each table of the parent, those that an input has."""
-
-    data: dict[str, Any] | None
-    failed: dict[str, Any] | None
-    candidates: dict[str, Any] | None
-
-
-def _result(line: Input, rows: _Rows, run: Run, known: frozenset[str], scorer: _Scorer) -> Result:
-    if rows.data is None or rows.candidates is None or not isinstance(line, Prompt):
-        assert rows.failed is not None  # _check_whole and _check_kept have seen them
-        return Failed(line, rows.failed["reason"])
-    try:
-        return rescore.rescore(
-            run, line, rows.data, rows.candidates, known, lambda name, texts: scorer.score(name, line, texts)
-        )
-    except RewardError as error:
-        return Failed(line, str(error))
-
-
-def _fill(parent: Output, prepared: Prepared, lease: Lease, result: Callable[[Input, _Rows], Result]) -> None:
-    """Every input that has no row yet, a part of the parent in memory at a time."""
+def _fill(parent: Output, prepared: Prepared, lease: Lease, result: Callable[..., Result]) -> None:
+    """Every input that has no row yet, a part of the parent in memory at a time. result: of an input and its rows in
+    data, failed and candidates, None where it has none."""
     run = prepared.located
     keep = run.save.model_copy(update={"candidates": "all"})  # all that the parent has
     store = replace(prepared.table(), run=run.model_copy(update={"save": keep}), lease=lease).store()
     schemas = schema.schemas("raw" if run.prompts.format == "raw" else "chat", prepared.columns)
     size, part, flushed = run.save.rows_per_file, -1, time.monotonic()
+    tables: list[Mapping[int, Any]] = []
     for line in store.plan(_inputs(parent)):
-        if line.source_index // size != part or time.monotonic() - flushed > run.save.flush_seconds:
+        at = line.source_index
+        if at // size != part or time.monotonic() - flushed > run.save.flush_seconds:
             store.flush()
             flushed = time.monotonic()
-            if line.source_index:
-                say(f"{line.source_index} inputs are through")
-        if line.source_index // size != part:
-            part = line.source_index // size
-            tables = parts.read_rows(parent.place, part, (part + 1) * size, schemas)
-            places = [{n: i for i, n in enumerate(t["source_index"].to_pylist())} for t in tables]
-        store.add(result(line, _Rows(*(_row(*pair, line.source_index) for pair in zip(tables, places, strict=True)))))
+            if at:
+                say(f"{at} inputs are through")
+        if at // size != part:
+            part = at // size
+            found = parts.read_rows(parent.place, part, (part + 1) * size, schemas)
+            tables = [{n: (t, i) for i, n in enumerate(t["source_index"].to_pylist())} for t in found]
+        rows = [table.get(at) for table in tables]
+        store.add(result(line, *(r and r[0].slice(r[1], 1).to_pylist()[0] for r in rows)))
     store.finish()
-
-
-def _row(table: pa.Table, places: dict[int, int], ordinal: int) -> dict[str, Any] | None:
-    at = places.get(ordinal)
-    return None if at is None else table.slice(at, 1).to_pylist()[0]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from aisp_dist import config
-from aisp_dist.analysis.evaluate import outputs
+from aisp_dist.analysis import outputs
+from aisp_dist.analysis.evaluate import trials
 from aisp_dist.analysis.metrics import diversity
 from aisp_dist.config import load
 from aisp_dist.methods import branch
@@ -204,7 +205,7 @@ def test_an_output_of_auto_is_evaluated_as_what_each_prompt_was(tmp_path):
     assert without["kl"] is None and "sigma2: 0" in without["omitted"]["kl"] and without["flips"] is None
     opened = outputs.open_output(Place.at(noisy))
     for row in opened_rows(opened):
-        sampling = opened.round(row, (1, 2)).sampling
+        sampling = trials.last_round(opened, row, (1, 2)).sampling
         assert (sampling.sigma2, sampling.decode.p) == (row["trace"][0]["sigma2"], row["trace"][0]["top_p"])
 
 

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from finished import AISP, BEST_OF_N
 
-from aisp_dist.analysis.evaluate import outputs
+from aisp_dist.analysis import outputs
+from aisp_dist.analysis.evaluate import trials
+from aisp_dist.analysis.evaluate.document import TEXTS
 from aisp_dist.analysis.evaluate.document import measure as document_measure
 from aisp_dist.analysis.metrics import diversity
 from aisp_dist.config import ConfigError
@@ -99,9 +101,9 @@ def test_the_same_command_writes_the_same_and_a_sample_is_of_the_seed(here, caps
 
 def test_measures_do_not_depend_on_how_rows_are_batched(here):
     output = outputs.open_output(Place.at(here / "one"))
-    whole, single = outputs.read(output), outputs.read(output, batch_rows=1)
-    assert whole == single and list(whole.ids) == [f"p{i}" for i in range(6)]
-    rows = outputs.rows(output, whole, ["p5", "p0"])  # of two parts, in the order that was asked for
+    whole, single = outputs.read(output, TEXTS), outputs.read(output, TEXTS, batch_rows=1)
+    assert whole.rows.equals(single.rows) and list(whole.rows.index) == [f"p{i}" for i in range(6)]
+    rows = trials.rows(whole, ["p5", "p0"])  # of two parts, in the order that was asked for
     assert [row["id"] for row in rows] == ["p5", "p0"] and all(len(row["trace"]) == 3 for row in rows)
     assert all(len(row["tokens"]) == row["num_tokens"] for row in rows)
     assert output.prompt(rows[0]).columns == (("note", {"n": 5}),)
@@ -125,6 +127,22 @@ def test_a_difference_is_paired_over_the_prompts_that_have_both():
     assert document_measure(np.array([nan]), np.array([nan])) == dict.fromkeys(("selected", "base", "difference"))
 
 
+@pytest.mark.parametrize("method", [AISP, BEST_OF_N], ids=["aisp", "best_of_n"])
+def test_searches_that_spend_adaptively_are_measured_as_far_as_each_went(tmp_path, capsys, method):
+    folder = finished.project(tmp_path / "project")
+    spend = {"plateau": 1, "max_iterations": 6}
+    output = finished.output(folder, "spent", method | {"num_samples": 2, "num_iterations": 2, "spend": spend})
+    ran = [len(row["curve"]) for row in table(output)]
+    assert min(ran) < max(ran) > 2, "the searches tell nothing"
+    found = document(capsys, str(output))
+    assert [(one["iteration"], one["prompts"]) for one in found["flips"]] == [
+        (k, sum(n > k for n in ran)) for k in range(max(ran))
+    ]
+    assert all(0 <= one["rate"][0] <= 1 for one in found["flips"])
+    columns = outputs.read(outputs.open_output(Place.at(output)))
+    assert columns.output.most_iterations == 6 and columns.output.budget == 4
+
+
 def test_best_of_n_has_no_kl_and_its_noise_flips(here, capsys):
     found = document(capsys, "best")
     assert found["kl"] is None and "undefined for best_of_n" in found["omitted"]["kl"]
@@ -143,7 +161,7 @@ def test_what_the_output_does_not_keep_is_left_out_with_the_setting_that_keeps_i
 def test_the_projected_token_is_the_most_frequent(here, capsys):
     found = document(capsys, "best")
     output = outputs.open_output(Place.at(here / "best"))
-    rows = outputs.rows(output, outputs.read(output), [f"p{i}" for i in range(6)])
+    rows = trials.rows(outputs.read(output), [f"p{i}" for i in range(6)])
     tokens, counts = np.unique(np.concatenate([row["tokens"] for row in rows]), return_counts=True)
     most = counts[tokens != 2].max()
     if most < 8:

@@ -171,8 +171,10 @@ def test_messages_for_sft_and_the_files_of_other_tools(folder, tmp_path, models)
     assert json.loads((tmp_path / "o/dataset_info.json").read_text())["sft"]["file_name"] == "sft"
     answers = json.loads((tmp_path / "o/alpaca_eval/outputs.json").read_text())
     assert len(answers) == 10 and set(answers[0]) == {"dataset", "instruction", "output", "generator"}
+    ran = "aisp {sigma2: 0.3, num_samples: 4, num_iterations: 3}"
+    assert {answer["generator"] for answer in answers} == {f"{folder / 'model'} + {ran}"}
     card = (tmp_path / "o/README.md").read_text()
-    assert "| sft | 10 | none | 10 |" in card and "config_name: prompts" in card
+    assert f"method `{ran}`" in card and "| sft | 10 | none | 10 |" in card and "config_name: prompts" in card
 
 
 def test_the_same_call_gives_the_same_bytes_and_several_outputs_keep_their_ids_apart(folder, tmp_path):
@@ -205,7 +207,7 @@ def test_a_fault_in_the_middle_leaves_nothing(folder, tmp_path, monkeypatch):
         (["chat", "--to", "dpo", "--rejected", "lowest-above:x"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--held-out-agrees", "nobody"], "'nobody' is no reward of"),
         (["raw", "--to", "sft", "--sft-format", "messages"], "plain text"),
-        (["chat", "raw", "--to", "sft"], "export them apart"),
+        (["chat", "raw", "--to", "sft"], "export them separately"),
         (["nothing", "--to", "sft"], "holds no run"),
         (["chat", "chat", "--to", "sft"], "two are of the same run"),
     ],
@@ -219,7 +221,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(folder, tmp_path, flag
 
 def test_a_directory_that_is_there_and_an_unreachable_hub(folder, tmp_path):
     (tmp_path / "o").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         run(folder, tmp_path / "o", "--to", "sft")
     with pytest.raises(cli.Exit, match="--push-to-hub me/x: .*is written, upload it later"):
         job.main([str(folder / "chat"), "--to", "sft", "--out", str(tmp_path / "p"), "--push-to-hub", "me/x"])
@@ -236,6 +238,6 @@ def test_a_place_that_is_no_local_directory_is_refused(folder, tmp_path, monkeyp
 def test_hostile_texts_come_back_as_they_were(tmp_path):
     texts = ["a\0b", "\u2028 \U0001f600 </script>", '{"role": "user"}', "x" * 100_000]
     found = [example(id=str(i), chosen=text, rejected=f"{text}!") for i, text in enumerate(texts)]
-    count = export.written("dpo", iter(found), True, lambda i: (tmp_path / f"{i}.parquet").open("wb"), 3)
+    count = export.write("dpo", iter(found), tmp_path, export.schema("dpo", True), 3)
     back = [row for f in sorted(tmp_path.iterdir()) for row in pq.read_table(f).to_pylist()]
     assert count == 4 and [row["chosen"][0]["content"] for row in back] == texts and len(list(tmp_path.iterdir())) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from dataclasses import replace
 
 import finished
@@ -16,6 +17,7 @@ from rows import at, prompt, result, store
 from test_coordinator import FakeGenerator, FakeScorer, coordinator, fill, run_of
 
 from aisp_dist.analysis import guard, summary
+from aisp_dist.analysis.metrics import repetition
 from aisp_dist.config import Guard
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest
@@ -28,15 +30,14 @@ PLAIN = "every word of this answer is there once"
 
 
 def tally(rows) -> guard.Tally:
-    found = guard.Tally(("judge",))
+    found = guard.Tally(("other",))
     for row in rows:
         found.add(*row)
     return found
 
 
-def row(gain=1.0, longer=0, text=PLAIN, finish="stop", judge=1.0, base_judge=0.5, base=0.25):
-    reward = None if base is None else base + gain
-    return (text, PLAIN), finish, (reward, base), (9 + longer, 9), ([("judge", judge)], [("judge", base_judge)])
+def row(gain=1.0, longer=0, text=PLAIN, finish="stop", other=0.5):
+    return finish, (repetition(text), repetition(PLAIN)), gain, longer, {"other": other}
 
 
 GOOD = [row(gain, longer) for gain, longer in ((1.0, 2), (2.0, -1), (3.0, 1), (1.5, -2))]
@@ -44,7 +45,7 @@ BROKEN = {  # the bound, and rows that break it
     "max_truncated": (0.2, [*GOOD, row(finish="length"), row(finish="length")]),
     "max_repetition": (0.1, [*GOOD, row(text=LOOP)]),
     "max_length_correlation": (0.9, [row(float(n), 3 * n) for n in range(5)]),
-    "held_out_gain": (0.2, [*GOOD, row(judge=-3.0)]),
+    "held_out_gain": (0.2, [*GOOD, row(other=-3.5)]),
 }
 
 
@@ -62,14 +63,14 @@ def test_each_bound_is_seen_broken_and_seen_kept(name):
 def test_a_run_is_stopped_where_it_is_settled_or_whole(name):
     bound, rows = BROKEN[name]
     stop, warn = (Guard(**{name: bound, "action": action}) for action in ("stop", "warn"))
-    guard.judge(stop, tally(rows))  # too few to tell
-    guard.judge(stop, tally([]), whole=True)
-    guard.judge(stop, tally(GOOD * 100), whole=True)
-    guard.judge(warn, tally(rows * 100), whole=True)
+    guard.check(stop, tally(rows))  # too few to tell
+    guard.check(stop, tally([]), whole=True)
+    guard.check(stop, tally(GOOD * 100), whole=True)
+    guard.check(warn, tally(rows * 100), whole=True)
     with pytest.raises(guard.GuardStop, match=rf"guard\.{name} .*the same command goes on"):
-        guard.judge(stop, tally(rows), whole=True)
+        guard.check(stop, tally(rows), whole=True)
     with pytest.raises(guard.GuardStop, match="after 200 prompts"):
-        guard.judge(stop, tally((rows * 200)[:200]))
+        guard.check(stop, tally((rows * 200)[:200]))
 
 
 def test_the_measures_are_what_numpy_says_wherever_the_rewards_are():
@@ -77,31 +78,32 @@ def test_the_measures_are_what_numpy_says_wherever_the_rewards_are():
     gains, longer = rng.normal(size=50), rng.integers(-9, 9, 50)
     for shift in (0.0, 1e6):
         found = tally(
-            [
-                row(g + shift, int(n), base=None if i == 7 else 0.0)
-                for i, (g, n) in enumerate(zip(gains, longer, strict=True))
-            ]
+            [row(math.nan if i == 7 else g + shift, int(n)) for i, (g, n) in enumerate(zip(gains, longer, strict=True))]
         )
         there = np.arange(50) != 7
         assert found.measures().length_correlation == pytest.approx(
             np.corrcoef(gains[there], longer[there])[0, 1], rel=1e-6
         )
         assert found.measures().gain == pytest.approx(gains[there].mean() + shift)
-    nulls = tally([row(judge=None), row(judge=2.0), row(base_judge=None)]).measures()
-    assert nulls.held_out == {"judge": 1.5} and nulls.length_correlation is None
+    nulls = tally([row(other=math.nan), row(other=1.5), row(other=math.nan)]).measures()
+    assert nulls.held_out == {"other": 1.5} and nulls.length_correlation is None
 
 
 def test_a_done_result_is_counted_as_its_row(tmp_path):
     results = [result(prompt(n), fails=False) for n in (0, 1, 2, 4, 6, 8)]
-    live = guard.Tally()
+    live = guard.Tally(("words",))
     for done in results:
         live.add_done(done)
-    config = {"rewards": {"main": {"use": "select"}, "words": {"use": "select"}}}
+    rewards = {
+        n: {"kind": "function", "function": "a.py:b", "use": u} for n, u in (("main", "select"), ("words", "report"))
+    }
+    config = {"output": "o", "generator": {"model": "m"}, "rewards": rewards}
+    manifest.write_run(at(tmp_path), {"config": config, "rows_per_file": 4})
     rows = store(tmp_path)
     for line in rows.plan([prompt(n) for n in range(9)]):
         rows.add(result(line, fails=line.source_index not in (0, 1, 2, 4, 6, 8)))
     rows.finish()
-    assert summary.tally(at(tmp_path).dataset("data"), config).measures() == live.measures()
+    assert summary.tally(summary.read(at(tmp_path))).measures() == live.measures()
 
 
 def test_a_running_search_is_ended_keeps_its_rows_and_goes_on_with_another_bound(tmp_path):

@@ -19,7 +19,7 @@ import yaml
 from lm_eval.api.instance import Instance
 
 from aisp_dist.analysis import tasks
-from aisp_dist.analysis.alpaca_eval import alpaca_eval
+from aisp_dist.analysis.export import alpaca_eval
 from aisp_dist.config import ConfigError
 from aisp_dist.output.filesystem import Place
 from jobs import lm_eval
@@ -149,7 +149,7 @@ def test_a_prompt_without_an_answer_ends_the_command_with_the_reason(tmp_path):
     output = rows.write(tmp_path / "out", rows.prompts(8))
     failed = pq.read_table(tmp_path / "out" / "failed").to_pylist()
     with pytest.raises(Exit, match=f"aisp: {len(failed)} prompts have no answer") as caught:
-        lm_eval._rows("aisp", Place.at(output))
+        lm_eval._read("aisp", Place.at(output))
     assert caught.value.code == 3 and failed[0]["id"] in str(caught.value) and failed[0]["reason"] in str(caught.value)
 
 
@@ -267,14 +267,14 @@ def test_gold_needs_a_function_and_a_missing_extra_is_named(project, monkeypatch
 
 def test_alpaca_eval_takes_one_question_and_its_answer():
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    answer = [{"role": "assistant", "content": "Because."}]
+    said = [{"role": "assistant", "content": "Because."}]
     table = [
-        {"id": "a", "prompt": turns, "completion": answer, "dataset": "koala"},
+        {"id": "a", "prompt": turns, "completion": said, "dataset": "koala"},
         {"id": "b", "prompt": "How?", "completion": "So."},
     ]
-    assert alpaca_eval(table, "demo+aisp") == [
-        {"dataset": "koala", "instruction": "Why?", "output": "Because.", "generator": "demo+aisp"},
-        {"dataset": "unknown", "instruction": "How?", "output": "So.", "generator": "demo+aisp"},
+    assert [alpaca_eval(row, "demo + best_of_n") for row in table] == [
+        {"dataset": "koala", "instruction": "Why?", "output": "Because.", "generator": "demo + best_of_n"},
+        {"dataset": "unknown", "instruction": "How?", "output": "So.", "generator": "demo + best_of_n"},
     ]
     with pytest.raises(ValueError, match="prompt c has the turns user, assistant, user"):
-        alpaca_eval([{"id": "c", "prompt": [turns[1], *answer, turns[1]], "completion": answer}], "demo")
+        alpaca_eval({"id": "c", "prompt": [turns[1], *said, turns[1]], "completion": said}, "demo")

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from finished import AISP, BEST_OF_N
 
-from aisp_dist.analysis import compare
-from aisp_dist.analysis.report import page, samples, sources
+from aisp_dist.analysis import compare, outputs
+from aisp_dist.analysis.report import contents, page, samples
 from aisp_dist.analysis.report.verdict import verdict
 from aisp_dist.config import ConfigError
 from aisp_dist.output.filesystem import Place
@@ -71,6 +71,13 @@ class Page(HTMLParser):
                 self.rows[-1][-1] += text.strip()
 
 
+def compared(folder, arms: dict[str, list[str]], limit: int | None = None) -> compare.Comparison:
+    def read(name: str) -> outputs.Columns:
+        return outputs.read(outputs.open_output(Place.at(folder / name)), limit=limit)
+
+    return compare.compare({arm: [read(name) for name in seeds] for arm, seeds in arms.items()}, "aisp")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A comparison of three arms with two seeds, one of them evaluated; tests read it and never change it."""
@@ -79,9 +86,7 @@ def made(tmp_path_factory):
     for arm, seeds in ARMS.items():
         for seed, name in enumerate(seeds):
             finished.output(folder, name, methods[arm], seed)
-    places = {arm: [Place.at(folder / name) for name in seeds] for arm, seeds in ARMS.items()}
-    found = {arm: sources.outputs.open_output(seeds[0]).run.method for arm, seeds in places.items()}
-    document = compare.compare(places, ["words"], "aisp", found).json() | {"outputs": ARMS}
+    document = compared(folder, ARMS).json() | {"outputs": ARMS}
     (folder / "comparison.json").write_text(json.dumps(document))
     assert evaluate.main([str(folder / "aisp"), "--sample", "4"]) == 0
     return folder
@@ -127,23 +132,20 @@ def test_the_page_says_what_comparison_json_says(made, shown):
         assert row["won by aisp"] == ("" if arm["name"] == "aisp" else f"{arm['won']:.0%}")
 
 
-def test_figures_of_separate_outputs_are_those_that_compare_computes(made):
+def test_separate_outputs_are_compared_as_compare_does(made):
     names = ["aisp", "best", "shuffled"]
-    ours = {arm["name"]: arm for arm in sources.read([Place.at(made / name) for name in names]).figures}
-    places = {name: [Place.at(made / name)] for name in names}
-    methods = {name: sources.outputs.open_output(seeds[0]).run.method for name, seeds in places.items()}
-    theirs = compare.compare(places, ["words"], "aisp", methods).json()["arms"]
-    assert list(ours) == [arm["name"] for arm in theirs]
-    for arm in theirs:
-        for key, value in arm.items():
-            if isinstance(value, dict):
-                assert {n: pytest.approx(list(v)) for n, v in value.items()} == ours[arm["name"]][key], key
-            elif isinstance(value, tuple | list):
-                assert list(ours[arm["name"]][key]) == pytest.approx(list(value)), (arm["name"], key)
-            else:
-                assert ours[arm["name"]][key] == (value if value is None or key == "name" else pytest.approx(value)), (
-                    key
-                )
+    ours = contents.read([Place.at(made / name) for name in names]).comparison
+    assert ours == compared(made, {name: [name] for name in names})
+
+
+def test_a_comparison_of_fewer_prompts_than_its_outputs_hold_is_shown_as_it_was_made(copied):
+    document = compared(copied, ARMS, limit=5).json() | {"outputs": ARMS, "limit": 5}
+    (copied / "comparison.json").write_text(json.dumps(document))
+    found = contents.read([Place.at(copied)])
+    assert len(found.ids) == 5 and json.loads(json.dumps(found.comparison.json())) == json.loads(
+        json.dumps({key: document[key] for key in found.comparison.json()})
+    )
+    assert {curve.shape for of in found.curves.values() for curve in of.values()} == {(5, 3)}
 
 
 def test_nothing_is_fetched_and_every_figure_is_told(shown):
@@ -170,7 +172,7 @@ def test_the_browser_holds_the_answers_of_the_outputs(made, shown):
         for prompt in data["prompts"]:
             base, answer = prompt["answers"][0], prompt["answers"][data["arms"].index(arm)]
             row = rows[prompt["id"]]
-            assert answer["text"] == compare.words_of(row["completion"])
+            assert answer["text"] == outputs.answer(row["completion"])
             assert (answer["reward"], answer["nll"], answer["tokens"]) == (row["reward"], row["nll"], row["num_tokens"])
             assert base["text"] == row["base_completion"]
 
@@ -235,7 +237,7 @@ def test_trials_of_a_tuning_are_drawn(copied):
     tuned = {"tune": {"prompts": 4}, "arms": [{"arm": "aisp", "trials": [trial, trial], "best": {"sigma2": 0.3}}]}
     (copied / "tune").mkdir()
     (copied / "tune" / "trials.json").write_text(json.dumps(tuned))
-    found = Page(page.render(sources.read([Place.at(copied)]), 5).decode())
+    found = Page(page.render(contents.read([Place.at(copied)]), 5).decode())
     assert "aisp, reward by sigma2: 2 trials, rewards 1.000 to 1.000, chosen 0.3." in found.alts
 
 
@@ -251,15 +253,14 @@ def test_other_budgets_prompts_or_rewards_are_refused(made, capsys, tmp_path):
         code, said = report(capsys, folder / "aisp", folder / name)
         assert code == 2 and told in said, said
     code, said = report(capsys, folder, "--out", tmp_path / "none.html")
-    assert code == 2 and "neither run.json nor compare.json" in said
+    assert code == 2 and "neither run.json nor comparison.json" in said
     (folder / "comparison.json").write_text('{"arms": []}')
     code, said = report(capsys, folder)
     assert code == 2 and "comparison.json is none that this version reads" in said
     document = json.loads((made / "comparison.json").read_text())
-    del document["arms"][1]["won"]
-    (folder / "comparison.json").write_text(json.dumps(document))
+    (folder / "comparison.json").write_text(json.dumps(document | {"main": "another"}))
     code, said = report(capsys, folder)
-    assert code == 2 and "its arms have no won" in said
+    assert code == 2 and "its main arm is not among its outputs" in said
     code, said = report(capsys, made, "--out", f"{tmp_path}/")
     assert code == 2 and "name a file in it" in said
     assert not list(tmp_path.rglob("*.html"))
@@ -328,7 +329,7 @@ def test_few_prompts_are_warned_of():
     figures = [arm("base", 2.0, 2.0), arm("best", 1.0, 1.0), arm("aisp", 0.0, prompts=6)]
     assert "Only 6 prompts" in verdict(figures, "aisp", {"best": 8, "aisp": 8}, []).warnings[0]
     with pytest.raises(ConfigError):
-        sources.read([Place.at("/nowhere")])
+        contents.read([Place.at("/nowhere")])
 
 
 def test_the_frontier_is_the_best_answer_by_the_likelihood_that_is_allowed(tmp_path):
@@ -343,3 +344,9 @@ def test_the_frontier_is_the_best_answer_by_the_likelihood_that_is_allowed(tmp_p
     ]
     assert sum(ends) < sum(max(c["reward"] for c in of["candidates"]) for of in kept)
     assert f"ends at {sum(ends) / 5:.3f}" in alt
+
+
+def test_without_matplotlib_the_extra_is_named_and_nothing_is_written(made, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, said = report(capsys, made / "aisp", "--out", tmp_path / "page.html")
+    assert code == 2 and "pip install 'aisp-dist[report]'" in said and not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from pathlib import Path
@@ -11,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from aisp_dist.align import align
 from aisp_dist.analysis import rescore
-from aisp_dist.config import FunctionReward
-from aisp_dist.output import writer
-from aisp_dist.records import Score
+from aisp_dist.config import FunctionReward, Run
+from aisp_dist.output import schema, writer
+from aisp_dist.records import Done, Prompt, Rollout, Round, Score, Trajectory
 from aisp_dist.rewards.combine import combine
 from jobs import cli
 from jobs.rescore import _Scorer
@@ -212,6 +214,80 @@ def test_a_rescored_output_can_be_evaluated_and_rescored_back(folder, capsys):
     assert found["flips"] and "reward words" in found["measures"]
     back = run(folder, "there", "back", rewards=FIRST | {"words": HELD})
     assert without(rows(back), "nll") == without(rows(folder / "all"), "nll")
+
+
+THOUGHTS = ["<think>no end", "<think>short</think>ab", "<think>on and on</think>abc", "<think></think>a"]
+
+
+def thinking(**rewards) -> Run:
+    """A run whose rewards have `use` by name."""
+    given = {name: {"kind": "function", "function": f"r.py:{name}", "use": use} for name, use in rewards.items()}
+    method = {"kind": "best_of_n", "num_samples": 4, "num_iterations": 1}
+    generator = {"model": "m", "thinking": "strip"}
+    return Run.model_validate({"output": "o", "generator": generator, "rewards": given, "method": method})
+
+
+def lengths(name, texts) -> list[Score]:
+    """Of reward `null` there is nothing to see; all others are longer for longer texts."""
+    assert not any("think" in text for text in texts), "thinking was scored"
+    return [Score(None if name == "null" else float(len(name) * len(text))) for text in texts]
+
+
+def searched(run: Run, base: str) -> tuple[Done, dict, dict]:
+    class Backend:
+        async def rollout(self, round: Round) -> Rollout:
+            texts = [base] if round.iteration < 0 else THOUGHTS
+            return Rollout(tuple(Trajectory(i, (i, 7), text, "stop") for i, text in enumerate(texts)))
+
+        async def score(self, name, prompt, texts):
+            return lengths(name, texts)
+
+        async def nll(self, id, tokens, responses):
+            return [1.0 for _ in responses]
+
+    done = asyncio.run(align(run, Prompt("p", 0, "q"), (1,), Backend()))
+    return done, *tables(done)
+
+
+def tables(result: Done) -> tuple[dict, dict]:
+    return schema.done_row(result, "raw", {}, "m", "r"), schema.candidates_row(result, "all", True)
+
+
+@pytest.mark.parametrize("base", ["<think>still", "<think>x</think>base"])
+@pytest.mark.parametrize("uses", [{"r": "select"}, {"r": "select", "other": "report"}, {"r": "select", "s": "select"}])
+def test_thinking_without_an_end_is_never_scored_and_keeps_its_nulls(base, uses):
+    run = thinking(**uses)
+    done, row, kept = searched(run, base)
+    assert (row["base_reward"] is None) == (base == "<think>still") and row["quarantined"] == 1
+    again = rescore.rescore(run, done.prompt, row, kept, set(uses), lambda *_: pytest.fail("a reward was asked"))
+    assert tables(again) == (row, kept)
+    for new in ({"long": "select"}, {"long": "select", "r": "report"}, {"r": "select", "long": "select"}):
+        known = set(uses) & set(new)
+        found, after = tables(rescore.rescore(thinking(**new), done.prompt, row, kept, known, lengths))
+        first, *others = after["candidates"]
+        assert first["reward"] is None and {score["value"] for score in first["rewards"]} == {None}
+        assert "ends inside its thinking: there is no </think>" in first["reason"]
+        assert all(c["reward"] > 0 for c in others) and found["quarantined"] == 1 and found["completion"] == "abc"
+        scores = [found["base_reward"], *(score["value"] for score in found["base_rewards"])]
+        assert all(value is None if base == "<think>still" else value > 0 for value in scores)
+        back = rescore.rescore(run, done.prompt, found, after, known & set(uses), lengths)
+        assert tables(back) == (row, kept)
+
+
+def test_a_null_base_reward_stays_where_no_reward_has_changed_and_is_asked_again_beside_another():
+    run = thinking(null="select")
+    run = run.model_copy(update={"generator": run.generator.model_copy(update={"thinking": "keep"})})
+    done, row, kept = searched(thinking(r="select"), "base")
+    row = row | {"base_reward": None, "base_rewards": [{"name": "r", "value": None}]}
+    kept_r = run.model_copy(update={"rewards": thinking(r="select").rewards})
+    again = rescore.rescore(kept_r, done.prompt, row, kept, {"r"}, lambda *_: pytest.fail("a reward was asked"))
+    assert tables(again)[0]["base_reward"] is None
+    both = run.model_copy(update={"rewards": thinking(r="select", s="select").rewards})
+    asked = []
+    rescore.rescore(
+        both, done.prompt, row, kept, {"r"}, lambda n, t: asked.append((n, len(t))) or [Score(1.0)] * len(t)
+    )
+    assert asked == [("r", 1), ("s", 5)], "r may not apply to the base answer, or be quarantined: only it can tell"
 
 
 def test_a_null_is_read_as_what_it_was():

@@ -1,9 +1,8 @@
-"""Training sets from finished outputs: which answers become examples, what filters take away, and the table that each
-trainer reads. Streams: one part of an output is in memory at a time, and 8 bytes of a hash for every prompt where
-duplicates are removed. What trainers accept is TRL 1.16's formats; never a column `margin`, which its RewardTrainer
-would train on.
+"""Training sets from finished outputs: which answers become examples, what filters remove, and the tables that trainers
+read. Streams: a batch of rows is in memory at a time, and 8 bytes of a hash for every prompt where duplicates are
+removed. Tables are in TRL 1.16's formats; no column is called `margin`, since its RewardTrainer would train on it.
 
-    data/ + candidates/ -> Example (chosen, rejected) -> filters -> rows of sft, dpo, kto, reward, prompts
+    data/ + candidates/ -> Example (chosen, rejected) -> filters -> rows of sft, dpo, kto, reward, prompts, alpaca_eval
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ import hashlib
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aisp_dist.analysis.compare import words_of
-from aisp_dist.analysis.evaluate.outputs import Output
 from aisp_dist.analysis.metrics import repetition
+from aisp_dist.analysis.outputs import Output, Row, answer, batches
 from aisp_dist.config import ConfigError
 
 Kind = Literal["sft", "dpo", "kto", "reward", "prompts", "alpaca_eval"]
@@ -29,7 +28,8 @@ KINDS: tuple[Kind, ...] = ("sft", "dpo", "kto", "reward", "prompts", "alpaca_eva
 PAIRED: tuple[Kind, ...] = ("dpo", "kto", "reward")
 _DATA = ["id", "source_index", "prompt", "completion", "reward", "rewards", "base_completion", "base_reward"]
 _DATA += ["base_rewards", "num_tokens", "finish_reason"]
-Row = dict[str, Any]
+_CANDIDATE = [f"candidates.list.element.{name}" for name in ("text", "reward", "rewards")]
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Rejected:
     the median, or the worst whose reward is at least `floor`."""
 
     rule: Literal["base", "worst", "median", "lowest-above"]
-    floor: float = 0.0
+    floor: float = -math.inf
 
     @classmethod
     def parse(cls, text: str) -> Rejected:
@@ -56,9 +56,9 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Filters:
-    """None and False: off. min_gap: of chosen minus rejected reward. tokens, repetition (share of repeated 4-grams of
-    words), finish: of the chosen answer. held_out: a reward that must prefer it too. dedup: of prompts that are equal
-    but for white space the first is kept."""
+    """None and False: off. min_gap: chosen minus rejected reward. tokens, repetition (share of repeated 4-grams of
+    words) and finish are of the chosen answer. held_out: a reward that must prefer it too. dedup: of prompts that are
+    equal but for white space the first is kept."""
 
     min_gap: float | None = None
     min_tokens: int | None = None
@@ -71,7 +71,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its selected answer and one that is worse. rejected is None where the output kept none."""
+    """A prompt with its selected answer and a worse one. rejected is None where the output kept none."""
 
     id: str
     prompt: Any
@@ -94,34 +94,39 @@ def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
             f"--rejected {rejected.rule} chooses among candidates, and {output} kept none (save.candidates: none); "
             "use --rejected base, or a run with save.candidates: {top_bottom: 4} or all"
         )
-    for name in output.place.names("data"):
-        kept: dict[int, list[Row]] = {}
-        if needs and (file := output.place.open(f"candidates/{name}")) is not None:
-            with file:
-                table = pq.read_table(file, columns=["source_index", "candidates"])
-            kept = {row["source_index"]: row["candidates"] for row in table.to_pylist()}
-        file = output.place.open(f"data/{name}")
-        assert file is not None, f"{name} went away while it was read"
-        with file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=_DATA, batch_size=1024):
-                for row in batch.to_pylist():
-                    yield _example(row, rejected, kept.get(row["source_index"], []))
+    kept = _rows(output, "candidates", ["source_index", *_CANDIDATE]) if needs else iter(())
+    beside = next(kept, None)
+    for row in _rows(output, "data", _DATA):
+        while beside is not None and beside["source_index"] < row["source_index"]:
+            beside = next(kept, None)
+        if needs:
+            mine = beside is not None and beside["source_index"] == row["source_index"]
+            worse = _worse(rejected, beside["candidates"] if beside is not None and mine else [])
+        else:
+            worse = {name: row[f"base_{name}"] for name in ("reward", "rewards")} | {"text": row["base_completion"]}
+        yield Example(
+            row["id"],
+            row["prompt"],
+            answer(row["completion"]),
+            row["reward"],
+            _named(row["rewards"]),
+            row["num_tokens"],
+            row["finish_reason"],
+            *((worse["text"], worse["reward"], _named(worse["rewards"])) if worse else (None, None, {})),
+        )
 
 
-def _example(row: Row, rejected: Rejected, kept: Sequence[Row]) -> Example:
-    text, reward, rewards = row["base_completion"], row["base_reward"], _named(row["base_rewards"])
-    if rejected.rule != "base":
-        text, reward, rewards = None, None, {}
-        ranked = sorted(
-            (c for c in kept if c["reward"] is not None), key=lambda c: c["reward"]
-        )  # the earlier of equals
-        if rejected.rule == "lowest-above":
-            ranked = [c for c in ranked if c["reward"] >= rejected.floor]
-        if ranked:
-            at = statistics.median_low(range(len(ranked))) if rejected.rule == "median" else 0
-            text, reward, rewards = ranked[at]["text"], ranked[at]["reward"], _named(ranked[at]["rewards"])
-    own = row["id"], row["prompt"], words_of(row["completion"]), row["reward"], _named(row["rewards"])
-    return Example(*own, row["num_tokens"], row["finish_reason"], text, reward, rewards)
+def _rows(output: Output, table: str, columns: Sequence[str]) -> Iterator[Row]:
+    return (row for batch in batches(output.place, table, columns) for row in batch.to_pylist())
+
+
+def _worse(rejected: Rejected, kept: Sequence[Row]) -> Row | None:
+    """The candidate that the rule names, of equals the earlier; None where there is none."""
+    able = (c for c in kept if c["reward"] is not None and c["reward"] >= rejected.floor)
+    ranked = sorted(able, key=lambda c: c["reward"])
+    if not ranked:
+        return None
+    return ranked[statistics.median_low(range(len(ranked))) if rejected.rule == "median" else 0]
 
 
 def _named(scores: Sequence[Row]) -> dict[str, float | None]:
@@ -129,7 +134,8 @@ def _named(scores: Sequence[Row]) -> dict[str, float | None]:
 
 
 class Sieve:
-    """Filters with a memory: what has passed, and what each of them has removed. The first that objects counts."""
+    """Filters that count: how many examples they read and passed, and how many each of them removed. An example that
+    several would remove counts for the first."""
 
     def __init__(self, filters: Filters, paired: bool) -> None:
         self.filters, self.paired = filters, paired
@@ -147,9 +153,10 @@ class Sieve:
 
     def _objection(self, e: Example) -> str | None:
         f = self.filters
-        if self.paired and (e.rejected is None or e.rejected_reward is None):
+        gap = None if e.rejected_reward is None else e.chosen_reward - e.rejected_reward
+        if self.paired and (e.rejected is None or gap is None):
             return "no rejected answer"
-        if self.paired and (fold(e.rejected or "") == fold(e.chosen) or e.rejected_reward >= e.chosen_reward):  # type: ignore[operator]
+        if self.paired and (fold(e.rejected or "") == fold(e.chosen) or (gap or 0.0) <= 0):
             return "rejected is not worse"
         if f.finish is not None and e.finish != f.finish:
             return "finish"
@@ -157,7 +164,7 @@ class Sieve:
             return "tokens"
         if f.max_repetition is not None and repetition(e.chosen) > f.max_repetition:
             return "repetition"
-        if f.min_gap is not None and (e.rejected_reward is None or e.chosen_reward - e.rejected_reward < f.min_gap):
+        if f.min_gap is not None and (gap is None or gap < f.min_gap):
             return "gap"
         if f.held_out is not None:
             ours, theirs = e.chosen_rewards.get(f.held_out), e.rejected_rewards.get(f.held_out)
@@ -181,67 +188,71 @@ def _text_of(prompt: Any) -> str:
 
 def schema(kind: Kind, chat: bool, sft_messages: bool = False) -> pa.Schema:
     """Columns of a table: the trainer's, and beside them the id and rewards, under names that no trainer takes."""
-    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    said = messages if chat else pa.string()
-    pair = [("chosen_reward", pa.float64()), ("rejected_reward", pa.float64())]
-    own: dict[str, list[tuple[str, pa.DataType]]] = {
-        "sft": [("prompt", said), ("completion", said), ("reward", pa.float64())],
-        "dpo": [("prompt", said), ("chosen", said), ("rejected", said), *pair],
-        "reward": [("chosen", said), ("rejected", said), *pair],
-        "kto": [("prompt", said), ("completion", said), ("label", pa.bool_()), ("reward", pa.float64())],
-        "prompts": [("prompt", said)],
-    }
-    if kind == "sft" and sft_messages:
-        own["sft"] = [("messages", messages), ("reward", pa.float64())]
-    return pa.schema([("id", pa.string()), *own[kind]])
+    said = _MESSAGES if chat else pa.string()
+    types = {"messages": _MESSAGES, "label": pa.bool_()}
+    types |= dict.fromkeys(("prompt", "completion", "chosen", "rejected"), said)
+    names = {
+        "sft": ["messages", "reward"] if sft_messages else ["prompt", "completion", "reward"],
+        "dpo": ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward"],
+        "reward": ["chosen", "rejected", "chosen_reward", "rejected_reward"],  # both begin with the prompt
+        "kto": ["prompt", "completion", "label", "reward"],
+        "prompts": ["prompt"],
+    }[kind]
+    return pa.schema([("id", pa.string()), *((name, types.get(name, pa.float64())) for name in names)])
 
 
-def rows(kind: Kind, e: Example, sft_messages: bool = False) -> list[Row]:
-    """What one example is in a table of this kind."""
+def rows(kind: Kind, e: Example) -> list[Row]:
+    """What one example is in a table of this kind; `schema` drops what a table does not have."""
     chat = not isinstance(e.prompt, str)
 
     def said(text: str | None) -> Any:
         return [{"role": "assistant", "content": text}] if chat else text
 
-    pair = {"chosen_reward": e.chosen_reward, "rejected_reward": e.rejected_reward}
-    match kind:
-        case "sft" if sft_messages:
-            return [{"id": e.id, "messages": e.prompt + said(e.chosen), "reward": e.chosen_reward}]
-        case "sft":
-            return [{"id": e.id, "prompt": e.prompt, "completion": said(e.chosen), "reward": e.chosen_reward}]
-        case "dpo":
-            return [{"id": e.id, "prompt": e.prompt, "chosen": said(e.chosen), "rejected": said(e.rejected), **pair}]
-        case "reward":  # the prompt is implicit: what both begin with
-            return [{"id": e.id, "chosen": e.prompt + said(e.chosen), "rejected": e.prompt + said(e.rejected), **pair}]
-        case "kto":
-            both = ((e.chosen, True, e.chosen_reward), (e.rejected, False, e.rejected_reward))
-            return [
-                {"id": e.id, "prompt": e.prompt, "completion": said(text), "label": label, "reward": reward}
-                for text, label, reward in both
-            ]
-    return [{"id": e.id, "prompt": e.prompt}]
+    chosen, rejected = said(e.chosen), said(e.rejected)
+    row = {"id": e.id, "prompt": e.prompt, "completion": chosen, "reward": e.chosen_reward}
+    if kind == "kto":
+        return [row | {"label": True}, row | {"completion": rejected, "reward": e.rejected_reward, "label": False}]
+    if kind == "reward":
+        chosen, rejected = e.prompt + chosen, e.prompt + rejected
+    pair = {"chosen": chosen, "rejected": rejected}
+    rewards = {"chosen_reward": e.chosen_reward, "rejected_reward": e.rejected_reward}
+    return [row | pair | rewards | ({"messages": e.prompt + said(e.chosen)} if chat else {})]
 
 
-def written(
-    kind: Kind, found: Iterator[Example], chat: bool, open_shard: Callable[[int], Any], per_shard: int, **how: Any
-) -> int:
-    """Write all examples as Parquet shards of at most `per_shard` rows; how many rows."""
-    of, count, shard = schema(kind, chat, **how), 0, 0
+def write(kind: Kind, found: Iterator[Example], folder: Path, of: pa.Schema, rows_per_file: int) -> int:
+    """Write all examples as Parquet files of about `rows_per_file` rows; how many rows."""
+    count = shard = 0
     buffer: list[Row] = []
 
     def flush() -> None:
         nonlocal shard
-        with open_shard(shard) as stream:
-            pq.write_table(pa.Table.from_pylist(buffer, of), stream, compression="zstd", compression_level=3)
+        table = pa.Table.from_pylist(buffer, of)
+        pq.write_table(table, folder / f"train-{shard:05d}.parquet", compression="zstd", compression_level=3)
         shard += 1
         buffer.clear()
 
     for example in found:
-        new = rows(kind, example, **how)
+        new = rows(kind, example)
         buffer += new
         count += len(new)
-        if len(buffer) >= per_shard:
+        if len(buffer) >= rows_per_file:
             flush()
     if buffer:
         flush()
     return count
+
+
+def alpaca_eval(row: Mapping[str, Any], generator: str) -> dict[str, str]:
+    """A row of data/ (raw or chat) as a record of AlpacaEval (github.com/tatsu-lab/alpaca_eval), whose
+    `alpaca_eval --model_outputs FILE` reads a JSON list of them. dataset: the kept column of that name, which
+    AlpacaEval's own prompts have; `unknown` without it. AlpacaEval finds its reference answer by the instruction, so
+    that is the prompt's own text. Raises ValueError for a prompt of several turns."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        turns = [message for message in prompt if message["role"] != "system"]
+        if [message["role"] for message in turns] != ["user"]:
+            roles = ", ".join(message["role"] for message in turns)
+            raise ValueError(f"prompt {row['id']} has the turns {roles}; AlpacaEval takes one question of a user")
+        prompt = str(turns[0]["content"])
+    dataset, said = str(row.get("dataset") or "unknown"), answer(row["completion"])
+    return {"dataset": dataset, "instruction": prompt, "output": said, "generator": generator}

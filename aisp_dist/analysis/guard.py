@@ -1,18 +1,18 @@
-"""What reward hacking looks like in a table: answers that are cut, repeat themselves or win by length, and held-out
-rewards that do not follow. Pure; one accumulator for a running search and for a finished table."""
+"""Signs of reward hacking in the selected answers: they are cut, repeat themselves or win by length, and held-out
+rewards do not follow. Pure; one accumulator serves a running search and a finished table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from aisp_dist.analysis.metrics import repetition
 from aisp_dist.config import Guard
 from aisp_dist.records import Done
 
-SETTLED = 200  # prompts before a running search is judged
+SETTLED = 200  # prompts before the bounds are applied to a running search
 _FEW = 3  # pairs without which a correlation says nothing
-Scores = Iterable[tuple[str, float | None]]
 
 
 class GuardStop(Exception):
@@ -35,30 +35,35 @@ class Tally:
 
     def add(
         self,
-        texts: tuple[str, str],
         finish_reason: str,
-        rewards: tuple[float | None, float | None],
-        lengths: tuple[int, int],
-        scores: tuple[Scores, Scores],
+        repetitions: tuple[float, float],
+        gain: float,
+        longer: float,
+        held_out: Mapping[str, float],
     ) -> None:
-        """A done prompt. Pairs: of the selected and of the base answer. lengths: in tokens; scores: by reward name."""
+        """A done prompt. repetitions: of the selected and of the base answer. gain, longer, held_out: selected minus
+        base, in reward, in tokens and in each held-out reward; NaN where one of both has none."""
         self.prompts += 1
         self._truncated += finish_reason == "length"
-        self._repetition += repetition(texts[0])
-        self._base_repetition += repetition(texts[1])
-        base = dict(scores[1])
-        for name, value in scores[0]:
-            if name in self.held_out and value is not None and (other := base.get(name)) is not None:
+        self._repetition += repetitions[0]
+        self._base_repetition += repetitions[1]
+        for name, value in held_out.items():
+            if not math.isnan(value):
                 count, total = self._gains.get(name, (0, 0.0))
-                self._gains[name] = count + 1, total + value - other
-        if rewards[0] is not None and rewards[1] is not None:
-            self._pair(rewards[0] - rewards[1], float(lengths[0] - lengths[1]))
+                self._gains[name] = count + 1, total + value
+        if not math.isnan(gain):
+            self._pair(gain, longer)
 
     def add_done(self, done: Done) -> None:
         best, base = done.best, done.base
-        lengths = len(best.token_ids), len(base.token_ids)
-        texts, rewards = (best.text, base.text), (best.reward, base.reward)
-        self.add(texts, best.finish_reason, rewards, lengths, (best.rewards, base.rewards))
+        scores, base_scores = dict(best.rewards), dict(base.rewards)
+        self.add(
+            best.finish_reason,
+            (repetition(best.text), repetition(base.text)),
+            _minus(best.reward, base.reward),
+            float(len(best.token_ids) - len(base.token_ids)),
+            {name: _minus(scores.get(name), base_scores.get(name)) for name in self.held_out},
+        )
 
     def _pair(self, x: float, y: float) -> None:
         """Welford's sums: no cancellation, however far the means are from 0."""
@@ -133,8 +138,9 @@ def broken(guard: Guard, found: Measures) -> list[str]:
     ]
 
 
-def judge(guard: Guard, tally: Tally, whole: bool = False) -> None:
-    """Raise GuardStop where the guard stops runs and a bound is broken, once SETTLED prompts or all are finished."""
+def check(guard: Guard, tally: Tally, whole: bool = False) -> None:
+    """Raise GuardStop where the guard stops runs and a bound is broken. whole: all prompts are finished; otherwise
+    nothing is checked before SETTLED of them are."""
     if guard.action != "stop" or tally.prompts < (1 if whole else SETTLED):
         return
     if said := broken(guard, tally.measures()):
@@ -142,3 +148,7 @@ def judge(guard: Guard, tally: Tally, whole: bool = False) -> None:
             f"after {tally.prompts} prompts: {'; '.join(said)}. What is finished is kept; with another bound, or "
             "guard.action: warn, the same command goes on"
         )
+
+
+def _minus(x: float | None, y: float | None) -> float:
+    return math.nan if x is None or y is None else x - y

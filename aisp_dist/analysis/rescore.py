@@ -1,10 +1,12 @@
-"""Another configuration's rewards over the stored candidates of a finished prompt. Pure: a row in, a Result out; knows
-neither files nor models.
+"""Other rewards over the stored candidates of a finished prompt. Pure: a row in, a Result out; knows neither files nor
+models.
 
-What follows from fewer candidates than were drawn (save.candidates other than `all`): the answer is the best of those
-that were kept, `curve` is the best so far among them, `quarantined` counts them alone, standardized rewards take mean
-and deviation of those kept of the first iteration, and a trace entry whose samples are not all there has no rewards.
-ESS, KL, weights and `samples_spent` say what the search did, and stay.
+Where fewer candidates were kept than drawn (save.candidates other than `all`), the answer is the best of those kept,
+`curve` is the best so far among them, `quarantined` counts them alone, standardized rewards take mean and deviation
+from those kept of the first iteration, and a trace entry whose samples are not all there has no rewards. ESS, KL,
+weights and `samples_spent` describe the search and stay.
+
+An answer that ends inside its thinking (generator.thinking: strip) has no text to score, so it keeps its null reward.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from aisp_dist.config import Run
+from aisp_dist.data.thinking import UNFINISHED
 from aisp_dist.records import BASE_ITERATION, Candidate, Done, Failed, Iteration, Prompt, Result, Score
 from aisp_dist.rewards.combine import Frozen, combine
 
@@ -24,8 +27,8 @@ Scorer = Callable[[str, Sequence[str]], list[Score]]  # reward name, texts
 
 
 def unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the rewards that score as before: settings (but weight and use) and digests are equal. old, new: the
-    components of the fingerprints."""
+    """Names of the rewards whose scores stay the same: settings (except `weight` and `use`) and digests are equal. old,
+    new: the components of the fingerprints."""
 
     def identity(components: Mapping[str, Any], name: str) -> tuple[Any, ...]:
         settings = {key: value for key, value in components["rewards"][name].items() if key not in ("weight", "use")}
@@ -46,17 +49,24 @@ def rescore(run: Run, prompt: Prompt, row: Row, kept: Row, known: Collection[str
     texts = [c["text"] for c in drawn] + [row["base_completion"]]
     place = {(c["iteration"], c["sample"]): i for i, c in enumerate(drawn)}
     old_best, base_at = place.get((row["best_iteration"], row["best_sample"])), len(drawn)
-    table: dict[str, list[Score | None]] = {name: [None] * len(texts) for name in run.rewards}
-    table |= {name: _stored(name, row, drawn, old_best) for name in run.rewards if name in known}
+    selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
+    no_answer = _no_answer(run, row, drawn)
+    table: dict[str, list[Score | None]] = {}
+    for name, settings in run.rewards.items():
+        stored = _stored(name, settings.use, row, drawn, old_best) if name in known else [None] * len(texts)
+        table[name] = [null if s is None else s for s, null in zip(stored, no_answer, strict=True)]
+    base_values = _values(row["base_rewards"])
+    if all(name in known and base_values.get(name, 0.0) is None for name in selecting):
+        for name in selecting:  # whether each is null or does not apply: there is no base reward
+            table[name][base_at] = Score(None)
 
     def scores(name: str, which: Sequence[int]) -> list[Score]:
-        """Scores of these texts, the missing ones asked for."""
+        """Scores of these texts; those that are not stored are asked for."""
         missing = [i for i in which if table[name][i] is None]
         for i, found in zip(missing, score(name, [texts[i] for i in missing]) if missing else [], strict=True):
             table[name][i] = found
         return [one for i in which if (one := table[name][i]) is not None]
 
-    selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
     raw = {name: scores(name, range(len(texts))) for name in selecting}
     frozen: Frozen = None
     combined: list[Score] = []
@@ -104,7 +114,7 @@ def rescore(run: Run, prompt: Prompt, row: Row, kept: Row, known: Collection[str
             BASE_ITERATION,
             0,
             row["base_completion"],
-            (0,) * row["base_num_tokens"],  # their number alone is stored, and asked for
+            (0,) * row["base_num_tokens"],  # only their number is stored, and only that is used
             "stop",
             base_total.value,
             (*raws(base_at), *extra[1]),
@@ -119,17 +129,40 @@ def rescore(run: Run, prompt: Prompt, row: Row, kept: Row, known: Collection[str
     )
 
 
-def _stored(name: str, row: Row, drawn: Sequence[Row], best: int | None) -> list[Score | None]:
-    """What the output says of each candidate and, last, of the base answer; None where it does not say. A null is a
-    reward that does not apply or a quarantined one: a candidate's reason tells which, of the base answer nothing."""
-    found = [_score(name, {s["name"]: s["value"] for s in c["rewards"]}, c["reason"]) for c in drawn]
+def _no_answer(run: Run, row: Row, drawn: Sequence[Row]) -> list[Score | None]:
+    """For each candidate and, last, the base answer: a null score where it ends inside its thinking, else None. The
+    base answer's reason is not stored, but no reward was asked for a text without an answer: a base answer whose scores
+    are all null counts as one."""
+    if run.generator.thinking == "keep":
+        return [None] * (len(drawn) + 1)
+    scored = row["base_reward"] is not None or any(s["value"] is not None for s in row["base_rewards"])
+    found: list[Score | None] = []
+    for c in drawn:
+        ends = UNFINISHED in (c["reason"] or "") and not c["within"]
+        found.append(_score(c["rewards"][0]["name"], _values(c["rewards"]), c["reason"]) if ends else None)
+    return [*found, None if scored else Score(None, UNFINISHED)]
+
+
+def _stored(
+    name: str, use: Literal["select", "report"], row: Row, drawn: Sequence[Row], best: int | None
+) -> list[Score | None]:
+    """What the output says of each candidate and, last, of the base answer; None where it must be asked. A null is a
+    reward that does not apply, or a quarantined one, which a report does not tell apart; of a candidate its reason
+    tells which, of the base answer and of held-out rewards nothing does."""
+    found = [_score(name, _values(c["rewards"]), c["reason"]) for c in drawn]
     selected_by = found[0] is not None
-    if best is not None and not selected_by:  # held out then, and asked of what was selected
-        value = next((s["value"] for s in row["rewards"] if s["name"] == name), None)
-        found[best] = None if value is None else Score(value)
-    base = next((s["value"] for s in row["base_rewards"] if s["name"] == name), None)
-    applies = base is not None or (selected_by and row["base_reward"] is not None)
-    return [*found, Score(base) if applies else None]
+
+    def held(scores: Sequence[Row], null_applies_not: bool) -> Score | None:
+        value = _values(scores).get(name)
+        return Score(value) if value is not None or use == "report" or null_applies_not else None
+
+    if best is not None and not selected_by:  # then it was held out, and asked for what was selected
+        found[best] = held(row["rewards"], False)
+    return [*found, held(row["base_rewards"], selected_by and row["base_reward"] is not None)]
+
+
+def _values(scores: Sequence[Row]) -> dict[str, float | None]:
+    return {score["name"]: score["value"] for score in scores}
 
 
 def _score(name: str, values: Mapping[str, float | None], reason: str | None) -> Score | None:

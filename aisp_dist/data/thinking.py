@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+UNFINISHED = "the response ends inside its thinking"  # how every message of Unfinished begins
+
 
 class Unfinished(ValueError):
     """The response ends inside its thinking and so has no answer; the message is a candidate's reason."""
@@ -17,7 +19,7 @@ def answer(text: str, tags: Sequence[str], opened: bool = False) -> str:
     if closed and (opened or opening in before or not before.strip()):
         return rest.lstrip()
     if not closed and (opened or text.lstrip().startswith(opening)):
-        raise Unfinished(f"the response ends inside its thinking: there is no {closing} in it; raise max_new_tokens")
+        raise Unfinished(f"{UNFINISHED}: there is no {closing} in it; raise max_new_tokens")
     return text
 
 

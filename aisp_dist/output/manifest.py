@@ -1,5 +1,5 @@
-"""The files beside the tables: run.json (what the run is), config.yaml, and README.md, the dataset card by which
-`datasets.load_dataset(directory, name)` finds the tables. Knows no rows."""
+"""The files beside the tables: run.json (configuration, fingerprint, versions), config.yaml, and README.md, the dataset
+card by which `datasets.load_dataset(directory, name)` finds the tables. Knows no rows."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from aisp_dist.config import ConfigError
+from aisp_dist.config import ConfigError, Method, Section
 from aisp_dist.output.filesystem import Place
 
 TABLES = {"default": "data", "failed": "failed", "candidates": "candidates"}  # load_dataset name: directory
+_METHOD: TypeAdapter[Any] = TypeAdapter(Method)
 _ABOUT = """
 # Relabelled prompts
 
-Written by aisp-dist; how is in `run.json` and `config.yaml`.
+Written by aisp-dist. Method: `{method}`. Everything else is in `run.json` and `config.yaml`.
 
 | table | holds |
 |---|---|
@@ -24,8 +26,8 @@ Written by aisp-dist; how is in `run.json` and `config.yaml`.
 | `candidates/` | kept candidates with raw scores, and the trace of the search |
 """
 _RESCORED = """
-Rescored: the answers of run {run_id} are chosen again, by the rewards in `config.yaml`, among the {candidates} kept of
-{samples} candidates. `nll` is null where another answer than before is selected.
+Rescored: the answers of run {run_id} are selected again, by the rewards in `config.yaml`, among the {candidates} kept
+of {samples} candidates. `nll` is null where another answer than before is selected.
 """
 
 
@@ -63,6 +65,19 @@ def _parse(place: Place, data: bytes) -> dict[str, Any]:
     if not isinstance(run, dict):
         raise ConfigError(f"output: {place}/run.json holds no run; restore it, or give another output")
     return run
+
+
+def method_name(config: dict[str, Any]) -> str:
+    """The method of a configuration as run.json has it: its kind, and its settings other than defaults."""
+    section = config.get("method", {})
+    try:
+        method: Section = _METHOD.validate_python(section)
+    except ValidationError:  # another version's
+        return str(section.get("kind", "unknown"))
+    settings = method.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    settings.pop("kind", None)
+    named = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1 << 16, allow_unicode=True)
+    return f"{section['kind']} {named.strip()}" if settings else str(section["kind"])
 
 
 def check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -107,6 +122,8 @@ def _card(place: Place) -> bytes:
         for name, folder in TABLES.items()
         if any(file.endswith(".parquet") for file in place.names(folder))  # `datasets` refuses a config without files
     )
-    rescored = (read_run(place) or {}).get("rescored")
-    about = _ABOUT + (_RESCORED.format_map(rescored) if rescored else "")
+    run = read_run(place) or {}
+    rescored = run.get("rescored")
+    about = _ABOUT.replace("{method}", method_name(run.get("config", {})))
+    about += _RESCORED.format_map(rescored) if rescored else ""
     return f"---\nconfigs:\n{configs}---\n{about}".encode()

@@ -1,6 +1,7 @@
-"""Measures of finished outputs: what a table's answers are like, beside the base answers and beside another method's.
+"""`aisp evaluate`: measures of the selected answers of a finished output, beside the base answers and those of another
+method.
 
-outputs.py      which rows there are and what they say; refuses outputs that cannot be compared
+trials.py       what evaluation asks of the outputs it is given
 texts.py        measures of an answer's text
 states.py       measures of one answer by the base model: KL, flips
 search.py       those over sampled rows, from the trace of their search

@@ -1,4 +1,7 @@
-"""What the base model says of sampled rows: states.py over prompts and trials, or why there is nothing."""
+"""Measures of sampled rows by the base model: states.py over prompts and trials, or why a measure is left out.
+
+Shapes: P prompts, K iterations.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from aisp_dist.analysis.evaluate import projections, states
-from aisp_dist.analysis.evaluate.outputs import Output, Row, left_out
-from aisp_dist.analysis.metrics import interval
+from aisp_dist.analysis.evaluate.texts import left_out
+from aisp_dist.analysis.evaluate.trials import last_round
+from aisp_dist.analysis.metrics import interval, spread
+from aisp_dist.analysis.outputs import Output, Row
 from aisp_dist.config import ConfigError, Generator, Search
 from aisp_dist.data.render import Unrenderable, render
 from aisp_dist.engine import model
@@ -28,11 +34,11 @@ class _Answer(NamedTuple):
 def measures(
     trials: Sequence[Output], sampled: Sequence[list[Row]], generator: Generator, seed: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """`kl`, `flips` and `projections` as far as the outputs keep what they need; and what is left out, with the reason.
+    """`kl`, `flips` and `projections` as far as the outputs keep what they need, and what is left out, with the reason.
     Raises ConfigError for a base model that cannot be used."""
     lm, method = model.load(generator), trials[0].run.method
     answers = [
-        [_Answer(row, trial.round(row, _tokens(lm, trial, row))) for row in rows]
+        [_Answer(row, last_round(trial, row, _tokens(lm, trial, row))) for row in rows]
         for trial, rows in zip(trials, sampled, strict=True)
     ]
     everything = [answer for trial in answers for answer in trial]
@@ -42,9 +48,9 @@ def measures(
     trace = "the output keeps no trace of the search; a run with save.trace: true does"
     moved_by_noise = any(answer.round.sampling.sigma2 for answer in everything)
     if not isinstance(method, Search):
-        omitted["kl"] = f"undefined for {method.kind}: its answer is no draw under one control; nll is there"
+        omitted["kl"] = f"undefined for {method.kind}: its answer is not drawn under one control; nll is there"
     elif not moved_by_noise:
-        omitted["kl"] = "undefined without a control, which sigma2: 0 leaves out; nll is there"
+        omitted["kl"] = "undefined with sigma2: 0, since there is no control; nll is there"
     elif untraced:
         omitted["kl"] = trace
     else:
@@ -58,7 +64,7 @@ def measures(
     elif any(answer.row["tokens"] is None for answer in everything):
         why = "the output keeps no tokens of its selected answers; a run with save.candidates: {top_bottom: 1} does"
     else:
-        found["flips"], moved = _flips(lm, answers, generator.max_new_tokens, method.num_iterations)
+        found["flips"], moved = _flips(lm, answers, generator.max_new_tokens)
         found["projections"] = _projections(lm, moved, seed)
         if found["projections"] is None:
             omitted["projections"] = f"no token comes {projections.LEAST} times in the sampled answers"
@@ -67,7 +73,7 @@ def measures(
 
 
 def _tokens(lm: LM, output: Output, row: Row) -> tuple[int, ...]:
-    """The prompt as the run read it. Raises ConfigError where it comes out at another length."""
+    """The prompt's tokens as in the run. Raises ConfigError where there is another number of them."""
     limit = output.run.prompts.max_tokens
     if lm.context_length is not None:
         limit = min(limit, lm.context_length - output.run.generator.max_new_tokens)
@@ -77,8 +83,8 @@ def _tokens(lm: LM, output: Output, row: Row) -> tuple[int, ...]:
         tokens = ()
     if len(tokens) != row["prompt_tokens"]:
         raise ConfigError(
-            f"prompt {row['id']!r} of {output} has {len(tokens)} tokens now and had {row['prompt_tokens']}: the "
-            "versions in its run.json render it otherwise; install those, or give --no-model"
+            f"prompt {row['id']!r} of {output} has {len(tokens)} tokens now and had {row['prompt_tokens']} in the "
+            "run: other versions of the software render it differently; install those of run.json, or give --no-model"
         )
     return tokens
 
@@ -103,32 +109,33 @@ def _kl(lm: LM, answers: Sequence[list[_Answer]], settings: Generator) -> tuple[
     return {name: interval(x) for name, x in zip(("estimate", "exact", "control"), means.T, strict=True)}, reasons
 
 
-_Moved = list[tuple[list[int], np.ndarray, np.ndarray]]  # of each selected answer the tokens, z [T, D] and v [T, D]
+_Moved = list[tuple[list[int], np.ndarray, np.ndarray]]  # tokens of a selected answer, z [T, D] and v [T, D]
 
 
-def _flips(
-    lm: LM, answers: Sequence[list[_Answer]], num_steps: int, num_iterations: int
-) -> tuple[list[dict[str, Any]], _Moved]:
-    rates: list[list[list[float]]] = []
+def _flips(lm: LM, answers: Sequence[list[_Answer]], num_steps: int) -> tuple[list[dict[str, Any]], _Moved]:
+    """Flip rates by iteration, over the prompts whose search got there: method.spend ends each when it will."""
     moved: _Moved = []
-    for trial in answers:
-        rates.append([])
-        for row, round in trial:
-            best = row["best_iteration"], row["best_sample"]
-            z_TD = states.states(lm, round.prompt_tokens, row["tokens"])
-            plain_T = states.argmax(lm, z_TD)
-            rates[-1].append([])
-            for k, v_TD in enumerate(states.moves(lm, round, num_iterations, num_steps, best)):
-                rates[-1][-1].append(states.flips(lm, plain_T, z_TD, v_TD))
-                if k == best[0]:
-                    moved.append((row["tokens"], z_TD.cpu().numpy(), v_TD[: len(z_TD)].cpu().numpy()))
-    means = np.mean(rates, axis=0)  # over trials
-    return [{"iteration": k, "rate": interval(x)} for k, x in enumerate(means.T)], moved
+
+    def of_row(row: Row, round: Round) -> dict[int, float]:
+        best = row["best_iteration"], row["best_sample"]
+        z_TD = states.states(lm, round.prompt_tokens, row["tokens"])
+        plain_T = states.argmax(lm, z_TD)
+        rates = {}
+        for k, v_TD in enumerate(states.moves(lm, round, len(row["curve"]), num_steps, best)):
+            rates[k] = states.flips(lm, plain_T, z_TD, v_TD)
+            if k == best[0]:
+                moved.append((row["tokens"], z_TD.cpu().numpy(), v_TD[: len(z_TD)].cpu().numpy()))
+        return rates
+
+    by_trial = [pd.DataFrame({round.prompt_id: of_row(row, round) for row, round in trial}).T for trial in answers]
+    rates_PK = pd.concat(by_trial).groupby(level=0).mean().sort_index(axis=1)  # over the trials that got there
+    found = [{"iteration": k, "rate": spread(x.to_numpy()), "prompts": int(x.count())} for k, x in rates_PK.items()]
+    return found, moved
 
 
 def _projections(lm: LM, moved: _Moved, seed: int) -> list[dict[str, Any]] | None:
-    """Of the token that selected answers have most often, ends aside, the smallest id of equals: z where it was
-    produced, and z + v with the noise that did."""
+    """Of the token that the selected answers have most often (end tokens aside; of equals the smallest id): z where it
+    was produced, and z + v with the noise that produced it."""
     counts = Counter(token for tokens, *_ in moved for token in tokens if token not in lm.eos_ids)
     token, count = min(counts.items(), key=lambda entry: (-entry[1], entry[0]), default=(0, 0))
     if count < projections.LEAST:

@@ -82,3 +82,7 @@ def correlations(*pairs: tuple[np.ndarray, np.ndarray], seed: int = 0) -> list[I
         finite = resampled[np.isfinite(resampled)]  # a resample of few prompts may not vary
         found.append(Interval(mean, *np.quantile(finite, [0.025, 0.975])) if np.isfinite(mean) else None)
     return found
+
+
+def left_out(reasons: Sequence[str], count: int, what: str = "prompts") -> str:
+    return f"{len(reasons)} of {count} {what} are left out; the first: {reasons[0]}"

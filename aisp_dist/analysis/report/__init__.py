@@ -1,5 +1,5 @@
 """`aisp report`: finished outputs as one HTML page that needs nothing else.
 
-sources finds and reads the outputs, verdict says what their figures mean, figures draws, page puts the sections
-together, page.html is how it looks.
+contents reads the outputs, verdict says what their comparison means, figures draws, samples picks the answers that are
+shown side by side, page puts the sections together, page.html is how it looks.
 """

@@ -1,4 +1,4 @@
-"""The sections of a report in the order in which a reader decides, and the page that holds them."""
+"""The sections of a report, in the order in which a reader decides, and the page that holds them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import jinja2
 import numpy as np
 
 from aisp_dist.analysis.arms import BASE
+from aisp_dist.analysis.compare import table
 from aisp_dist.analysis.report import figures, samples
+from aisp_dist.analysis.report.contents import LIMITS, Contents
 from aisp_dist.analysis.report.figures import Look, panel
-from aisp_dist.analysis.report.sources import LIMITS, Source
 from aisp_dist.analysis.report.verdict import verdict
+from aisp_dist.output import log
 
 _POINTS = 1500  # of an arm in a scatter; of more prompts every n-th
-Draw = Callable[[Any], None]
 Lines = dict[str, tuple[np.ndarray, np.ndarray]]
+Looks = Mapping[str, Look]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure, and what it shows in words for who does not see it."""
+    """A figure, and what it shows in words for readers who do not see it."""
 
     svg: str
     alt: str
@@ -31,7 +33,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """title and text around figures and a table (its first row is the head); arms: for the legend. Without figures and
+    """Title and text around figures and a table (its first row is the head); arms: for the legend. Without figures and
     table the text says what would give them."""
 
     title: str
@@ -41,25 +43,24 @@ class Section:
     arms: Sequence[str] = ()
 
 
-def render(source: Source, count: int) -> bytes:
+def render(contents: Contents, count: int) -> bytes:
     """The page. count: prompts in the sample browser, at most."""
-    look = figures.looks(list(source.arms), source.main, BASE)
-    budgets = {name: source.budget(name) for name in source.arms}
-    found = verdict(source.figures, source.main, budgets, sorted(source.controls))
-    sections = [build(source, look) for build in _SECTIONS]
-    answers = samples.collect(source, found.rival, count)
+    look = figures.looks(list(contents.arms), contents.main, BASE)
+    budgets = {name: contents.output(name).budget for name in contents.arms}
+    found = verdict(contents.comparison.json()["arms"], contents.main, budgets, contents.controls)
+    answers = samples.collect(contents, found.rival, count)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
     text = template.render(
-        main=source.main,
-        seeds=max(map(len, source.arms.values())),
-        prompts=len(source.shared),
-        left_out=source.left_out,
-        budget=budgets[source.main],
-        settings=_settings(source),
+        main=contents.main,
+        seeds=max(map(len, contents.arms.values())),
+        prompts=len(contents.ids),
+        left_out=contents.comparison.left_out,
+        budget=budgets[contents.main],
+        settings=_settings(contents),
         verdict=found,
-        table=_table(source),
-        sections=[section for section in sections if section is not None],
+        table=table(contents.comparison),
+        sections=[build(contents, look) for build in _SECTIONS],
         look=look,
         answers=answers,
         data=samples.script(answers),
@@ -67,93 +68,47 @@ def render(source: Source, count: int) -> bytes:
     return text.replace("\0", "\ufffd").encode("utf-8", "replace")
 
 
-def _settings(source: Source) -> list[tuple[str, str]]:
-    run = source.arms[source.main][0].output.run
-    rewards = ", ".join(f"{name} ({'selects' if r.use == 'select' else 'held out'})" for name, r in run.rewards.items())
-    lost = f", {source.left_out} more failed in some arm and are left out" if source.left_out else ""
+def _settings(contents: Contents) -> list[tuple[str, str]]:
+    run, left_out = contents.output(contents.main).run, contents.comparison.left_out
+    rewards = (f"{name} ({'selects' if r.use == 'select' else 'held out'})" for name, r in run.rewards.items())
+    lost = f", {left_out} more failed in some arm and are left out" if left_out else ""
+    seeds = {name: f"{len(of)} seed{'s' * (len(of) > 1)}" for name, of in contents.arms.items()}
     return [
-        ("Prompts", f"{len(source.shared)} of {run.prompts.source}{lost}"),
+        ("Prompts", f"{len(contents.ids)} of {run.prompts.source}{lost}"),
         ("Base model", run.generator.model),
-        ("Rewards", rewards),
-        (
-            "Arms",
-            ", ".join(f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in source.arms.items()),
-        ),
-        ("Samples", f"{source.budget(source.main)} a prompt"),
+        ("Rewards", ", ".join(rewards)),
+        *((f"Arm {name}", f"{contents.output(name).method_name}, {seeds[name]}") for name in contents.arms),
+        ("Samples", f"{contents.output(contents.main).budget} a prompt"),
         ("Tokens", f"at most {run.generator.max_new_tokens} an answer"),
     ]
 
 
-def _cell(cell: Sequence[float] | None) -> str:
-    return "" if cell is None else f"{cell[0]:.3f} [{cell[1]:.3f}, {cell[2]:.3f}]"
+def _lines(contents: Contents, curve: str) -> Lines:
+    """The arms whose search has at least two iterations with this curve, over their iterations."""
+    curves = {arm: of[curve] for arm, of in contents.curves.items()}
+    return {a: (np.arange(1, c.shape[1] + 1), c) for a, c in curves.items() if c.shape[1] > 1 and np.isfinite(c).any()}
 
 
-def _table(source: Source) -> list[list[str]]:
-    names = list(dict.fromkeys(name for arm in source.figures for name in arm["held_out"]))
-    head = [
-        "",
-        "samples",
-        "reward",
-        f"{source.main} minus it",
-        f"won by {source.main}",
-        *(f"held out: {n}" for n in names),
-    ]
-    head += ["NLL / token", "diversity", "tokens", "std over seeds", "area", "drawn tokens", "reward calls", "seconds"]
-    rows = [head]
-    for arm in source.figures:
-        ours = arm["name"] == source.main
-        row = [arm["name"], f"{arm['samples']:g}", _cell(arm["reward"])]
-        row += ["", ""] if ours else [_cell(arm["versus"]), "" if arm["won"] is None else f"{arm['won']:.0%}"]
-        row += [_cell(arm["held_out"][name]) if name in arm["held_out"] else "" for name in names]
-        row += [_cell(arm["nll"]), f"{arm['diversity'][0]:.3f}", f"{arm['num_tokens']:.1f}"]
-        row += ["" if arm[name] is None else f"{arm[name]:.3f}" for name in ("std", "auc")]
-        rows.append(
-            row + ["" if arm[n] is None else f"{arm[n]:.0f}" for n in ("model_tokens", "reward_calls", "seconds")]
-        )
-    return rows
-
-
-def _curve(source: Source, arm: str, name: str) -> np.ndarray:
-    """[P', K] averaged over seeds; of seeds that traced other prompts the first alone."""
-    found = [seed.curves[name] for seed in source.arms[arm]]
-    same = [one for one in found if one.shape == found[0].shape]
-    mean: np.ndarray = np.mean(same, axis=0)
-    return mean
-
-
-def _iterations(source: Source, name: str, least: int = 2) -> Lines:
-    curves = {arm: _curve(source, arm, name) for arm in source.arms}
-    return {
-        a: (np.arange(1, c.shape[1] + 1), c) for a, c in curves.items() if c.shape[1] >= least and np.isfinite(c).any()
-    }
-
-
-def _ends(drawn: Lines) -> str:
-    return "; ".join(f"{arm} ends at {np.nanmean(values[:, -1]):.3f}" for arm, (_, values) in drawn.items())
-
-
-def _line_panel(drawn: Lines, look: Mapping[str, Look], x: str, y: str, title: str, integers: bool = True) -> Panel:
+def _line_panel(drawn: Lines, look: Looks, x: str, y: str, title: str) -> Panel:
     def draw(axes: Any) -> None:
         figures.lines(axes, drawn, look)
-        if integers:
+        if x == "iteration":
             figures.whole(axes)
 
-    return Panel(panel(draw, x, y, title), f"{title}, {y} over {x}: {_ends(drawn)}.")
+    ends = "; ".join(f"{arm} ends at {np.nanmean(values[:, -1]):.3f}" for arm, (_, values) in drawn.items())
+    return Panel(panel(draw, x, y, title), f"{title}, {y} over {x}: {ends}.")
 
 
-def _measured(source: Source) -> dict[str, Any]:
-    """evaluation.json by arm, where there is one."""
-    return {arm: seeds[0].evaluation for arm, seeds in source.arms.items() if seeds[0].evaluation}
+def _measured(contents: Contents, name: str) -> dict[str, Any]:
+    """One entry of evaluation.json by arm, where there is one."""
+    return {arm: found[name] for arm, found in contents.evaluations.items() if found.get(name)}
 
 
-def _progress(source: Source, look: Mapping[str, Look]) -> Section:
-    titles = {
-        "mean": "Mean of the iteration's samples",
-        "best": "Best of the iteration's samples",
-        "so far": "Best so far",
-    }
-    found = {name: _iterations(source, name) for name in titles}
-    panels = [_line_panel(d, look, "iteration", "reward", titles[n]) for n, d in found.items() if d]
+def _progress(contents: Contents, look: Looks) -> Section:
+    titles = {"mean": "Mean of the iteration's samples", "best": "Best of the iteration's samples"}
+    titles["so far"] = "Best so far"
+    found = {name: _lines(contents, name) for name in titles}
+    panels = [_line_panel(drawn, look, "iteration", "reward", titles[n]) for n, drawn in found.items() if drawn]
     text = "A search that learns raises the mean of what it draws; one that only draws more does not. "
     text += "Lines are means over prompts, bands their 95 % intervals."
     if not panels:
@@ -163,99 +118,67 @@ def _progress(source: Source, look: Mapping[str, Look]) -> Section:
     return Section("How the search goes", text, panels, arms=list(found["so far"]))
 
 
-def _budget(source: Source, look: Mapping[str, Look]) -> Section:
-    best = _iterations(source, "so far")
-    seconds = {arm["name"]: arm["seconds"] for arm in source.figures}
-    x: dict[str, dict[str, np.ndarray]] = {"samples": {}, "generated tokens": {}, "seconds": {}}
-    for arm in best:
-        for label, name in (("samples", "samples"), ("generated tokens", "tokens")):
-            curve = _curve(source, arm, name)
-            if curve.shape == best[arm][1].shape:
-                x[label][arm] = np.nanmean(curve, axis=0)
-        if seconds.get(arm) and arm in x["generated tokens"]:
-            x["seconds"][arm] = seconds[arm] * x["generated tokens"][arm] / x["generated tokens"][arm][-1]
-    panels = []
-    for label, arms in x.items():
-        drawn = {arm: (found, best[arm][1]) for arm, found in arms.items()}
-        unit = label if label == "seconds" else f"{label} of a prompt"
-        panels += [_line_panel(drawn, look, unit, "best reward so far", f"Against {label}", False)] if drawn else []
-    text = "The same best reward so far against what it costs. Seconds are those of the whole arm, laid over its "
+def _budget(contents: Contents, look: Looks) -> Section:
+    best = {arm: values for arm, (_, values) in _lines(contents, "so far").items()}
+    seconds = {arm.name: arm.seconds for arm in contents.comparison.arms}
+    x: dict[str, Lines] = {"samples of a prompt": {}, "generated tokens of a prompt": {}, "seconds": {}}
+    for arm, values in best.items():
+        samples_K, tokens_K = (contents.curves[arm][name] for name in ("samples", "tokens"))
+        if samples_K.shape != values.shape or not np.isfinite(samples_K).any():
+            continue
+        tokens = np.nanmean(tokens_K, axis=0)
+        x["samples of a prompt"][arm] = np.nanmean(samples_K, axis=0), values
+        x["generated tokens of a prompt"][arm] = tokens, values
+        if of_arm := seconds[arm]:
+            x["seconds"][arm] = of_arm * tokens / tokens[-1], values
+    panels = [
+        _line_panel(drawn, look, label, "best reward so far", f"Against {label.removesuffix(' of a prompt')}")
+        for label, drawn in x.items()
+        if drawn
+    ]
+    text = "The same best reward so far against what it costs. Seconds are those of the whole arm, divided among its "
     text += "iterations by the tokens that each generated."
     if not panels:
         text = "Not there: save.trace: true keeps how many tokens each sample has."
-    return Section("What it costs", text, panels, arms=list(x["samples"]))
+    return Section("What it costs", text, panels, arms=list(x["samples of a prompt"]))
 
 
-def _batched(source: Source, look: Mapping[str, Look]) -> Section | None:
-    batched = [name for name in source.arms if source.method(name).kind == "batched_aisp"]
-    if not batched:
-        return None
-    best = _iterations(source, "so far", least=1)
-    drawn = {arm: best[arm] for arm in batched if arm in best}
-    ends = {arm: float(source.values(arm, "reward").mean()) for arm in source.arms if arm not in batched}
+def _tradeoff(contents: Contents, look: Looks) -> Section:
+    nll = {arm.name: (arm.nll, arm.reward) for arm in contents.comparison.arms if arm.nll and arm.reward}
+    kl = {n: (found["estimate"], nll[n][1]) for n, found in _measured(contents, "kl").items() if n in nll}
 
-    def draw(axes: Any) -> None:
-        figures.lines(axes, drawn, look)
-        for arm, end in ends.items():
-            axes.axhline(end, color=look[arm].color, linestyle=look[arm].line, linewidth=1.1)
-        figures.whole(axes)
+    def points(of: Mapping[str, Any], x: str, what: str) -> Panel:
+        told = "; ".join(f"{name} at {x[0]:.3f} with reward {y[0]:.3f}" for name, (x, y) in of.items())
+        svg = panel(lambda axes: figures.points(axes, of, look), x, "reward", f"Reward against {what}")
+        return Panel(svg, f"Reward against {what}: {told}.")
 
-    alt = f"Best reward so far of the batched arms by iteration: {_ends(drawn)}. Where the others end: "
-    alt += "; ".join(f"{arm} {end:.3f}" for arm, end in ends.items()) + "."
-    shown = Panel(panel(draw, "iteration", "best reward so far", "Batched AISP"), alt)
-    text = "Batched AISP runs as many prompts side by side as it has iterations, so that a batch takes the decoding "
-    text += "steps of best-of-n. Level lines are where the other arms end."
-    return Section("Batched search", text, [shown], arms=[*batched, *ends])
-
-
-def _tradeoff(source: Source, look: Mapping[str, Look]) -> Section:
-    nll = {arm["name"]: (arm["nll"], arm["reward"]) for arm in source.figures if arm["nll"] and arm["reward"]}
-    measured = _measured(source)
-    kl = {n: (e["kl"]["estimate"], nll[n][1]) for n, e in measured.items() if e.get("kl") and n in nll}
-
-    def told(of: Mapping[str, Any]) -> str:
-        return "; ".join(f"{name} at {x[0]:.3f} with reward {y[0]:.3f}" for name, (x, y) in of.items()) + "."
-
-    drawn = panel(
-        lambda axes: figures.points(axes, nll, look), "NLL per token, base model", "reward", "Reward against NLL"
-    )
-    panels = [Panel(drawn, f"Reward against NLL: {told(nll)}")]
+    panels = [points(nll, "NLL per token, base model", "NLL")]
     text = "Up is more reward, left is closer to the base model: an arm above and to the left of another is better in "
     text += "both. Bars are 95 % intervals over prompts."
     if kl:
-        drawn = panel(
-            lambda axes: figures.points(axes, kl, look), "KL to the base model, nats", "reward", "Reward against KL"
-        )
-        panels.append(Panel(drawn, f"Reward against KL: {told(kl)}"))
+        panels.append(points(kl, "KL to the base model, nats", "KL"))
     else:
         text += " Reward against KL needs `aisp evaluate` on each output."
-    limited = {name: found for name, seeds in source.arms.items() if (found := seeds[0].frontier) is not None}
-    if limited:
-        at = {name: (LIMITS, found) for name, found in limited.items()}
-        panels.append(_line_panel(at, look, "NLL allowed above the base answer's", "reward", "Frontier", False))
+    if contents.frontier:
+        at = {name: (LIMITS, found) for name, found in contents.frontier.items()}
+        panels.append(_line_panel(at, look, "NLL allowed above the base answer's", "reward", "Frontier"))
         text += " The frontier is the best kept answer whose NLL per token is at most so far above the base answer's."
     else:
         text += " The frontier of reward by allowed NLL needs method.limit, which measures every candidate's."
-    lengths, said = _lengths(source, look)
-    panels.append(lengths)
-    text += said
-    return Section("What it trades", text, panels, arms=list(nll))
+    pairs = {n: (_side(contents, n, "tokens"), _side(contents, n, "reward")) for n in (BASE, contents.main)}
+    every = -(-len(contents.ids) // _POINTS)
+    shown = {name: (x[::every], y[::every]) for name, (x, y) in pairs.items()}
+    title = "Reward against length"
+    svg = panel(lambda axes: figures.cloud(axes, shown, look), "tokens of the answer", "reward", title)
+    said = "The correlation of reward and length is "
+    said += " and ".join(f"{_correlation(*pair)} for {name}" for name, pair in pairs.items())
+    panels.append(Panel(svg, f"{said}; one point for each of {len(shown[BASE][0])} prompts."))
+    return Section("What it trades", f"{text} {said}.", panels, arms=list(nll))
 
 
-def _lengths(source: Source, look: Mapping[str, Look]) -> tuple[Panel, str]:
-    pairs = {BASE: _pair(source, source.main, True), source.main: _pair(source, source.main)}
-    every = -(-len(source.shared) // _POINTS)
-    drawn = {name: (x[::every], y[::every]) for name, (x, y) in pairs.items()}
-    svg = panel(
-        lambda axes: figures.cloud(axes, drawn, look), "tokens of the answer", "reward", "Reward against length"
-    )
-    told = " and ".join(f"{_correlation(*pair)} for {name}" for name, pair in pairs.items())
-    said = f"The correlation of reward and length is {told}"
-    return Panel(svg, f"{said}; one point for each of {len(drawn[BASE][0])} prompts."), f" {said}."
-
-
-def _pair(source: Source, arm: str, base: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    return source.values(arm, "tokens", base), source.values(arm, "reward", base)
+def _side(contents: Contents, name: str, measure: str) -> np.ndarray:
+    """[P] of the main arm, or of the base answers beside it."""
+    return contents.values(contents.main, measure, base=name == BASE)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> str:
@@ -265,48 +188,44 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> str:
     return f"{np.corrcoef(x[there], y[there])[0, 1]:.2f}"
 
 
-def _distribution(source: Source, look: Mapping[str, Look]) -> Section:
-    arms = {BASE: source.values(source.main, "reward", True), source.main: source.values(source.main, "reward")}
-    arms = {name: values[np.isfinite(values)] for name, values in arms.items()}
-    title = "Reward of base and selected answers"
-    alt = f"{title}: mean {arms[BASE].mean():.3f} and {arms[source.main].mean():.3f}." if len(arms[BASE]) else title
-    arms = {name: values for name, values in arms.items() if len(values)}
+def _distribution(contents: Contents, look: Looks) -> Section:
+    main, title = contents.main, "Reward of base and selected answers"
+    rewards = {name: _side(contents, name, "reward") for name in (BASE, main)}
+    arms = {name: found for name, values in rewards.items() if (found := values[np.isfinite(values)]).size}
+    alt = f"{title}: mean " + " and ".join(f"{values.mean():.3f}" for values in arms.values()) + "."
     panels = [Panel(panel(lambda axes: figures.histograms(axes, arms, look), "reward", "prompts", title), alt)]
-    others = [arm for arm in source.figures if arm["name"] != source.main and arm["won"] is not None]
-    names = [figures.plain(arm["name"]) for arm in others]
-    won = {"won": [arm["won"] for arm in others]}
+    won = {arm.name: arm.won for arm in contents.comparison.arms if arm.name != main and arm.won is not None}
 
     def wins(axes: Any) -> None:
-        figures.bars(axes, names, won, [look[source.main].color])
+        figures.bars(axes, [figures.plain(name) for name in won], {"won": list(won.values())}, [look[main].color])
         axes.axvline(0.5, color=figures.GREY, linestyle="--", linewidth=1)
 
-    alt = f"Share of prompts that {source.main} wins, ties half: "
-    alt += "; ".join(f"{arm['won']:.0%} against {arm['name']}" for arm in others) + "."
-    title = f"Prompts that {figures.plain(source.main)} wins"
-    panels.append(Panel(panel(wins, "share of prompts, by reward", "", title), alt))
+    alt = f"Share of prompts that {main} wins, ties half: "
+    alt += "; ".join(f"{share:.0%} against {name}" for name, share in won.items()) + "."
+    panels.append(
+        Panel(panel(wins, "share of prompts, by reward", "", f"Prompts that {figures.plain(main)} wins"), alt)
+    )
     text = "Lines in the histogram are means."
-    judged = {n: e["win_rate"] for n, e in _measured(source).items() if e.get("win_rate")}
-    for name, rate in judged.items():
+    rates = _measured(contents, "win_rate")
+    for name, rate in rates.items():
         text += f" By the judge, {name} wins {rate['win']:.0%} against {rate['against']}, ties {rate['tie']:.0%}."
-    if not judged:
+    if not rates:
         text += " A judge's win rate needs `aisp evaluate --judge URL --judge-model NAME`."
     return Section("Prompt by prompt", text, panels, arms=list(arms))
 
 
-def _control(source: Source, look: Mapping[str, Look]) -> Section:
-    moving = {"ess": "Effective samples", "kl": "KL of the control"}
+def _control(contents: Contents, look: Looks) -> Section:
     panels: list[Panel] = []
     shown: list[str] = []
-    for name, title in moving.items():
-        drawn = {a: d for a, d in _iterations(source, name).items() if source.method(a).kind.endswith("aisp")}
+    for name, y, title in (("ess", "ESS", "Effective samples"), ("kl", "nats", "KL of the control")):
+        drawn = {a: d for a, d in _lines(contents, name).items() if contents.method(a).kind.endswith("aisp")}
         shown += drawn
-        panels += [_line_panel(drawn, look, "iteration", "ESS" if name == "ess" else "nats", title)] if drawn else []
-    measured = _measured(source)
-    flips = {n: [one["rate"] for one in e["flips"]] for n, e in measured.items() if e.get("flips")}
+        panels += [_line_panel(drawn, look, "iteration", y, title)] if drawn else []
+    flips = {n: np.array([[one["rate"][0] for one in found]]) for n, found in _measured(contents, "flips").items()}
     if flips:
-        drawn = {n: (np.arange(1, len(r) + 1), np.array(r)[:, 0][None]) for n, r in flips.items()}
+        drawn = {name: (np.arange(1, rates.shape[1] + 1), rates) for name, rates in flips.items()}
         panels.append(_line_panel(drawn, look, "iteration", "share of positions", "Tokens that the control changes"))
-    for name, found in {n: e["projections"] for n, e in measured.items() if e.get("projections")}.items():
+    for name, found in _measured(contents, "projections").items():
         panels += [_projected(name, one, look) for one in found]
     text = "Effective samples near one: the weights follow a single sample (raise lambda); near all: the rewards say "
     text += "little. The control's KL is how far the search has moved from the base model."
@@ -317,30 +236,26 @@ def _control(source: Source, look: Mapping[str, Look]) -> Section:
     return Section("What the search did", text, panels, arms=list(dict.fromkeys([*shown, *flips])))
 
 
-def _projected(arm: str, one: Mapping[str, Any], look: Mapping[str, Look]) -> Panel:
+def _projected(arm: str, one: Mapping[str, Any], look: Looks) -> Panel:
     colors = (figures.GREY, look[arm].color)
-    svg = panel(
-        lambda axes: figures.projection(axes, one["base"], one["moved"], colors),
-        f"pre-logits of {figures.plain(repr(one['token']))}",
-        "density",
-        one["name"],
-    )
+    label = f"pre-logits of {figures.plain(repr(one['token']))}"
+    svg = panel(lambda axes: figures.projection(axes, one["base"], one["moved"], colors), label, "density", one["name"])
     distance = f"distance from a normal {one['base']['ks']:.3f} before and {one['moved']['ks']:.3f} after"
     return Panel(svg, f"{arm}: {one['positions']} pre-logits on {one['name']}, {distance} the move.")
 
 
-def _sensitivity(source: Source, look: Mapping[str, Look]) -> Section:
-    if source.trials is None:
+def _sensitivity(contents: Contents, look: Looks) -> Section:
+    if contents.trials is None:
         return Section("Sensitivity", "Not there: `aisp tune` tries settings and writes tune/trials.json.")
     panels = []
-    for k, entry in enumerate(source.trials["arms"]):
+    for k, entry in enumerate(contents.trials["arms"]):
         name, trials = entry["arm"], entry["trials"]
         how = look.get(name) or list(look.values())[1 + k % (len(look) - 1)]
         for setting in entry["best"]:
             x = np.array([trial["settings"][setting] for trial in trials], dtype=float)
             y = np.array([trial["reward"] for trial in trials], dtype=float)
             panels.append(_tried(figures.plain(name), setting, x, y, entry["best"][setting], how))
-    text = f"Reward of every trial of `aisp tune` on {source.trials['tune']['prompts']} other prompts by one setting "
+    text = f"Reward of every trial of `aisp tune` on {contents.trials['tune']['prompts']} other prompts by one setting "
     text += "at a time, the others varying with it; bars are 95 % intervals, the upright line marks the chosen value."
     return Section("Sensitivity", text, panels)
 
@@ -357,20 +272,34 @@ def _tried(name: str, setting: str, x: np.ndarray, y: np.ndarray, best: float, h
     return Panel(panel(draw, setting, "reward", name), f"{name}, reward by {setting}: {told}.")
 
 
-def _machine(source: Source, look: Mapping[str, Look]) -> Section:
-    reasons = sorted({reason for seeds in source.arms.values() for seed in seeds for reason in seed.table.finish})
+def _machine(contents: Contents, look: Looks) -> Section:
+    """How answers end, and the pace of each arm's machines."""
+    every = {
+        name: [end for c in seeds for end in c.about("finish_reason", contents.ids)]
+        for name, seeds in contents.arms.items()
+    }
+    reasons = sorted(set().union(*every.values()))
     rows = [["", *(f"ends by {reason}" for reason in reasons), "samples / s", "tokens / s", "idle time"]]
-    for name, seeds in source.arms.items():
-        ends = sum((seed.table.finish for seed in seeds), start=type(seeds[0].table.finish)())
-        row = [name, *(f"{ends[reason] / ends.total():.1%}" for reason in reasons)]
-        lines = [seed.metrics for seed in seeds if seed.metrics and seed.metrics.get("seconds")]
-        seconds = sum(line["seconds"] for line in lines)
-        row += [f"{sum(ln[key] for ln in lines) / seconds:.1f}" if lines else "" for key in ("samples", "tokens")]
+    for name, seeds in contents.arms.items():
+        lines = [line for c in seeds for line in log.commands(c.output.place)]
+        seconds = sum(log.seconds(c.output.place) or 0.0 for c in seeds)
+        row = [name, *(f"{every[name].count(reason) / len(every[name]):.1%}" for reason in reasons)]
+        row += [f"{sum(line[key] for line in lines) / seconds:.1f}" if seconds else "" for key in ("samples", "tokens")]
         idle = lines[-1].get("idle") or {} if lines else {}
         rows.append([*row, ", ".join(f"{actor} {share:.0%}" for actor, share in idle.items() if share is not None)])
-    text = "How selected answers end, and what the machines did in the last command of each arm; idle time is that of "
-    text += "the last seed. Arms as short as a pilot's are mostly start and end."
+    text = (
+        "How selected answers end, and the pace over all commands that filled each arm; idle time is that of the last. "
+    )
+    text += "Arms as short as a pilot's are mostly start and end."
     return Section("Answers and machines", text, table=rows)
 
 
-_SECTIONS = (_progress, _budget, _batched, _tradeoff, _distribution, _control, _sensitivity, _machine)
+_SECTIONS: tuple[Callable[[Contents, Looks], Section], ...] = (
+    _progress,
+    _budget,
+    _tradeoff,
+    _distribution,
+    _control,
+    _sensitivity,
+    _machine,
+)

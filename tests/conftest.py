@@ -15,8 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads th
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if not Path("/dev/nvidiactl").exists():  # no GPU: Triton's kernels by its interpreter
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -104,8 +104,8 @@ class Watched(Engine):
         states, self.batch.states = self.batch.states, self._states  # type: ignore[method-assign]
         self._real_states = states
 
-    def _states(self, attend: Any, first: bool) -> torch.Tensor:
-        z_BD = self._real_states(attend, first)
+    def _states(self, attend: Any) -> torch.Tensor:
+        z_BD = self._real_states(attend)
         for slot, row in enumerate(self.rows):
             if row:
                 round, step = row.job.round, int(self.batch.rows_BF[slot, STEP])

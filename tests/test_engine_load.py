@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from aisp_dist import demo, rewards
 from aisp_dist.config import ConfigError, Generator, ModelReward
-from aisp_dist.engine import blocks, model
+from aisp_dist.engine import kv, model
 from aisp_dist.engine.decode import Engine
 from aisp_dist.records import BASE_ITERATION, Round, Sampling
 
@@ -52,8 +52,8 @@ def test_a_family_beside_the_attention_interface_is_refused(family: str, tmp_pat
 
 def test_a_wrong_attention_is_caught_by_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Argmax agreement can be blind to it; hidden states are not."""
-    merge = blocks.merge
-    monkeypatch.setattr(blocks, "merge", lambda first, second: merge((first[0] * 0.9, first[1]), second))
+    merge = kv.merge
+    monkeypatch.setattr(kv, "merge", lambda first, second: merge((first[0] * 0.9, first[1]), second))
     with pytest.raises(model.Unsupported, match="hidden states differ"):
         model.adapt(tiny.causal("llama"), tiny.tokenizer())
 

@@ -15,7 +15,7 @@ import slow_path
 import tiny
 import torch
 
-from aisp_dist.engine import blocks, model
+from aisp_dist.engine import kv, model
 from aisp_dist.records import BASE_ITERATION, Rollout, Round, Sampling, TopP
 
 STEPS = 8
@@ -114,7 +114,7 @@ def test_alone_or_in_any_company(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_over_several_blocks_of_a_suffix(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in differing blocks, and, with a window of 8, rows that see nothing of the blocks before theirs."""
-    monkeypatch.setattr(blocks, "_BLOCK", 32)
+    monkeypatch.setattr(kv, "_BLOCK", 32)
     lm = model.adapt(tiny.causal(family), tiny.tokenizer())
     steps, expected = 70, {}
     some = [dataclasses.replace(round, trace=(), iteration=0) for round in (rounds()[0], rounds()[3])]

@@ -65,14 +65,9 @@ def test_given_tokens_come_first_and_others_follow(lm: model.LM, sampling: Sampl
 
 
 @samplings
-@pytest.mark.parametrize("stride", [1, 8])
-def test_the_likelihood_is_the_base_models_whatever_drew_the_tokens(
-    lm: model.LM, sampling: Sampling, stride: int
-) -> None:
-    """stride: steps until the host looks; a row that ended in between waits for it."""
+def test_the_likelihood_is_the_base_models_whatever_drew_the_tokens(lm: model.LM, sampling: Sampling) -> None:
     sampling = dataclasses.replace(sampling, likelihood=True)
     one = engine(lm)
-    one.stride = stride
     starts = ((), (11, 12), (), (14,))
     (rollout,) = one.run([Round(5, "p", PROMPT, 0, 0, 4, sampling, starts=starts)])
     for trajectory in rollout.trajectories:

@@ -1,11 +1,13 @@
-"""Attention over a shared prefix, behind transformers' AttentionInterface: a function of ours that a running pass
-parametrises, so that no family needs code of its own. Owns masking, windows, softcaps, sinks and the merge of parts by
-log-sum-exp. Knows nothing of rows, prompts' ids, noise or tokens.
+"""Attention over a shared prefix, behind transformers' AttentionInterface. One registered function receives queries,
+keys and values from every layer of every model family and hands them to the pass that is running, so no family needs
+code of its own. Owns masks, windows, softcaps, sinks and the merge of attention parts by log-sum-exp. Knows nothing of
+rows, prompt ids, noise or tokens.
 
-Here: what a pass is, attention over a part of the keys, how parts merge, and the pass over one whole sequence. The pass
-of many rows over shared prefixes is blocks.py (CPU) or pages.py (GPU).
+Three passes exist: over one whole sequence (`Dense`, below), over one new token of every row (kv.py), and over the rows
+of a scoring batch (rewards/prefix.py).
 
-Shapes: H query heads, K key-value heads, G = H / K, L keys, T queries, C head size.
+Shapes: H query heads, K key-value heads, G = H / K query heads of each, L keys, T queries, C head size; in
+`attend_part` X and Y are any two batch dimensions.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ import torch
 from transformers import AttentionInterface
 
 NAME = "aisp_shared_prefix"
-# Ragged shapes take other kernels, and unaligned ones other paths through them, with other bits: queries that meet a
-# prefix, tokens of a dense pass, rows and blocks of a suffix all come in multiples of this.
+# Ragged and unaligned shapes take other paths through the operators and give other bits. So queries to a prefix, tokens
+# of a dense pass, rows, and the steps of a block all come in multiples of this.
 TILE = 32
 CHUNK = 512  # queries of a dense pass at a time, to bound its masks and scores
 
-# Relative distance of hidden states between transformers' attention and ours: rounding stays far below, a wrong model
-# far above.
+# Largest relative distance of hidden states between transformers' attention and ours. Rounding stays far below it, a
+# wrong model far above.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -35,8 +37,8 @@ KV = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """How one layer attends: its index, scale of the scores, sliding window (keys, its own included), softcap of the
-    scores, and sink logits [H]."""
+    """How one layer attends. scaling: factor of the scores; window: keys that a query sees, its own included, None for
+    all earlier ones; softcap: of the scores; sinks: their logits [H]."""
 
     index: int
     scaling: float
@@ -51,7 +53,7 @@ _running: ContextVar[Pass | None] = ContextVar("aisp attention pass", default=No
 
 @contextmanager
 def running(attend: Pass) -> Iterator[None]:
-    """Inside, every adapted model attends by this pass."""
+    """Inside this context, every adapted model attends by this pass."""
     token = _running.set(attend)
     try:
         yield
@@ -60,8 +62,8 @@ def running(attend: Pass) -> Iterator[None]:
 
 
 def misfit(layers: Sequence[Layer], config: Any) -> str:
-    """What is wrong with the layers that attended in one forward of a probe, whose tokens are too few to reach most
-    windows: every layer must once, in order, by its configured window. Empty: nothing."""
+    """What is wrong with the layers that attended in one forward pass, "" if nothing: every layer must attend once, in
+    order, with its configured window. A probe has too few tokens to see a wrong window in the numbers."""
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
     if [layer.index for layer in layers] != list(range(len(kinds))):
@@ -86,7 +88,7 @@ def _interface(
 ) -> tuple[torch.Tensor, None]:
     attend = _running.get()
     if attend is None:
-        raise RuntimeError("this model belongs to the decode engine and builds no masks of its own: load another copy")
+        raise RuntimeError("this model was taken over by the engine and builds no masks of its own; load another copy")
     layer = Layer(module.layer_idx, scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
     return attend(layer, query, key, value).transpose(1, 2).to(query.dtype).contiguous(), None
 
@@ -95,23 +97,28 @@ AttentionInterface.register(NAME, _interface)
 
 
 class Mask(NamedTuple):
-    """Which keys queries see: `bias` [X or 1, 1, T, *] is 0 where seen and -inf where not, in the queries' dtype;
-    `blind` [X or 1, 1, T] marks queries that see none, None where there are no such."""
+    """Which keys the queries see. bias: [X or 1, 1, T, L], 0 where a key is seen and -inf where not, in the queries'
+    dtype. blind: [X or 1, 1, T], True for a query that sees no key; None if every query sees one."""
 
     bias: torch.Tensor
     blind: torch.Tensor | None
 
 
 def mask(seen: torch.Tensor, dtype: torch.dtype) -> Mask:
-    """From what is seen [..., T, *]."""
+    """The mask in which key l is seen by query t where seen [..., T, L] is True."""
     bias = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -math.inf)
     return Mask(bias, ~seen.any(-1))
 
 
+def fused(layer: Layer, device: torch.device) -> bool:
+    """Whether attention runs as PyTorch's fused operator, which exists on CPUs and has no softcap."""
+    return device.type == "cpu" and layer.softcap is None
+
+
 def attend_part(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None) -> KV:
-    """Softmax attention over a part of the keys: fp32 output [X, Y, T, C] and log-sum-exp [X, Y, T]. A query that sees
-    no key of this part gets 0 and -inf. q [X, Y, T, C]; k, v [X, Y, *, C]."""
-    if q.device.type == "cpu" and layer.softcap is None:
+    """Softmax attention over a part of the keys: output [X, Y, T, C] in fp32 and log-sum-exp [X, Y, T]. A query that
+    sees no key of this part gets 0 and -inf. q [X, Y, T, C]; k, v [X, Y, L, C]."""
+    if fused(layer, q.device):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=mask.bias if mask else None, scale=layer.scaling
         )
@@ -136,15 +143,15 @@ def seen(at: torch.Tensor, to: torch.Tensor, window: int | None) -> torch.Tensor
 
 
 def merge(first: KV, second: KV) -> KV:
-    """Attention over the union of two disjoint parts. A part that a query does not see (-inf) changes no bit of the
-    other's."""
+    """Attention over the union of two disjoint parts of the keys. A part that a query does not see (log-sum-exp -inf)
+    changes no bit of the other part's output."""
     (out1, lse1), (out2, lse2) = first, second
     share = torch.sigmoid(torch.nan_to_num(lse1 - lse2, nan=0.0, posinf=math.inf, neginf=-math.inf))
     return torch.lerp(out2, out1, share[..., None]), torch.logaddexp(lse1, lse2)
 
 
 def sink(layer: Layer, part: KV) -> torch.Tensor:
-    """The output once the layer's sinks (keys with value 0) have taken their share; heads [K, G] are dims 1, 2."""
+    """The output once the layer's sinks (keys with value 0) have their share of the weights; dims 1, 2 are [K, G]."""
     out, lse = part
     if layer.sinks is None:
         return out
@@ -154,8 +161,8 @@ def sink(layer: Layer, part: KV) -> torch.Tensor:
 
 @dataclass
 class Dense:
-    """Causal attention of one whole sequence [1, H, T, C]. With `keep`, leaves in `kv` what a suffix of its first
-    `length` tokens (the others are padding) can still see."""
+    """Causal attention of one whole sequence [1, H, T, C], of which the first `length` tokens are not padding. With
+    `keep`, `kv` holds afterwards the keys and values [K, L, C] by layer that later tokens can still see."""
 
     length: int
     keep: bool = False
@@ -163,7 +170,7 @@ class Dense:
 
     def __call__(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         heads, kv_heads, length = q.shape[1], k.shape[1], q.shape[2]
-        if self.keep:  # at least one key: no kernel takes none
+        if self.keep:  # at least one key: the operators take no empty part
             first = 0 if layer.window is None else max(0, self.length - max(layer.window, 2) + 1)
             self.kv.append((k[0, :, first : self.length].clone(), v[0, :, first : self.length].clone()))
         q_KGTC = q.view(kv_heads, heads // kv_heads, length, -1)
@@ -182,11 +189,9 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """A prefilled prompt: its keys and values [K, L, C] by layer (a sliding layer keeps what a suffix can still see),
-    its length in tokens, and z_0 [D], the last hidden state at its last position. In pages, kv is empty and `line` says
-    where they are."""
+    """A prefilled prompt. kv: keys and values [K, L, C] by layer, of which a layer with a sliding window keeps what a
+    suffix can still see. length: in tokens. z_D: z_0, the last hidden state at the prompt's last position."""
 
     kv: list[KV]
     length: int
     z_D: torch.Tensor
-    line: int = -1

@@ -1,12 +1,13 @@
-"""The decode engine: trajectories of many rounds in a batch of rows that never changes its size. Owns the slots, the
-prefilled prompts and who runs next. Knows nothing of rewards, Ray or how rounds are chosen.
+"""The decode engine: decodes the trajectories of many rounds in a batch of fixed size. Owns the slots, the prefilled
+prompts and the order in which trajectories run. Knows nothing of rewards, Ray or how rounds are chosen.
 
     submit -> waiting trajectories -> step: admit, prefill, one token for every row (step.py), retire -> Rollout
 
-A row is a slot; a finished trajectory makes room for the next, of any prompt, at once. A trajectory's bits depend on
-its Round, the model and the number of rows, never on what else is in flight (blocks.py says how). One thread only.
+A row is a trajectory in a slot. When it ends, the next waiting trajectory, of any prompt, takes its slot at once. A
+trajectory's bits depend on its Round, the model and the number of slots, never on what else is in flight (kv.py says
+why). An engine must be used from one thread only.
 
-Shapes: D hidden size, T steps (max_new_tokens).
+Shapes: B rows, D hidden size, V vocabulary, T steps (max_new_tokens).
 """
 
 from __future__ import annotations
@@ -17,26 +18,23 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from aisp_dist.data.detokenize import text_after
 from aisp_dist.engine import attention, memory, noise
 from aisp_dist.engine.admissible import check
-from aisp_dist.engine.blocks import Blocks
 from aisp_dist.engine.control import Control, cost, rebuild
 from aisp_dist.engine.guide import Guide, Unscored, choose
 from aisp_dist.engine.lm import LM
-from aisp_dist.engine.step import ENDED, FINITE, STEP, Batch, Replay, Seat
+from aisp_dist.engine.step import ENDED, FINITE, Batch, Seat
 from aisp_dist.records import Ascent, Finish, Rollout, Round, TokenReward, Trajectory
 
-_STRIDE = 8  # steps of a GPU before the host looks: rows that end in between wait for it
 _HEAD_ROWS = 256  # positions per head product in nll, to bound the logits
 
 
 class DecodeError(RuntimeError):
-    """A round that cannot be finished, for a reason that a repetition would reproduce; it is out of the engine."""
+    """A round that cannot be finished, for a reason that decoding it again would reproduce. It has left the engine."""
 
     def __init__(self, round: Round, reason: str) -> None:
         super().__init__(f"prompt {round.prompt_id!r}, iteration {round.iteration}: {reason}")
@@ -45,18 +43,20 @@ class DecodeError(RuntimeError):
 
 @dataclass(eq=False)
 class _Prompt:
-    """What iterations of a prompt share: its prefix, and the control of the last one."""
+    """What the rounds of a prompt share. age: smaller for older prompts; prefix: None until prefilled; control: of the
+    latest round; rounds: number in flight, 0 for an idle prompt."""
 
     tokens: tuple[int, ...]
-    age: int  # older prompts have smaller ones
+    age: int
     prefix: attention.Prefix | None = None
     control: Control | None = None
-    rounds: int = 0  # in flight; at 0 the prompt is idle
+    rounds: int = 0
 
 
 @dataclass(eq=False)
 class _Job:
-    """A round in flight. line: of its control in the batch, from its first row to its last."""
+    """A round in flight. key: of its noise; line: of its control in the batch, 0 for none; done: finished trajectories
+    by sample."""
 
     round: Round
     prompt: _Prompt
@@ -68,7 +68,7 @@ class _Job:
 
 @dataclass(eq=False)
 class Row:
-    """A trajectory, waiting or in a slot. age: of its prompt, then its own. length: its tokens so far."""
+    """A trajectory, waiting or in a slot. age: its prompt's, then its own; length: its tokens so far."""
 
     age: tuple[int, int]
     job: _Job
@@ -79,11 +79,14 @@ class Row:
 class Engine:
     """Decodes rounds with one model.
 
-    batch_rows: rows decoded together, rounded up to a multiple of 32. max_new_tokens: tau. stop: strings that end a
-    response; one that is a special token of the tokenizer ends it as an end token does. idle_tokens: prompts without a
-    round in flight stay prefilled, the most recently used first, up to this many tokens in all (default: 16,384 on a
-    CPU; on a GPU until their pages are needed). prompt_tokens: of all prompts held; default: as many as memory takes.
-    guide: what rounds with a guide are moved by; all that ascend are to do so alike.
+    batch_rows: slots, rounded up to a multiple of 32. max_new_tokens: T. stop: strings that end a response; one that is
+    a special token of the tokenizer acts as an end token. idle_tokens: prompts without a round in flight stay
+    prefilled up to this many tokens in all, the most recently used first. prompt_tokens: tokens of all prefilled
+    prompts; default: as many as fit into memory. guide: what moves the rounds that have a guide.
+
+    steps, row_steps: steps taken so far, and tokens that trajectories got in them.
+
+    Raises ConfigError if the slots and one full prompt do not fit into memory.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Engine:
         batch_rows: int,
         max_new_tokens: int,
         stop: Sequence[str] = (),
-        idle_tokens: int | None = None,
+        idle_tokens: int = 1 << 14,
         prompt_tokens: int | None = None,
         guide: Guide | None = None,
     ) -> None:
@@ -100,25 +103,23 @@ class Engine:
         special = {t.content: i for i, t in lm.tokenizer.added_tokens_decoder.items() if t.special}
         self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
         self.stop = tuple(s for s in stop if s not in special)
-        self.rows: list[Row | None] = [None] * (batch_rows + -batch_rows % attention.TILE)
-        self.batch = Batch(lm, len(self.rows), max_new_tokens, self.end_ids, self.guide.value)
-        self.kv = memory.store(lm, len(self.rows), max_new_tokens, prompt_tokens)
-        kept = 1 << 14 if isinstance(self.kv, Blocks) else self.kv.capacity
-        self.idle_tokens = kept if idle_tokens is None else idle_tokens
-        self.replay = None if isinstance(self.kv, Blocks) else Replay(self.batch, self.kv)
-        self.stride = _STRIDE if self.replay else 1
+        num_rows = batch_rows + -batch_rows % attention.TILE
+        self.kv = memory.kv_cache(lm, num_rows, max_new_tokens, prompt_tokens)
+        self.rows: list[Row | None] = [None] * num_rows
+        self.batch = Batch(lm, num_rows, max_new_tokens, self.end_ids, self.guide.value)
+        self.idle_tokens = idle_tokens
         self.prompts: OrderedDict[Hashable, _Prompt] = OrderedDict()
-        self.steps = self.row_steps = 0  # taken so far, and tokens they kept
+        self.steps = self.row_steps = 0
         self._waiting: list[tuple[tuple[int, int], Row]] = []  # a heap by age
         self._age = itertools.count()
         self._jobs: list[_Job] = []
         self._finished: list[tuple[Round, Rollout]] = []
         self._broken: list[DecodeError] = []
-        self._unscored: list[DecodeError] = []  # of the step that is being taken
+        self._unscored: list[DecodeError] = []  # in the step that is being taken
 
     @property
     def busy(self) -> bool:
-        """Whether a step has something to do or to hand out."""
+        """Whether a step has something to do or to return."""
         return bool(self._jobs or self._finished or self._broken)
 
     def submit(self, round: Round) -> None:
@@ -136,8 +137,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Round, Rollout]]:
-        """One token for every row, on a GPU several; returns the rounds that this completed. Raises DecodeError for a
-        round that must be given up; the others go on with the next call."""
+        """Decodes one token of every row; returns the rounds that this completed. Raises DecodeError for a round that
+        cannot be finished; the next call goes on with the others."""
         self._admit()
         if any(self.rows):
             self._decode()
@@ -147,18 +148,22 @@ class Engine:
                     self._leave(job)
             self._unscored.clear()
             self._retire()
-        return self._hand_out()
+        if self._broken:
+            raise self._broken.pop()
+        finished, self._finished = self._finished, []
+        return finished
 
     @torch.inference_mode()
     def cancel(self, round: Round) -> None:
-        """Forgets a round, in flight or not handed out yet; its rows are free at the next step."""
+        """Forgets a round that is in flight or not returned yet. The next step gives its slots to others."""
         self._finished = [entry for entry in self._finished if entry[0] != round]
         self._broken = [error for error in self._broken if error.round != round]
         for job in [job for job in self._jobs if job.round == round]:
             self._leave(job)
 
     def run(self, rounds: Iterable[Round]) -> list[Rollout]:
-        """Decodes rounds to their end, in an engine that has nothing else in flight; answers in their order."""
+        """Decodes rounds to their end and returns their rollouts in order. Raises RuntimeError if anything else is in
+        flight."""
         if self.busy:
             raise RuntimeError("the engine is busy: finish or cancel its rounds before run()")
         rounds = list(rounds)
@@ -171,7 +176,8 @@ class Engine:
 
     @torch.inference_mode()
     def nll(self, prompt_tokens: Sequence[int], response_tokens: Sequence[int]) -> float:
-        """Mean negative log-likelihood of the response under the base model, in nats per token."""
+        """Mean negative log-likelihood of the response under the base model, in nats per token. Raises ValueError if
+        either has no token."""
         if not prompt_tokens or not response_tokens:
             raise ValueError("nll needs at least one prompt token and one response token")
         z_TD, _ = self.lm.dense((*prompt_tokens, *response_tokens[:-1]))
@@ -182,8 +188,8 @@ class Engine:
         return -float(torch.stack(total).sum()) / len(response_tokens)
 
     def _admit(self) -> None:
-        """Waiting trajectories into free slots, those of the oldest prompt first: so prompts are finished one after the
-        other, and a kill finds few of them half done."""
+        """Puts waiting trajectories into free slots, those of the oldest prompt first, so that prompts finish one after
+        the other and a killed process leaves few of them half done."""
         seats = []
         for slot, row in enumerate(self.rows):
             if row is None and self._waiting:
@@ -201,26 +207,19 @@ class Engine:
             self.batch.seat(seats)
 
     def _room(self, prompt: _Prompt) -> bool:
-        """Whether the prompt's next row can be seated, in place of prefixes that no row uses if need be."""
-        while not self.kv.room(0 if prompt.prefix else len(prompt.tokens)):
-            if not self._forget(keep=prompt):
+        """Whether the prompt is prefilled or has room to be. Drops prefixes that no row uses to make room."""
+        while not prompt.prefix and not self.kv.room(len(prompt.tokens)):
+            if not self._evict():
                 return False
         return True
 
-    def _forget(self, keep: _Prompt | None = None) -> bool:
-        """Drops a prefix that no row uses; an idle prompt's, least recently used, before one with rounds in flight."""
+    def _evict(self) -> bool:
+        """Drops the least recently used prefix that no row uses, idle prompts' first. False if there is none."""
         seated = {id(row.job.prompt) for row in self.rows if row}
-        for in_flight in (False, True):
-            for prompt in self.prompts.values():
-                if (
-                    prompt.prefix
-                    and bool(prompt.rounds) == in_flight
-                    and prompt is not keep
-                    and id(prompt) not in seated
-                ):
-                    self._drop(prompt)
-                    return True
-        return False
+        unused = [prompt for prompt in self.prompts.values() if prompt.prefix and id(prompt) not in seated]
+        if unused:
+            self._drop(min(unused, key=lambda prompt: prompt.rounds > 0))
+        return bool(unused)
 
     def _drop(self, prompt: _Prompt) -> None:
         if prompt.prefix:
@@ -228,31 +227,22 @@ class Engine:
             prompt.prefix = prompt.control = None
 
     def _decode(self) -> None:
-        """`stride` tokens for every row. Where memory ends, the youngest trajectory starts again later; the oldest one
-        fits by itself (`check`)."""
-        while not self.kv.reserve([min(r.length + self.stride, self.max_new_tokens) if r else 0 for r in self.rows]):
-            if not self._forget():
-                _, slot = max((row.age, slot) for slot, row in enumerate(self.rows) if row)
-                self._suspend(slot)
+        """One token for every row."""
         samplings = [row.job.round.sampling for row in self.rows if row]
-        kind: dict[str, Any] = {
-            "controlled": any(sampling.sigma2 for sampling in samplings),
-            "drawn": any(sampling.decode for sampling in samplings),
-            "measured": any(sampling.likelihood for sampling in samplings),
-            "ascent": next((s.guide for s in samplings if isinstance(s.guide, Ascent)), None),
-        }
-        chosen = any(isinstance(sampling.guide, TokenReward) for sampling in samplings)
-        steps = 1 if chosen else self.stride  # the host is part of such a step
-        for _ in range(steps):
-            if self.replay and not chosen:
-                self.replay(**kind)
-            else:
-                first = self.stride == 1 and not any(row.length for row in self.rows if row)
-                self.batch.step(self.kv.attend, first=first, choose=self._choose if chosen else None, **kind)
-        self.steps += steps
+        lengths = [row.length if row else 0 for row in self.rows]
+        self.batch.step(
+            # A step passes the token before the one it decodes through the model; a row's first step has none.
+            self.kv.attend([max(length - 1, 0) for length in lengths]) if any(lengths) else None,
+            controlled=any(sampling.sigma2 for sampling in samplings),
+            drawn=any(sampling.decode for sampling in samplings),
+            measured=any(sampling.likelihood for sampling in samplings),
+            ascent=next((s.guide for s in samplings if isinstance(s.guide, Ascent)), None),
+            choose=self._choose if any(isinstance(s.guide, TokenReward) for s in samplings) else None,
+        )
+        self.steps += 1
 
     def _choose(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
-        """The tokens, with those of rows that a reward chooses in place. One without a reward is broken."""
+        """The tokens [B], those of rows under ARGS chosen by reward. A row that gets no reward breaks its round."""
         assert self.guide.judge is not None
         token_B = token_B.clone()
         for slot, row in enumerate(self.rows):
@@ -266,15 +256,9 @@ class Engine:
                     self._unscored.append(DecodeError(row.job.round, str(error)))
         return token_B
 
-    def _suspend(self, slot: int) -> None:
-        if row := self.rows[slot]:
-            self.row_steps -= row.length
-            row.length = 0
-            heapq.heappush(self._waiting, (row.age, row))
-            self._clear([slot])
-
     def _prefill(self, job: _Job) -> attention.Prefix:
-        """The prompt's prefix, computed alone and once for all its rows and iterations, and the round's control."""
+        """The prompt's prefix, computed alone and once for all its rows and iterations; and the round's control, into
+        the job."""
         prompt = job.prompt
         if prompt.prefix is None:
             z_TD, dense = self.lm.dense(prompt.tokens, keep=True)
@@ -287,30 +271,25 @@ class Engine:
         return prompt.prefix
 
     def _retire(self) -> None:
-        """Trajectories that end leave their slots, completed rounds leave the engine."""
-        for slot, (step, ended, finite) in enumerate(self.batch.rows_BF[:, [STEP, ENDED, FINITE]].tolist()):
+        """Takes trajectories that ended out of their slots, and gives up rounds whose logits are not finite."""
+        for slot, (ended, finite) in enumerate(self.batch.rows_BF[:, [ENDED, FINITE]].tolist()):
             row = self.rows[slot]
             if row is None:
                 continue
-            length = step if ended else step - 1
+            row.length += 1
             if not finite:
-                reason = f"the logits of sample {row.sample} are not finite at token {length}"
+                reason = f"the logits of sample {row.sample} are not finite at token {row.length}"
                 self._broken.append(DecodeError(row.job.round, f"{reason}; lower method.sigma2 or use a wider dtype"))
                 self._leave(row.job)
                 continue
+            self.row_steps += 1
             if ended or self.stop:
-                tokens: list[int] = self.batch.tokens_BT[slot, :length].tolist()
-                known = row.length if self.stop else length - 1
-                for end in range(known + 1, length + 1):
-                    if ending := self._ending(row, tokens[:end]):
-                        length = end
-                        self._complete(slot, row, tokens[:end], *ending)
-                        break
-            self.row_steps += length - row.length
-            row.length = length
+                tokens: list[int] = self.batch.tokens_BT[slot, : row.length].tolist()
+                if ending := self._ending(row, tokens):
+                    self._complete(slot, row, tokens, *ending)
 
     def _complete(self, slot: int, row: Row, tokens: list[int], finish: Finish, text: str) -> None:
-        """A row's trajectory into its round, which leaves with the last one."""
+        """Files a row's trajectory, and its round if this is the last one."""
         job, costs = row.job, (0.0, 0.0)
         if job.control and job.round.trace:
             dots: list[float] = self.batch.dots_BT[slot, : len(tokens)].tolist()
@@ -327,7 +306,7 @@ class Engine:
             self._finished.append((job.round, Rollout(trajectories, job.control.u_sq if job.control else 0.0)))
 
     def _ending(self, row: Row, tokens: list[int]) -> tuple[Finish, str] | None:
-        """Why a trajectory of these tokens ends, and its text; None if it goes on."""
+        """Why a trajectory of these tokens ends, and its text; None if it does not end."""
         prompt_tokens = row.job.round.prompt_tokens
         if tokens[-1] in self.end_ids:
             return "stop", text_after(self.lm.tokenizer, prompt_tokens, tokens[:-1])
@@ -347,7 +326,7 @@ class Engine:
             self.kv.leave(slot)
 
     def _leave(self, job: _Job) -> None:
-        """Ends a job's stay; idle prompts beyond `idle_tokens` are forgotten, the least recently used first."""
+        """Removes a job and its rows; forgets idle prompts beyond `idle_tokens`, the least recently used first."""
         self._jobs.remove(job)
         self._waiting = sorted(entry for entry in self._waiting if entry[1].job is not job)
         self._clear([slot for slot, row in enumerate(self.rows) if row and row.job is job])
@@ -359,13 +338,7 @@ class Engine:
             idle += 0 if prompt.rounds else len(prompt.tokens)
             controls += prompt.control is not None and not prompt.rounds
             if not prompt.rounds and controls > len(self.rows) // 4:
-                prompt.control = None  # rebuilt from the trace
+                prompt.control = None  # the next round rebuilds it from its trace
             if not prompt.rounds and idle > self.idle_tokens:
                 self._drop(prompt)
                 del self.prompts[key]
-
-    def _hand_out(self) -> list[tuple[Round, Rollout]]:
-        if self._broken:
-            raise self._broken.pop()
-        finished, self._finished = self._finished, []
-        return finished

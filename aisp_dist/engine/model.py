@@ -20,8 +20,9 @@ from transformers.utils import ModelOutput
 
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.data.chat import end_of_turn
-from aisp_dist.engine import attention, memory, quantized, sizes
+from aisp_dist.engine import attention, quantized, sizes
 from aisp_dist.engine.checkpoints import locate
+from aisp_dist.engine.kv import KVCache
 from aisp_dist.engine.lm import LM, Heads
 
 _PROBE_TOKENS = 24
@@ -238,12 +239,10 @@ def _in_parts(lm: LM, tokens: tuple[int, ...]) -> torch.Tensor:
     """z [T, D], the first half of the tokens prefilled, the others one by one as a suffix of it."""
     first = len(tokens) // 2
     z_TD, dense = lm.dense(tokens[:first], keep=True)
-    kv = memory.store(lm, attention.TILE, len(tokens), 4 * len(tokens))
+    kv = KVCache(attention.TILE, len(tokens), len(tokens))
     kv.seat(0, kv.keep(dense, z_TD[-1]))
     states = [z_TD]
     for at, token in enumerate(tokens[first:]):
-        kv.reserve([at + 1, *[0] * (attention.TILE - 1)])
-        at_B = torch.full((attention.TILE,), at, device=lm.device)
-        ids_B1 = torch.full_like(at_B, token)[:, None]
-        states.append(lm.states(kv.attend(at_B), ids_B1, at_B[:, None] + first)[0])
+        ids_B1, positions_B1 = (torch.full((attention.TILE, 1), x, device=lm.device) for x in (token, first + at))
+        states.append(lm.states(kv.attend([at] * attention.TILE), ids_B1, positions_B1)[0])
     return torch.cat(states)

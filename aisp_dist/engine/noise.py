@@ -1,13 +1,15 @@
-"""Keyed Gaussian noise: every number is a pure function of (seed, prompt, iteration, sample, step, coordinate), so any
-machine can draw any part of it again, in any order. Owns the normal table and the covariance over time.
+"""Keyed Gaussian noise. Every number is a pure function of (seed, prompt, iteration, sample, step, coordinate), so any
+machine can draw any part of it again, in any order, with the same bits on every device. Owns the normal table and the
+covariance over time.
 
 Whitened coordinates. Each noise kind is a causal linear filter L of white noise e_t ~ N(0, sigma^2 I):  eps = L e. The
-control is kept as m with u = L m, so v = u + eps = L (m + e): the filter runs once, on the sum. Since L is lower
+control is kept as m with u = L m, so v = u + eps = L (m + e) and the filter runs once, on the sum. Since L is lower
 triangular, for the first T steps of any kind
 
     u' Sigma^-1 v = sum_{t<=T} m_t . (m_t + e_t) / sigma^2      KL(Q_u || P) = sum_t |m_t|^2 / (2 sigma^2)
 
-so the penalty of (18), its Rao-Blackwell form and the update are the same lines for every covariance.
+so the penalty of (18), its Rao-Blackwell form and the update are the same code for every covariance. Equation numbers:
+Kanai et al., arXiv 2510.26219.
 
 Shapes: N rows, T steps (max_new_tokens), D hidden size.
 """
@@ -31,18 +33,15 @@ __all__ = ["Filter", "normal_table", "prompt_key", "sample_word", "time_filter",
 
 @functools.cache
 def normal_table(device: torch.device | str = "cpu") -> torch.Tensor:
-    """[65536] fp32 quantiles of the standard normal at midpoints, scaled to unit variance; its tail ends at 4.33."""
+    """Quantiles of the standard normal at 65,536 midpoints, fp32, scaled to unit variance. The largest is 4.33."""
     grid = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
     table: torch.Tensor = torch.special.ndtri(grid)
     return (table / table.square().mean().sqrt()).float().to(device)
 
 
 def white(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor, dim: int) -> torch.Tensor:
-    """Unit white noise: key [..., 2], step [...] from 1, sample word [...], all int64, to fp32 [..., dim]."""
-    if key.is_cuda:
-        from aisp_dist.engine import noise_kernel
-
-        return noise_kernel.white(key, step, sample, dim, normal_table(key.device))
+    """White noise of unit variance, fp32 [..., dim]. key [..., 2]: of the prompt; step [...]: from 1; sample [...]: the
+    sample word; all int64."""
     blocks = torch.arange((dim + 7) // 8, device=key.device)
     words = philox4x32(
         [blocks, step[..., None], sample[..., None], torch.full_like(step[..., None], NOISE)],
@@ -54,7 +53,7 @@ def white(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor, dim: int)
 
 
 def uniform(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """fp64 uniforms in (0, 1) with 32 bits, for drawing tokens; shapes as `white` without the last dimension."""
+    """Uniforms in (0, 1) with 32 random bits, fp64 [...], for drawing tokens. Arguments as in `white`."""
     counter = [torch.zeros_like(step), step, sample, torch.full_like(step, UNIFORM)]
     u: torch.Tensor = (philox4x32(counter, [key[..., 0], key[..., 1]])[0].double() + 0.5) / 2**32
     return u
@@ -64,7 +63,7 @@ def uniform(key: torch.Tensor, step: torch.Tensor, sample: torch.Tensor) -> torc
 class Filter:
     """L as a recursion over steps, from state 0:  v_t = feed_t * state + gain_t * x_t;  state = keep * state + v_t.
 
-    feed, gain: [T] fp32. Where gain is 0 there is no white coordinate at that step (`shared` has one only, at t = 1).
+    feed, gain: [T] fp32. A step whose gain is 0 has no white coordinate (`shared` has one only, at t = 1).
     """
 
     feed: torch.Tensor
@@ -72,15 +71,17 @@ class Filter:
     keep: float
 
     def step(self, x_ND: torch.Tensor, state_ND: torch.Tensor, t_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step for rows at (1-based) steps t_N: white input m_t + e_t to (v_t, next state)."""
+        """One step of rows at steps t_N, from 1: the input m_t + e_t gives v_t and the next state."""
         v_ND = self.feed[t_N - 1, None] * state_ND + self.gain[t_N - 1, None] * x_ND
         return v_ND, (self.keep * state_ND + v_ND if self.keep else v_ND)
 
 
 def time_filter(sampling: Sampling, num_steps: int, device: torch.device | str = "cpu") -> Filter:
-    """The filter of a noise kind with unit variance at every step. ar1: eps_t = rho eps_{t-1} + sqrt(1-rho^2) eta_t.
-    mixture: sqrt(a) c + sqrt(1-a) eta_t, written causally: the mean of eps_t given the past is c_t sum_{s<t} eps_s with
-    c_t = a / (1 - a + a (t-1)). shared is the mixture with a = 1: one vector for all t."""
+    """The filter of a noise kind, with unit variance at every step.
+
+    ar1: eps_t = rho eps_{t-1} + sqrt(1 - rho^2) eta_t. mixture: eps_t = sqrt(a) c + sqrt(1 - a) eta_t, written
+    causally: the mean of eps_t given the past is c_t sum_{s<t} eps_s with c_t = a / (1 - a + a (t - 1)). shared: the
+    mixture with a = 1, one vector for all t."""
     past = torch.arange(num_steps, dtype=torch.float64)  # t - 1
     keep = 0.0
     if sampling.noise == "independent":

@@ -1,19 +1,20 @@
-"""Every row's state on the device, and the step that gives each row one token:
+"""The state of all rows on the model's device, and the step that gives each row one token:
 
     states (z) -> control (z + v) -> logits -> select (y) -> record
 
-All shapes are fixed, nothing in a step waits for the host or depends on it, and a row that ended stays as it is: so on
-a GPU a step is one CUDA graph, replayed several times before the host looks. Knows nothing of rounds and why rows end
-other than by a token or by length.
+All shapes are fixed, and a step reads no value back to the host. Empty slots take part and change nothing. A row ends
+here by an end token or by length. Knows nothing of rounds or stop strings. Equation numbers: Kanai et al., arXiv
+2510.26219.
 
-Shapes: B rows, D hidden size, V vocabulary, T steps (max_new_tokens), F plans (kinds of sampling), A controls.
+Shapes: B rows, R some of them, D hidden size, V vocabulary, T steps (max_new_tokens), F plans (kinds of sampling),
+A controls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -23,20 +24,21 @@ from aisp_dist.engine.lm import LM
 from aisp_dist.records import Ascent, Sampling, TopP
 
 if TYPE_CHECKING:
-    from aisp_dist.engine.pages import Pages
     from aisp_dist.methods.value import Value
 
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V], tokens [B] -> tokens [B]
 
-# Columns of the table of rows. step: t of the token that a row gets next, from 1; of its last one once it has ended.
-# length: tokens of its prompt. plan, control: its lines in Plans and Controls. key0, key1, word: its noise.
+# Columns of the table of rows. step: t of the token that a row gets next, from 1; of its last token once it has ended.
+# finite: whether the last logits were. token: the last one. length: of its prompt in tokens. plan, control: its lines
+# in Plans and Controls. key0, key1, word: the key and the sample word of its noise.
 STEP, ENDED, FINITE, TOKEN, LENGTH, PLAN, CONTROL, KEY0, KEY1, WORD = range(10)
 _EMPTY = (1, 1, 1, *[0] * 7)
 _DRAWN = 32  # rows whose tokens are drawn or measured together: a draw takes 60 bytes for each logit
 
 
 class Seat(NamedTuple):
-    """What a row starts from. z_D: z_0, the prompt's last hidden state. start: first tokens that are given."""
+    """What a row starts from. slot: its place among the rows; length: of its prompt; plan, control: lines in Plans and
+    Controls; key, word: of its noise; z_D: z_0, the prompt's last hidden state; start: its given first tokens."""
 
     slot: int
     length: int
@@ -49,7 +51,7 @@ class Seat(NamedTuple):
 
 
 class Plans:
-    """The kinds of sampling that rows use, as tables by line. Line 0 is greedy without control."""
+    """The kinds of sampling that rows use, one line of each table for a kind. Line 0 is greedy without control."""
 
     def __init__(self, num_steps: int, device: torch.device) -> None:
         self.lines: dict[Sampling, int] = {}
@@ -58,6 +60,7 @@ class Plans:
         self.line(Sampling())
 
     def line(self, sampling: Sampling) -> int:
+        """The line of a kind of sampling, added if it is missing."""
         if sampling not in self.lines:
             if len(self.lines) == len(self.sigma_F):
                 known, self.lines = self.lines, {}
@@ -83,14 +86,15 @@ class Plans:
 
 
 class Controls:
-    """The controls m [T, D] that rows are decoded under. Line 0 is none at all."""
+    """The controls m [T, D] under which rows are decoded, by line. Line 0 is no control, all zeros. `free`: lines that
+    `put` may use; whoever put a control gives its line back there."""
 
     def __init__(self, capacity: int, num_steps: int, dim: int, device: torch.device) -> None:
         self.m_ATD = torch.zeros(capacity + 1, num_steps, dim, device=device)
         self.free = list(range(capacity, 0, -1))
 
     def put(self, m_TD: torch.Tensor) -> int:
-        """A line that holds m, until `free` takes it back."""
+        """Stores m and answers its line."""
         if not self.free:
             size = len(self.m_ATD)
             self.free = list(range(size, 2 * size))[::-1]
@@ -101,7 +105,7 @@ class Controls:
 
 
 class Batch:
-    """The state of all rows. end_ids: tokens that end a response. value: what RE-Control ascends."""
+    """The state of all rows. end_ids: tokens that end a response. value: the value network of RE-Control."""
 
     def __init__(
         self, lm: LM, num_rows: int, num_steps: int, end_ids: frozenset[int], value: Value | None = None
@@ -113,14 +117,14 @@ class Batch:
         self.z0_BD = torch.zeros(num_rows, dim, dtype=lm.dtype, device=device)
         self.filter_BD = torch.zeros(num_rows, dim, device=device)
         self.tokens_BT = torch.zeros(num_rows, num_steps, dtype=torch.long, device=device)
-        self.start_BT = torch.full((num_rows, num_steps), -1, device=device)  # tokens that are given; else -1
+        self.start_BT = torch.full((num_rows, num_steps), -1, device=device)  # given tokens, -1 elsewhere
         self.dots_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # m_t . e_t
-        self.nll_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # where it is measured
+        self.nll_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # of tokens, where measured
         self.ends_V = torch.zeros(lm.vocab_size, dtype=torch.bool, device=device)
         self.ends_V[sorted(end for end in end_ids if end < lm.vocab_size)] = True
 
     def seat(self, seats: Sequence[Seat]) -> None:
-        """New trajectories, at their first step."""
+        """Puts new trajectories into their slots, at their first step."""
         device = self.rows_BF.device
         slots = torch.tensor([seat.slot for seat in seats], device=device)
         rows = [(1, 0, 1, 0, s.length, s.plan, s.control, *s.key, s.word) for s in seats]
@@ -136,23 +140,22 @@ class Batch:
         """Empties rows."""
         self.rows_BF[slots] = torch.tensor(_EMPTY, device=self.rows_BF.device)
 
-    @torch.inference_mode()
     def step(
         self,
-        attend: Callable[[torch.Tensor], Pass],
+        attend: Pass | None,
         *,
-        first: bool,
         controlled: bool,
         drawn: bool,
         measured: bool = False,
         ascent: Ascent | None = None,
         choose: Choose | None = None,
     ) -> None:
-        """One token for every row that has not ended. attend: the pass, given the rows' places in their suffixes.
-        first: all rows are at their first step. controlled, drawn, measured: some are under control, draw their
-        tokens, or are to know their likelihood under the base model. ascent: how some climb the value network.
-        choose: the host's choice of tokens for some, given all logits."""
-        base_BD = self.states(attend, first).float()
+        """One token for every row that has not ended.
+
+        attend: the decode pass; None if every row is at its first step, whose state is known. controlled, drawn,
+        measured: whether any row is under control, draws its tokens, or has its likelihood under the base model
+        measured. ascent: how rows of RE-Control climb the value network. choose: replaces tokens, given all logits."""
+        base_BD = self.states(attend).float()
         z_BD = self.control(base_BD) if controlled else base_BD
         if ascent is not None:
             z_BD = self.ascend(z_BD, ascent)
@@ -167,23 +170,23 @@ class Batch:
         self.record(token_B, finite_B)
 
     def ascend(self, z_BD: torch.Tensor, ascent: Ascent) -> torch.Tensor:
-        """z [B, D] of the rows that climb, moved up the value network; the others' as it is."""
+        """z [B, D], in which rows of RE-Control are moved up the value network."""
         assert self.value is not None
         climbs_B = self.plans.ascends_F[self.rows_BF[:, PLAN]]
         return torch.where(climbs_B[:, None], self.value.ascend(z_BD, ascent.steps, ascent.step_size), z_BD)
 
-    def states(self, attend: Callable[[torch.Tensor], Pass], first: bool) -> torch.Tensor:
-        """z [B, D]: the stored z_0 for rows at their first step, a pass of the decoder for the others."""
-        if first:
+    def states(self, attend: Pass | None) -> torch.Tensor:
+        """z [B, D]: the stored z_0 of rows at their first step, a pass of the decoder for the others."""
+        if attend is None:
             return self.z0_BD
         step_B, token_B, length_B = (self.rows_BF[:, x] for x in (STEP, TOKEN, LENGTH))
-        at_B = (step_B - 2).clamp(min=0)
-        z_BTD = self.lm.states(attend(at_B), token_B[:, None], (length_B + at_B)[:, None])
+        position_B = length_B + (step_B - 2).clamp(min=0)
+        z_BTD = self.lm.states(attend, token_B[:, None], position_B[:, None])
         z_BD: torch.Tensor = torch.where(step_B[:, None] == 1, self.z0_BD, z_BTD[:, 0])
         return z_BD
 
     def control(self, z_BD: torch.Tensor) -> torch.Tensor:
-        """z + v [B, D] in fp32, with v_t = L (m + e)_t of each row, (3); keeps m_t . e_t."""
+        """z + v [B, D] in fp32, (3), with v_t = (L (m + e))_t of each row. Keeps m_t . e_t in `dots_BT`."""
         plan_B, at_B, control_B = (self.rows_BF[:, PLAN], self.rows_BF[:, STEP] - 1, self.rows_BF[:, CONTROL])
         e_BD = self.plans.sigma_F[plan_B][:, None] * noise.white(*self._counter(), z_BD.shape[1])
         m_BD = self.controls.m_ATD[control_B, at_B]
@@ -194,8 +197,8 @@ class Batch:
         return z_BD + v_BD
 
     def select(self, logits_BV: torch.Tensor, drawn: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """y [B]: the argmax (5), ties to the lowest id, or a keyed draw; and whether the logits are finite: an argmax
-        prefers NaN."""
+        """y [B], the argmax (5) with ties to the lowest id, or a keyed draw; and whether the logits are finite [B], for
+        which the argmax's own is enough: it is NaN or +inf if any logit is."""
         token_B = logits_BV.argmax(-1)
         finite_B = logits_BV.gather(1, token_B[:, None])[:, 0].isfinite()
         if drawn:
@@ -207,32 +210,31 @@ class Batch:
         return token_B, finite_B
 
     def measure(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> None:
-        """Keeps -log P_LLM(y_t | x, y_<t) from the base model's logits. A row that ended repeats its last step."""
+        """Keeps -log P_LLM(y_t | x, y_<t), from the base model's logits, in `nll_BT`."""
         parts = zip(torch.split(logits_BV, _DRAWN), torch.split(token_B[:, None], _DRAWN), strict=True)
         log_B1 = torch.cat([torch.log_softmax(part, -1).gather(1, token) for part, token in parts])
-        at_B1, going_B1 = self.rows_BF[:, STEP, None] - 1, self.rows_BF[:, ENDED, None] == 0
-        self.nll_BT.scatter_(1, at_B1, torch.where(going_B1, -log_B1.double(), self.nll_BT.gather(1, at_B1)))
+        self.nll_BT.scatter_(1, self.rows_BF[:, STEP, None] - 1, -log_B1.double())
 
-    def record(self, token_B: torch.Tensor, finite: torch.Tensor) -> None:
-        """Appends the tokens, moves rows on, and marks those that end. An ended row repeats its last step unseen."""
-        step_B, ended_B, finite_B, last_B = (self.rows_BF[:, x] for x in (STEP, ENDED, FINITE, TOKEN))
+    def record(self, token_B: torch.Tensor, finite_B: torch.Tensor) -> None:
+        """Appends the tokens, marks rows that end, and moves the others on. An empty slot stays at its first step."""
+        step_B, ended_B, last_B = (self.rows_BF[:, x] for x in (STEP, ENDED, TOKEN))
         token_B = torch.where(ended_B == 1, last_B, token_B)
         self.tokens_BT.scatter_(1, step_B[:, None] - 1, token_B[:, None])
-        finite_B.mul_(finite | (ended_B == 1))
+        self.rows_BF[:, FINITE] = finite_B
         ended_B.copy_((ended_B == 1) | self.ends_V[token_B] | (step_B == self.num_steps))
         last_B.copy_(token_B)
         step_B.add_(1 - ended_B)
 
     def _counter(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Key [B, 2], step [B] and sample word [B] of the rows' noise."""
+        """Key [B, 2], step [B] and sample word [B] of the rows' random numbers."""
         return self.rows_BF[:, KEY0 : KEY1 + 1], self.rows_BF[:, STEP], self.rows_BF[:, WORD]
 
 
 def draw(
     logits_RV: torch.Tensor, p_R: torch.Tensor, temperature_R: torch.Tensor, uniform_R: torch.Tensor
 ) -> torch.Tensor:
-    """Tokens [R] by inverse CDF over the nucleus: the fewest likeliest tokens whose probability reaches p, equal ones
-    in the order of their ids. fp64, so that the order of a sum cannot move a draw."""
+    """Tokens [R] by inverse CDF over the nucleus: the fewest likeliest tokens whose probabilities add up to p, equal
+    ones in the order of their ids. In fp64, so that the order of a sum cannot move a draw."""
     probability, order = (logits_RV.double() / temperature_R[:, None]).softmax(-1).sort(stable=True, descending=True)
     reached = probability.cumsum(-1)
     kept = reached - probability < p_R[:, None]
@@ -240,27 +242,3 @@ def draw(
     rank_R1 = torch.searchsorted(reached, uniform_R[:, None] * mass_R1)
     tokens_R: torch.Tensor = order.gather(1, torch.minimum(rank_R1, kept.sum(-1, keepdim=True) - 1).clamp(min=0))[:, 0]
     return tokens_R
-
-
-class Replay:
-    """Batch.step on a GPU as CUDA graphs: the first step of a kind runs as it is, the next ones replay its record."""
-
-    def __init__(self, batch: Batch, pages: Pages) -> None:
-        self.batch, self.pages = batch, pages
-        self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
-        self.memory = torch.cuda.graph_pool_handle()  # one for all: nothing in it outlives a step
-
-    def __call__(self, **how: Any) -> None:
-        batch = self.batch
-        sizes = len(batch.controls.m_ATD), len(batch.plans.sigma_F), self.pages.tables.shape
-        kind = *how.items(), *sizes  # tables that grow move, and a graph remembers places
-        if kind not in self.graphs:
-            batch.step(self.pages.attend, first=False, **how)
-            self.graphs[kind] = None
-            return
-        graph = self.graphs[kind]
-        if graph is None:
-            graph = self.graphs[kind] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory):
-                batch.step(self.pages.attend, first=False, **how)
-        graph.replay()

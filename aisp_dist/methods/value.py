@@ -38,8 +38,8 @@ class Value:
         return self._forward(z_ND)[0]
 
     def ascend(self, z_ND: torch.Tensor, steps: int, step_size: float) -> torch.Tensor:
-        """z [N, D] after `steps` steps of gradient ascent on V. The gradient is written out: no graph, fixed shapes and
-        nothing for the host, so that it can be part of a CUDA graph."""
+        """z [N, D] after `steps` steps of gradient ascent on V. The gradient is written out, so no
+        graph is kept."""
         for _ in range(steps):
             z_ND = z_ND + step_size * self.gradient(z_ND)
         return z_ND

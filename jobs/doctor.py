@@ -1,4 +1,5 @@
-"""`aisp doctor CONFIG`: checks what this project promises on this machine, with the models of the run."""
+"""`aisp doctor CONFIG`: checks, on this machine and with the models of a run, that decoding is exact, that rows do not
+depend on the schedule, and that reward models pass their self-test. Exit code 1 if a check FAILED."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ from aisp_dist.config import ConfigError
 from jobs import cli, prepare, settings
 from jobs.progress import say
 
-_STEPS = 72  # past the first 64, where a row's keys and values go on in another block or page
+_STEPS = 72  # more than the 64 after which a row's keys and values continue in another block
 
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("doctor", cli.VERBS["doctor"])
     parse.add_argument(
-        "--steps", type=int, default=_STEPS, help=f"decode at most so many tokens of a response ({_STEPS})"
+        "--steps", type=int, default=_STEPS, help=f"decode at most this many tokens of a response ({_STEPS})"
     )
-    parse.add_argument("--json", action="store_true", help="one JSON document in place of lines")
+    parse.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
     options, run, base_dir = settings.read(parse, args)
     if options.steps < 1:
         raise ConfigError(f"--steps is {options.steps}; it must be at least 1")
@@ -32,7 +33,7 @@ def main(args: Sequence[str]) -> int:
 
     disable_progress_bar()
     out, checks = sys.stdout, []
-    with contextlib.redirect_stdout(sys.stderr):  # functions of users may print
+    with contextlib.redirect_stdout(sys.stderr):  # code that comes with a model may print
         for check in examine.examine(located, base_dir, options.steps, say):
             checks.append(check)
             if not options.json:

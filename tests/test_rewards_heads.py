@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from tiny_chat import TEMPLATE, classifier, tokenizer
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from aisp_dist.analysis.doctor import scoring
 from aisp_dist.config import ConfigError, ModelReward, Run
 from aisp_dist.output import fingerprint
 from aisp_dist.records import Prompt
@@ -62,9 +61,6 @@ def test_a_regression_head_scores_the_last_token(tmp_path, layout):
             want.append(head(body(torch.tensor([ids])).last_hidden_state[0, -1]).item())
     found = [s.value for s in score(Prompt("p", 0, "Why?"), RESPONSES)]
     assert found == pytest.approx(want, abs=1e-4) and max(want) - min(want) > 0.1
-    texts = [(Prompt("p", 0, "Why?"), r) for r in RESPONSES]
-    checks = list(scoring.against("main", settings, torch.device("cpu"), texts, {"all": found}))
-    assert {check.verdict for check in checks} == {"ok"}
 
 
 def test_turns_repeat_and_no_system_message_is_dropped_unasked(tmp_path):

@@ -1,90 +1,109 @@
-"""All checks of a run, one after the other, and what they are made on: prompts of the run, and the answers to them."""
+"""All checks of a run, one after the other, on prompts of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from collections.abc import Generator as Iteration
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from aisp_dist import rewards
-from aisp_dist.analysis.doctor import Check, decoding, exact, free, scoring
-from aisp_dist.config import ConfigError, Prompts, Replicas, Run
+from aisp_dist.analysis.doctor import Check, engine
+from aisp_dist.config import ConfigError, Generator, ModelReward, Prompts, Replicas, Run
 from aisp_dist.data import prompts, render
-from aisp_dist.engine import model
+from aisp_dist.engine import checkpoints, model, quantized, sizes
 from aisp_dist.engine.decode import DecodeError, Engine
-from aisp_dist.records import Prompt
+from aisp_dist.records import Prompt, Round
+from aisp_dist.rewards.self_test import Defect
 
-_READ, _RESPONSES = 16, 6  # input lines looked at; responses to a prompt that are scored
+_READ = 16  # input lines from which prompts are chosen
 
 Say = Callable[[str], None]
-Made = tuple[list[exact.Row], list[scoring.Request]]
+T = TypeVar("T")
+Checked = Iteration[Check, None, T]  # yields checks, returns T
 
 
 def examine(run: Run, base_dir: Path, steps: int, say: Say) -> Iterator[Check]:
-    """Every check, in order. run: with paths that this process can open; steps: tokens of a response, at most the
-    run's. Raises ConfigError for what `align` would refuse too."""
-    requests: list[scoring.Request] = []
-    place, threads = device(run.runtime.generators), torch.get_num_threads()
+    """Every check, in order. run: with paths that this process can open; base_dir: its directory; steps: tokens of a
+    response, at most the run's. Raises ConfigError for what `align` would refuse too."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        place = device(run.runtime.generators)
         try:
-            rows, requests = yield from _decoding(run, place, min(steps, run.generator.max_new_tokens), say)
-            free()
-            say(
-                "generator: loading it as transformers has it; the engine is gone, so it needs no more memory than that"
-            )
-            yield from exact.exactness(exact.own_generator(run.generator, place), rows)
+            asked, decoded = yield from _decoding(run, place, min(steps, run.generator.max_new_tokens), say)
+            _free()
+            say("generator: the engine is gone; loading the model once more as transformers has it")
+            yield from engine.exactness(own_generator(run.generator, place), asked, decoded)
         except DecodeError as error:
             yield Check("decoding", "FAILED", str(error), "Such prompts would become failed rows")
         for name, settings in run.rewards.items():
-            free()
-            say(f"reward {name}: loading and scoring")
-            place = device(run.replicas(name))
-            load = partial(rewards.load, name, base_dir=base_dir, device=str(place), columns=run.prompts.keep)
-            yield from scoring.check(name, settings, place, load, requests)
+            if isinstance(settings, ModelReward):
+                _free()
+                say(f"reward {name}: loading {settings.model}")
+                yield reward(name, settings, base_dir, device(run.replicas(name)))
     finally:
         torch.set_num_threads(threads)
 
 
 def device(wanted: Replicas) -> torch.device:
-    """Where such an actor would be."""
+    """Where an actor with these resources would be."""
     return torch.device("cuda" if torch.cuda.is_available() and wanted.num_gpus != 0 else "cpu")
 
 
-def _decoding(run: Run, place: torch.device, steps: int, say: Say) -> Generator[Check, None, Made]:
-    """The checks of an engine that is gone after them; answers rows for exact.py and requests for scoring.py."""
+def reward(name: str, settings: ModelReward, base_dir: Path, place: torch.device) -> Check:
+    """The self-test of a reward model (rewards/self_test.py), also where the run switches it off."""
+    try:
+        rewards.load(name, settings.model_copy(update={"self_test": True}), base_dir, str(place))
+    except Defect as error:
+        if settings.self_test:
+            return Check(f"{name} self-test", "FAILED", str(error), "`aisp align` would refuse to run")
+        return Check(f"{name} self-test", "note", str(error), "`aisp align` would run it all the same")
+    return Check(f"{name} self-test", "ok", "no defect found in template, BOS, padding, truncation and batching")
+
+
+def _decoding(run: Run, place: torch.device, steps: int, say: Say) -> Checked[tuple[list[Round], engine.Decoded]]:
+    """The checks of an engine, which is gone after them. Returns greedy rounds and what it decoded of them, for
+    `exactness`."""
     say(f"generator: loading {run.generator.model} on {place}")
     lm = model.load(run.generator, place)
     longest = min(run.prompts.max_tokens, (lm.context_length or 1 << 31) - run.generator.max_new_tokens)
-    some = sample(run.prompts, lm.tokenizer, longest)
-    yield decoding.ends(lm)
-    yield decoding.fits(run.generator, lm, longest)
-    engine = Engine(lm, run.generator.batch_rows, steps, run.generator.stop, idle_tokens=0)
-    asked = decoding.rounds(run, some, steps, len(engine.rows))
+    chosen = sample(run.prompts, lm.tokenizer, longest)
+    yield engine.ends(lm)
+    one = Engine(lm, run.generator.batch_rows, steps, run.generator.stop, idle_tokens=0)
+    asked = engine.rounds(run, chosen, steps, len(one.rows))
     say(f"generator: {sum(r.stop - r.start for r in asked)} trajectories of up to {steps} tokens, in several ways")
-    alone = {key: made for round in asked for key, made in decoding.decode(engine, [round], decoding.digests).items()}
-    yield from decoding.schedule(engine, asked, alone)
-    if place.type == "cuda":
-        yield decoding.peak(engine)
+    decoder: Any = lm.decoder
+    yield engine.schedule(one, asked, sizes.has_experts(decoder.config.to_dict()))
     greedy = replace(asked[0], stop=2, sampling=replace(asked[0].sampling, decode=None))
-    few = [replace(greedy, prompt_id=prompt.id, prompt_tokens=tokens) for prompt, tokens in some]
-    by_id = {round.prompt_id: round for round in few}
-    decoded = decoding.decode(engine, few, lambda z_BD: z_BD.to("cpu", torch.float32, copy=True))
-    rows = [exact.Row(by_id[key[0]], trajectory, torch.stack(z)) for key, (trajectory, z) in decoded.items()]
-    texts = {prompt.id: dict[str, None]() for prompt, _ in some}
-    for key, (trajectory, _) in alone.items():
-        texts[key[0]][trajectory.text] = None
-    return rows, [(prompt, list(texts[prompt.id])[:_RESPONSES]) for prompt, _ in some]
+    greedy_rounds = [replace(greedy, prompt_id=prompt.id, prompt_tokens=tokens) for prompt, tokens in chosen]
+    return greedy_rounds, engine.decode(one, greedy_rounds)
 
 
-def sample(settings: Prompts, tokenizer: Any, longest: int) -> list[decoding.Rendered]:
-    """The shortest, the middle and the longest of the first prompts that can be rendered."""
-    found: list[decoding.Rendered] = []
+def own_generator(settings: Generator, place: torch.device) -> Any:
+    """The generator's model as transformers alone loads and runs it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = checkpoints.locate("generator.model", settings.model, "generator")
+    source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    options = quantized.options(settings, AutoConfig.from_pretrained(where, **source), place)
+    own = AutoModelForCausalLM.from_pretrained(
+        where, dtype=settings.dtype, use_safetensors=True, **source, **options
+    ).eval()
+    if settings.fp32_head:
+        own.set_output_embeddings(copy.deepcopy(own.get_output_embeddings()).float())
+    return own if options else own.to(place)
+
+
+def sample(settings: Prompts, tokenizer: Any, longest: int) -> list[tuple[Prompt, tuple[int, ...]]]:
+    """The shortest, the middle and the longest of the first prompts that can be rendered, with their tokens."""
+    found: list[tuple[Prompt, tuple[int, ...]]] = []
     reason = "none can be read"
     for line in islice(prompts.read(settings), _READ):
         try:
@@ -92,6 +111,12 @@ def sample(settings: Prompts, tokenizer: Any, longest: int) -> list[decoding.Ren
         except render.Unrenderable as error:
             reason = str(error)
     if not found:
-        raise ConfigError(f"prompts.source: {settings.source!r}, the first {_READ} lines: {reason}; mend one of them")
+        raise ConfigError(f"prompts.source: {settings.source!r}, the first {_READ} lines: {reason}; fix one of them")
     found.sort(key=lambda pair: len(pair[1]))
     return [found[i] for i in sorted({0, len(found) // 2, len(found) - 1})]
+
+
+def _free() -> None:
+    """Gives back the memory of a model that is no longer used."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU

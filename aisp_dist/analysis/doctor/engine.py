@@ -1,0 +1,182 @@
+"""Checks of the local engine: against itself under other schedules, and against transformers.
+
+Shapes: B rows, T steps, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from aisp_dist.analysis.doctor import Check
+from aisp_dist.config import Run, Search
+from aisp_dist.engine.attention import Pass
+from aisp_dist.engine.control import moves, rebuild
+from aisp_dist.engine.decode import Engine
+from aisp_dist.engine.lm import LM
+from aisp_dist.engine.step import STEP
+from aisp_dist.records import BASE_ITERATION, Prompt, Rates, Round, Sampling, TopP, Trajectory, Weights
+
+Key = tuple[str, int, int]  # prompt id, iteration, sample
+Decoded = dict[Key, tuple[Trajectory, torch.Tensor]]  # the states z [T, D] of its steps, on the CPU
+
+_SPREAD = 3.0  # the engine may be so many times as far from transformers' plain way as another way of its own is
+_FLOOR = 1e-5  # relative; what is allowed where those two ways agree
+_OFTEN = 0.02  # share of tokens that may differ though both of transformers' ways agree on all
+_ADVICE = "The engine decodes this model wrongly: use another model or dtype, and report this"
+
+
+def ends(lm: LM) -> Check:
+    """Which tokens end a response, and whether the checkpoint declares them all."""
+    names = lm.tokenizer.convert_ids_to_tokens(sorted(lm.eos_ids))
+    figure = f"a response ends at {' or '.join(map(repr, names)) or 'nothing but its length'}"
+    if lm.turn_end is None:
+        return Check("end tokens", "ok", figure)
+    figure += f"; only the chat template names {lm.tokenizer.convert_ids_to_tokens(lm.turn_end)!r}"
+    advice = "Add it to eos_token_id in the checkpoint's generation_config.json: other tools write on past it"
+    return Check("end tokens", "note", figure, advice)
+
+
+def rounds(run: Run, prompts: Sequence[tuple[Prompt, tuple[int, ...]]], steps: int, num_rows: int) -> list[Round]:
+    """Rounds with the run's own sampling, under controls of random weights, in uneven groups, and one base answer:
+    somewhat more trajectories than slots, so that some start late. prompts: with their tokens."""
+    sampling, num, draw = run.method.sampling(), run.method.num_samples, torch.Generator().manual_seed(0)
+    rates = run.method.rates() if isinstance(run.method, Search) else Rates()
+    if rates.noise is not None:  # found for each prompt in a run; the checks need any value
+        sampling = replace(sampling, sigma2=0.5)
+    if rates.drawing is not None:
+        sampling = replace(sampling, decode=TopP(0.9, 1.0))
+    weights = [(2 * torch.randn(num, generator=draw)).softmax(0) for _ in range(3 if sampling.sigma2 else 0)]
+    trace = tuple(Weights(tuple(w.tolist()), tuple(1 + i % steps for i in range(num))) for w in weights)
+    groups = [(2, num_rows // 2 + 1), (1, num_rows // 3 + 1), (BASE_ITERATION, 1), (0, num_rows // 4 + 1), (3, 1)]
+    asked = []
+    for at, (iteration, size) in enumerate(groups):
+        prompt, tokens = prompts[at % len(prompts)]
+        drawn = (Sampling(), ()) if iteration == BASE_ITERATION else (sampling, trace[:iteration])
+        asked.append(Round(run.seed, prompt.id, tokens, iteration, 0, size, *drawn))
+    return asked
+
+
+def decode(engine: Engine, asked: Sequence[Round], every: int = 0) -> Decoded:
+    """Decodes rounds, the next one submitted every so many steps (0: all at once), and keeps the rows' states."""
+    batch, waiting, made, seen = engine.batch, list(asked), Decoded(), dict[tuple[Key, int], torch.Tensor]()
+    own = batch.states
+
+    def states(attend: Pass | None) -> torch.Tensor:
+        z_BD = own(attend)
+        kept, table = z_BD.to("cpu", copy=True), batch.rows_BF[:, STEP].tolist()
+        for slot, row in enumerate(engine.rows):
+            if row:
+                seen[(row.job.round.prompt_id, row.job.round.iteration, row.sample), table[slot]] = kept[slot]
+        return z_BD
+
+    batch.states = states  # type: ignore[method-assign]
+    try:
+        while waiting or engine.busy:
+            for _ in range(min(len(waiting), 1 if every else len(waiting))):
+                engine.submit(waiting.pop(0))
+            for _ in range(every or 1):
+                for round, rollout in engine.step():
+                    for t in rollout.trajectories:
+                        key = round.prompt_id, round.iteration, t.sample
+                        steps = range(1, len(t.token_ids) + 1)
+                        made[key] = t, torch.stack([seen.pop((key, step)) for step in steps])
+    finally:
+        batch.states = own  # type: ignore[method-assign]
+    return made
+
+
+def schedule(engine: Engine, asked: Sequence[Round], mixture: bool) -> Check:
+    """Whether tokens, costs and states have the bits of every round decoded alone: all together, in another order with
+    late starters, and in other groups. mixture: the model is a mixture of experts, to which this is not promised."""
+    alone = {key: made for round in asked for key, made in decode(engine, [round]).items()}
+    mixed = [*asked[::2][::-1], *asked[1::2]]
+    parts = [replace(r, start=a, stop=b) for r in mixed for a, b in ((2, r.stop), (0, min(2, r.stop))) if a < b]
+    ways = {"together": (asked, 0), "in another order": (mixed, 3), "in other groups": (parts, 0)}
+    size = f"{len(alone)} trajectories, {sum(len(z_TD) for _, z_TD in alone.values())} states"
+    for way, (order, every) in ways.items():
+        decoded = decode(engine, order, every)
+        if different := [key for key in alone if not _same(alone[key], decoded[key])]:
+            at = "prompt {!r}, iteration {}, sample {}".format(*different[0])
+            figure = f"{len(different)} of {size} have other bits {way} than alone, first {at}"
+            if mixture:
+                return Check("schedule", "note", figure, "Mixtures of experts are outside the promise of equal rows")
+            return Check("schedule", "FAILED", figure, "The same run would not give the same rows: report this")
+    return Check("schedule", "ok", f"{size}: the same bits alone, {', '.join(ways)}")
+
+
+def _same(one: tuple[Trajectory, torch.Tensor], other: tuple[Trajectory, torch.Tensor]) -> bool:
+    return one[0] == other[0] and torch.equal(one[1], other[1])
+
+
+def exactness(
+    own: Any, asked: Sequence[Round], decoded: Mapping[Key, tuple[Trajectory, torch.Tensor]]
+) -> Iterator[Check]:
+    """Compares greedy trajectories with `own`, a copy of the model that transformers alone runs on the same tokens: the
+    states with those of one dense pass, and that pass with transformers' other way, token by token on a cache. A token
+    may differ from the dense argmax by as much as the logits of both ways may, and not much more often."""
+    ours = theirs = spread = scale = 0.0
+    flips, gaps = (
+        0,
+        list[float](),
+    )  # tokens on which the two ways differ; distance of a chosen token's logit to the largest
+    for round in asked:
+        for sample in range(round.start, round.stop):
+            trajectory, z_TD = decoded[round.prompt_id, round.iteration, sample]
+            v_TD = torch.zeros_like(z_TD, dtype=torch.float32)
+            if round.sampling.sigma2:
+                known = rebuild(round, len(z_TD), z_TD.shape[1], torch.device("cpu"))
+                v_TD = moves(known, round, sample)
+            dense_TD, dense_TV = forced(own, round.prompt_tokens, trajectory.token_ids, v_TD, cached=False)
+            cached_TD, cached_TV = forced(own, round.prompt_tokens, trajectory.token_ids, v_TD, cached=True)
+            ours, theirs = max(ours, _relative(z_TD.float(), dense_TD)), max(theirs, _relative(cached_TD, dense_TD))
+            spread = max(spread, float((cached_TV - dense_TV).abs().max()))
+            scale = max(scale, float(dense_TV.abs().max()))
+            flips += int((cached_TV.argmax(1) != dense_TV.argmax(1)).sum())
+            chosen_T1 = dense_TV.gather(1, torch.tensor(trajectory.token_ids)[:, None])
+            gaps += (dense_TV.amax(1) - chosen_T1[:, 0]).tolist()
+    floor = max(_FLOOR, torch.finfo(own.dtype).eps)
+    bound = max(_SPREAD * theirs, floor)
+    figure = f"|dz|/|z| up to {ours:.2g} in {len(gaps)} steps; allowed {bound:.2g}, transformers' two ways {theirs:.2g}"
+    yield Check("exact states", "ok", figure) if ours <= bound else Check("exact states", "FAILED", figure, _ADVICE)
+    other, bound = [gap for gap in gaps if gap > 0], 2 * max(_SPREAD * spread, floor * scale)
+    figure = f"{len(gaps) - len(other)} of {len(gaps)} are transformers' argmax of W(z + v)"
+    figure += f", others up to {max(other):.2g} below it, allowed {bound:.2g}" if other else ""
+    figure += f"; its two ways differ on {flips}" if other or flips else ""
+    good = max(gaps) <= bound and len(other) <= 3 * (1 + flips) + _OFTEN * len(gaps)
+    yield Check("exact tokens", "ok", figure) if good else Check("exact tokens", "FAILED", figure, _ADVICE)
+
+
+@torch.inference_mode()
+def forced(
+    own: Any, prompt: Sequence[int], tokens: Sequence[int], v_TD: torch.Tensor, cached: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z [T, D] and the logits of z + v [T, V] by transformers on given tokens, in fp32 on the CPU: in one pass, or
+    token by token on its cache."""
+    pieces = [(prompt, 1), *(((t,), 1) for t in tokens[:-1])] if cached else [((*prompt, *tokens[:-1]), len(tokens))]
+    states, logits, width = list[torch.Tensor](), list[torch.Tensor](), 0
+
+    def add(_: Any, __: Any, out: Any) -> Any:
+        z_TD = out.last_hidden_state[0, -width:]
+        v = v_TD[len(states) : len(states) + width].to(z_TD.device)
+        states.extend(z_TD.float().cpu())
+        out.last_hidden_state = (z_TD.float() + v).to(own.get_output_embeddings().weight.dtype)[None]
+        return out
+
+    hook, past = own.get_decoder().register_forward_hook(add), None
+    for ids, width in pieces:  # noqa: B007, `add` reads it
+        out = own(input_ids=torch.tensor([ids], device=own.device), past_key_values=past, use_cache=cached)
+        past = out.past_key_values if cached else None
+        logits.append(out.logits[0].float().cpu())
+    hook.remove()
+    return torch.stack(states), torch.cat(logits)
+
+
+def _relative(z_TD: torch.Tensor, expected_TD: torch.Tensor) -> float:
+    """The largest relative distance of a step's states."""
+    worst = float(((z_TD - expected_TD).norm(dim=-1) / expected_TD.norm(dim=-1)).max())
+    return worst if math.isfinite(worst) else math.inf

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from actors.table import Table
-from aisp_dist import rewards
+from aisp_dist import engine, rewards
 from aisp_dist.analysis import outputs, rescore, summary
 from aisp_dist.analysis.outputs import Output, Row
 from aisp_dist.config import ConfigError, ModelReward
@@ -138,7 +138,8 @@ def _prepare(parent: Output, file: Path, out: str) -> Prepared:
     located = {name: fingerprint.locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()}
     was, now = parent.record["components"], run.row_settings()
     of_base = {key: value for key, value in was["digests"].items() if not key.startswith("rewards.")}
-    components = was | {"rewards": now["rewards"], "combine": now["combine"], "parent": parent.record["fingerprint"]}
+    components = was | {"rewards": now["rewards"], "combine": now["combine"], "engine": engine.VERSION}
+    components["parent"] = parent.record["fingerprint"]
     components["digests"] = of_base | fingerprint.reward_digests(located, base_dir)
     if template := run.generator.chat_template:  # relative to the parent's configuration, not to this one
         template = str(Path(parent.record["base_dir"], template))

@@ -75,3 +75,36 @@ def test_evaluate_measures_it(old, capsys):
     mean = sum(row["reward"] for row in rows(old / "relabelled")) / 5
     assert found["measures"]["reward"]["selected"][0] == pytest.approx(mean)
     assert "sigma2: 0" in found["omitted"]["kl"] and found["flips"] is None
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_resuming_it_is_refused_with_its_version_and_nothing_is_written(old, capsys, monkeypatch):
+    monkeypatch.chdir(old)
+    before = files(old)
+    for args in (["run.yaml"], ["run.yaml", "--retry-failed"], ["run.yaml", "--shard", "0/2"]):
+        with pytest.raises(SystemExit) as left:
+            cli.run("align", args)
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
+        assert "aisp-dist 0.1.0 made it" in said and "give another output" in said
+        assert "pip install aisp-dist==0.1.0" in said
+    assert files(old) == before
+
+
+def test_what_is_rescored_from_it_is_of_this_version_and_resumes(old, capsys):
+    wanted = {"words": {"kind": "function", "function": "my_rewards.py:word_count"}}
+    (old / "words.yaml").write_text(yaml.safe_dump({"rewards": wanted}))
+    rescore = ("rescore", old / "relabelled", "--config", old / "words.yaml", "--out", old / "rescored")
+    command(capsys, *rescore)
+    before = {name: data for name, data in files(old / "rescored").items() if name.startswith("data")}
+    command(capsys, *rescore)
+    assert before == {name: data for name, data in files(old / "rescored").items() if name.startswith("data")}
+    record = json.loads((old / "rescored/run.json").read_text())
+    record["components"].pop("engine")
+    (old / "rescored/run.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as left:
+        cli.run("rescore", [str(word) for word in rescore[1:]])
+    assert left.value.code == 2 and "made it, and this version may compute other rows" in capsys.readouterr().err

@@ -179,5 +179,8 @@ def test_a_resume_with_other_settings_is_refused_and_names_the_keys():
         manifest.check_resume(old, old | {"fingerprint": "0", "components": new})
     with pytest.raises(ConfigError, match=r"save\.rows_per_file: 5, .* set it to 4"):
         manifest.check_resume(old, old | {"rows_per_file": 5})
+    made = old | {"versions": {"aisp-dist": "0.1.0"}}
+    with pytest.raises(ConfigError, match=r"aisp-dist 0\.1\.0 made it, .* give another output, .* aisp-dist==0\.1\.0"):
+        manifest.check_resume(made, made | {"components": parts_of | {"engine": 2}})
     assert manifest.differing_keys({"a": {"b": 1}}, {"a": 1}) == ["a"]
     assert manifest.differing_keys(old, old) == []

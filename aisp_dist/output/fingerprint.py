@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aisp_dist import engine
 from aisp_dist.config import ConfigError, FunctionReward, Method, ModelReward, Prompts, ReControl, Reward, Run
 from aisp_dist.data.sources import is_local
 from aisp_dist.engine import checkpoints
@@ -106,7 +107,7 @@ def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
                 f"not those of {run.generator.model!r}; train one for it by `aisp train-value`"
             )
         digests["method.value"] = checkpoints.digest("method.value", method.value, None)
-    return run.row_settings() | {"digests": digests}
+    return run.row_settings() | {"engine": engine.VERSION, "digests": digests}
 
 
 def reward_digests(located: Mapping[str, Reward], base_dir: Path) -> dict[str, str]:

@@ -81,8 +81,14 @@ def method_name(config: dict[str, Any]) -> str:
 
 
 def check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise ConfigError unless a run may go on in the output of another: same `fingerprint` (both runs keep what it is
+    """Raise ConfigError unless a run may resume the output of another: same `fingerprint` (both runs keep what it is
     taken of under `components`) and same `rows_per_file`."""
+    if old["components"].get("engine") != new["components"].get("engine"):
+        made = old.get("versions", {}).get("aisp-dist")
+        raise ConfigError(
+            f"output: aisp-dist {made} made it, and this version may compute other rows for the same configuration; "
+            f"give another output, or resume it with that version: pip install aisp-dist=={made}"
+        )
     if old["fingerprint"] != new["fingerprint"]:
         keys = differing_keys(old["components"], new["components"])
         raise ConfigError(

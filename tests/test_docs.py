@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import texts
 import yaml
 
+from aisp_dist.analysis.compare import Arm, Comparison
+from aisp_dist.analysis.metrics import Interval
 from aisp_dist.config import load
 from aisp_dist.output import schema
 from jobs import cli
@@ -58,6 +61,23 @@ def test_generated_parts_are_up_to_date():
     found = [(name, text) for name, text in found if name.startswith("measured")]
     assert sorted(name for name, _ in found) == sorted(made), "each generated part stands in one text, once"
     assert [name for name, text in found if text != f"{made[name]}\n"] == [], "run: python -m tests.texts"
+
+
+def test_a_comparison_can_be_recorded(tmp_path):
+    cell = Interval(1.0, 0.5, 1.5)
+    known = {"prompts": 24, "reward": cell, "versus": cell, "won": 0.5, "nll": cell, "nll_versus": cell}
+    known |= {"diversity": cell, "num_tokens": 20.0, "held_out": {"judge": cell}, "held_out_versus": {"judge": cell}}
+    known |= {"std": None, "auc": None, "seconds": None}
+    base = Arm(name="base", samples=1.0, model_tokens=None, reward_calls=None, **known)
+    main = Arm(name="aisp", samples=128.0, model_tokens=3907.6, reward_calls=128.0, **known)
+    (tmp_path / "demo").mkdir()
+    result = Comparison("aisp", (base, main), None, 0)
+    (tmp_path / "demo" / "comparison.json").write_text(json.dumps(result.json()))
+    about = {"command": "aisp compare", "commit": "c", "date": "d", "hardware": "h"}
+    lines = figures.markdown(about | {"tables": figures.mini(tmp_path)}).splitlines()
+    cell = "1.00 [0.50, 1.50]"
+    assert lines[4] == f"| base | 1 | {cell} | {cell} | {cell} | {cell} | 1.00 |  |  |"
+    assert lines[5] == f"| aisp | 128 | {cell} |  | {cell} | {cell} | 1.00 | 3,908 | 128 |"
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -27,6 +27,7 @@ from aisp_dist.records import (
     Done,
     Failed,
     Input,
+    Original,
     Prompt,
     Rates,
     Result,
@@ -129,7 +130,9 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
     rates = run.method.rates() if isinstance(run.method, Search) else Rates()
     base_nll: float | None = None
 
-    async def scored(iteration: int, drawn: Sequence[Trajectory], frozen: Frozen) -> tuple[list[Candidate], Frozen]:
+    async def scored(
+        iteration: int, drawn: Sequence[Trajectory], frozen: Frozen, thinks: bool = thinks
+    ) -> tuple[list[Candidate], Frozen]:
         """The trajectories as candidates; `frozen` are the statistics of combine."""
         texts = [_answer(run, t.text, thinks) for t in drawn]
         said = [text for text in texts if isinstance(text, str)]
@@ -154,6 +157,19 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
             )
             for i, (t, text, total) in enumerate(zip(drawn, texts, combined, strict=True))
         ], frozen
+
+    async def scored_original(frozen: Frozen) -> Original | None:
+        """The answer that the prompt came with, by all rewards. It is in no other answer's batch, so that base and best
+        have the bits that they have without it."""
+        if prompt.original is None:
+            return None
+        (answer,), _ = await scored(BASE_ITERATION, [Trajectory(1, (), prompt.original, "stop")], frozen, thinks=False)
+        shown = _answer(run, prompt.original, thinks=False)
+        reports: list[list[Score]] = [[Score(None)] for _ in held_out]
+        if isinstance(shown, str):
+            reports = await _together(*(backend.score(name, prompt, [shown]) for name in held_out))
+        values = [(name, score.value) for name, (score,) in zip(held_out, reports, strict=True)]
+        return Original(answer.reward, (*answer.rewards, *values))
 
     def round_of(iteration: int, samples: int, how: Sampling, **more: Any) -> Round:
         return Round(run.seed, prompt.id, prompt_tokens, iteration, 0, samples, how, **more)
@@ -221,6 +237,7 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
         candidates=tuple(candidates),
         trace=state,
         prompt_hash=hashlib.blake2b(array("q", prompt_tokens).tobytes(), digest_size=8).hexdigest(),
+        original=await scored_original(frozen),
     )
 
 

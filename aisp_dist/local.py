@@ -105,7 +105,7 @@ def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[
     run = fingerprint.pin(run, {})
     located = fingerprint.locate(run, base_dir)
     sample = prompts.sample(located.prompts) if given is None else _inputs(located, given)
-    columns = schema.column_types(run.prompts.keep, sample)
+    columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
     run_id = fingerprint.fingerprint(fingerprint.components(run, located, base_dir))[:12]
     kind: schema.Kind = "raw" if run.prompts.format == "raw" else "chat"
     empty = dict.fromkeys(schema.schemas(kind, columns).data.names)

@@ -34,7 +34,8 @@ class Prompt(_Record):
     source_index: ordinal of the line in the input, from 0; bad lines count, so it is the row's place in the output too.
     content: messages for chat, shp and hh; the text itself for raw.
     columns: the `prompts.keep` columns, in that order; handed to function rewards.
-    digest: hash of everything above but source_index; a changed input line changes it.
+    digest: hash of everything else but source_index; a changed input line changes it.
+    original: the answer that the dialogue came with, where `prompts.drop_last_answer` took it off.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Prompt(_Record):
     content: str | tuple[Message, ...]
     columns: tuple[tuple[str, Any], ...] = ()
     digest: str = ""
+    original: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,14 @@ class Iteration:
 
 
 @dataclass(frozen=True, slots=True)
+class Original:
+    """Scores of the answer that a prompt came with: combined, None where quarantined or not applicable, and raw."""
+
+    reward: float | None
+    rewards: tuple[tuple[str, float | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A relabelled prompt; becomes one row of data/ and, with save.candidates, one of candidates/.
 
@@ -248,6 +258,7 @@ class Done:
     rescoring (rescore.py) has selected another answer than the search did, whose likelihood nobody has asked for.
     curve: best reward so far after each iteration (None while nothing finite was seen).
     prompt_hash: of the prompt's token ids, so that a template or tokenizer that changes shows.
+    original: of `prompt.original`, None where there is none.
     """
 
     prompt: Prompt
@@ -262,6 +273,7 @@ class Done:
     candidates: tuple[Candidate, ...] = ()
     trace: tuple[Iteration, ...] = ()
     prompt_hash: str = ""
+    original: Original | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,11 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
     before = manifest.read_run(output)
     run = fingerprint.pin(run, before["config"] if before else {})
     located = _check_rest(run, base_dir)
-    columns = before["columns"] if before else schema.column_types(run.prompts.keep, prompts.sample(located.prompts))
+    if before:
+        columns: dict[str, schema.ColumnType] = before["columns"]
+    else:
+        sample = prompts.sample(located.prompts)
+        columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
     prepared = Prepared(run, located, base_dir, output, fingerprint.components(run, located, base_dir), columns)
     if before:
         manifest.check_resume(before, prepared.record())

@@ -369,10 +369,10 @@ def test_reading_needs_no_torch():
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ([{"role": "user", "content": ["part"]}], "part 0 of the content of message 0 is of type str"),
+        ([{"role": "user", "content": ["part"]}], "part 1 of the content of message 1 of 1 is of type str"),
         ([{"role": "system", "content": "S"}], "last turn is the system's"),
         ([{"role": "user", "content": "\n"}], "last turn is empty"),
-        (["Hi"], "message 0 is of type str"),
+        (["Hi"], "message 1 of 1 is of type str"),
         ([{"role": "user", "content": "Hi", "tool_calls": [{}]}], "tool"),
         ({"role": "user"}, "neither text nor a list"),
     ],

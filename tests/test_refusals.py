@@ -193,7 +193,7 @@ def test_validate_names_the_lines_that_will_fail(project, capsys):
     (project / "prompts.jsonl").write_text(f"{good}\n{bad}{{\n" + good * 9)
     code, said = validated(capsys)
     assert code == 0 and said.startswith("valid: ")
-    assert "2 of the first 12 inputs will become failed rows:\nprompts.jsonl:3: message 0" in said
+    assert "2 of the first 12 inputs will become failed rows:\nprompts.jsonl:3: message 1 of 1" in said
     assert "\nprompts.jsonl:4: the line is not JSON" in said
     (project / "prompts.jsonl").write_text(good * 3)
     assert validated(capsys)[1].count("\n") == 1

@@ -67,6 +67,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "prompts.skip": 2,
     "prompts.limit": 7,
     "prompts.format": "raw",
+    "prompts.drop_last_answer": True,
     "prompts.special_tokens": True,
     "prompts.begin": "Human:",
     "prompts.system": "be brief",

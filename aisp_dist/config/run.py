@@ -38,6 +38,10 @@ class Prompts(Section):
     begin: str = doc("role marker of the user, for shp and hh", "User:")
     system: str | None = doc("system message put before every chat", None)
     template_kwargs: dict[str, Any] = doc("passed to the chat template", {})
+    drop_last_answer: bool = doc(
+        "drop the assistant's turn that ends a dialogue; keep it as original_completion, scored beside the new answer",
+        False,
+    )
     special_tokens: bool = doc(
         "read special tokens in the texts of messages as special tokens, not as text; a raw prompt's always are", False
     )
@@ -50,6 +54,8 @@ class Prompts(Section):
     def effective(self) -> Prompts:
         if self.special_tokens and self.format == "raw":
             raise ValueError("special_tokens: has no effect on format: raw, which always reads them; leave it out")
+        if self.drop_last_answer and self.format not in ("chat", "hh"):
+            raise ValueError(f"drop_last_answer: needs dialogues, format chat or hh, not {self.format}; leave it out")
         return self
 
 

@@ -91,8 +91,9 @@ def _inputs(settings: Prompts, source: Source) -> Iterator[tuple[str, Input]]:
             if settings.id_column is not None:
                 own = _own_id(line.row, settings.id_column)
             columns = tuple((name, _column(line.row, name)) for name in settings.keep)
-            content = messages.content(_field(line.row, settings.column), settings)
-            digest = _hash(content, columns)
+            content, original = messages.read(_field(line.row, settings.column), settings)
+            said = (content, columns) if original is None else (content, columns, original)
+            digest = _hash(*said)
             if settings.id_column is None:
                 own = digest
             elif (first := ids.conflict(own, digest)) is not None:
@@ -106,7 +107,7 @@ def _inputs(settings: Prompts, source: Source) -> Iterator[tuple[str, Input]]:
             yield where, BadInput(id, ordinal, str(error), error.content, columns, digest)
         else:
             id = ids.claim(own, ordinal, digest)
-            yield where, Prompt(id, ordinal, content, columns, _hash(id, content, columns))
+            yield where, Prompt(id, ordinal, content, columns, _hash(id, *said), original)
 
 
 def _hash(*parts: Any) -> str:

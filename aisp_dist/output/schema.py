@@ -1,7 +1,7 @@
 """What the rows of an output look like: one fixed Arrow schema per table, and how a Result becomes a row.
 
-Lists of structs stand where a dict keyed by name might, so that the schema depends on the prompt format and the kept
-columns only. Knows no files and no parts. No row holds a time, a host or a path.
+Lists of structs stand where a dict keyed by name might, so that the schema depends on the prompt format and the columns
+of `column_types` only. Knows no files and no parts. No row holds a time, a host or a path.
 
 In data/, `reward` is the end of `curve`, which is of the candidates drawn (of those kept, where rescore.py chose among
 them), and `nll` is null only where rescoring has selected another answer than the search did.
@@ -22,11 +22,11 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 
 from aisp_dist.config import ConfigError
-from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Message
+from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Message, Original, Prompt
 
 VERSION = 1
 Kind = Literal["chat", "raw"]
-ColumnType = Literal["string", "int64", "float64", "bool", "json", "misfits"]
+ColumnType = Literal["string", "int64", "float64", "bool", "json", "misfits", "original"]
 Row = dict[str, Any]
 
 
@@ -86,7 +86,9 @@ _DONE = {
     "curve": _list(pa.float64()),
 }
 MISFITS = "kept_as_json"  # list of name and JSON text: values that do not fit their columns
-_OURS = {"id", "source_index", "prompt", "completion", "reason", "model", "run_id", MISFITS, *_DONE}
+ORIGINAL = "original_completion"  # the answer that a dialogue came with (prompts.drop_last_answer), and its scores
+_ORIGINAL = {ORIGINAL: pa.string(), "original_reward": pa.float64(), "original_rewards": _SCORES}
+_OURS = {"id", "source_index", "prompt", "completion", "reason", "model", "run_id", MISFITS, *_DONE, *_ORIGINAL}
 _OURS |= {"chosen_reward", "rejected_reward"}  # of exported pairs
 # TRL 1.16 takes these for its own: it would train on them in place of, or beside, prompt and completion, hand them to
 # the chat template, or look for pictures. The last line are arguments that GRPO adds to a reward function's columns.
@@ -107,7 +109,7 @@ class Tables(NamedTuple):
 def schemas(kind: Kind, columns: Mapping[str, ColumnType]) -> Tables:
     """The schemas of an output. Raises ConfigError for a kept column whose name is taken."""
     for name, type_ in columns.items():
-        if name in _OURS and type_ != "misfits":
+        if name in _OURS and type_ not in ("misfits", "original"):
             raise ConfigError(f"prompts.keep: {name!r} is a column of the output itself; rename it in your input")
         if name in _TRAINERS:
             raise ConfigError(
@@ -116,10 +118,11 @@ def schemas(kind: Kind, columns: Mapping[str, ColumnType]) -> Tables:
             )
     text = _MESSAGES if kind == "chat" else pa.string()
     first = {"id": pa.string(), "source_index": pa.int64(), "prompt": text}
-    kept = {name: _ARROW[type_] for name, type_ in columns.items()}
+    kept = {name: _ARROW[type_] for name, type_ in columns.items() if type_ != "original"}
+    original = _ORIGINAL if ORIGINAL in columns else {}
     last = {"run_id": pa.string()}
-    data = first | {"completion": text} | _DONE | kept | {"model": pa.string()} | last
-    failed = first | {"reason": pa.string()} | kept | last
+    data = first | {"completion": text} | _DONE | original | kept | {"model": pa.string()} | last
+    failed = first | {"reason": pa.string()} | ({ORIGINAL: pa.string()} if original else {}) | kept | last
     candidates = {"id": pa.string(), "source_index": pa.int64(), "candidates": _CANDIDATES, "trace": _TRACE}
     return Tables(*(pa.schema(list(fields.items())) for fields in (data, failed, candidates)))
 
@@ -153,6 +156,7 @@ def done_row(done: Done, kind: Kind, columns: Mapping[str, ColumnType], model: s
         "best_iteration": best.iteration,
         "best_sample": best.sample,
         "curve": list(done.curve),
+        **(_original(done) if ORIGINAL in columns else {}),
         **_kept(done.prompt, columns),
         "model": model,
         "run_id": run_id,
@@ -167,6 +171,7 @@ def failed_row(failed: Failed, kind: Kind, columns: Mapping[str, ColumnType], ru
         "source_index": prompt.source_index,
         "prompt": None if prompt.content is None else _read_prompt(prompt.content, kind),
         "reason": as_utf8(failed.reason),
+        **({ORIGINAL: prompt.original if isinstance(prompt, Prompt) else None} if ORIGINAL in columns else {}),
         **_kept(prompt, columns),
         "run_id": run_id,
     }
@@ -214,14 +219,18 @@ def candidates_row(done: Done, keep: Literal["all", "none"] | tuple[int, int], t
     }
 
 
-def column_types(names: Sequence[str], sample: Iterable[Input]) -> dict[str, ColumnType]:
-    """Types of the kept columns, from a sample of the inputs; nulls say nothing, and a column of nulls only is `json`.
-    With them comes the column for values that fit no longer.
+def column_types(
+    names: Sequence[str], sample: Iterable[Input], drops_last_answer: bool = False
+) -> dict[str, ColumnType]:
+    """The columns of an output beside those that every output has: the kept ones with their types, the one for values
+    that fit no longer, and where `drops_last_answer` the one for the original answers. Types are from a sample of the
+    inputs; nulls say nothing, and a column of nulls only is `json`.
 
     Raises ConfigError for a value that JSON has no words for (an image, say) and for a name that is kept twice.
     """
+    original: dict[str, ColumnType] = {ORIGINAL: "original"} if drops_last_answer else {}
     if not names:
-        return {}
+        return original
     if len(set(names)) < len(names):
         raise ConfigError(f"prompts.keep: {list(names)} names a column twice; name it once")
     order: tuple[ColumnType, ...] = ("bool", "int64", "float64", "string", "json")
@@ -239,7 +248,7 @@ def column_types(names: Sequence[str], sample: Iterable[Input]) -> dict[str, Col
                     "bool nor JSON; take it out of keep"
                 )
     types: dict[str, ColumnType] = {name: "json" if name in empty else fitting[name][0] for name in names}
-    return types | {MISFITS: "misfits"}
+    return types | {MISFITS: "misfits"} | original
 
 
 def misfit(line: Input) -> str | None:
@@ -309,11 +318,20 @@ def kept_columns(row: Row, columns: Mapping[str, ColumnType]) -> tuple[tuple[str
         text = misfits.get(name) if row[name] is None else row[name] if columns[name] == "json" else None
         return row[name] if text is None else json.loads(text)
 
-    return tuple((name, value(name)) for name in columns if name != MISFITS)
+    return tuple((name, value(name)) for name in columns if name not in (MISFITS, ORIGINAL))
 
 
-def _scores(candidate: Candidate) -> list[Row]:
-    return [{"name": name, "value": _finite(value)} for name, value in candidate.rewards]
+def _original(done: Done) -> Row:
+    found = done.original
+    return {
+        ORIGINAL: done.prompt.original,
+        "original_reward": _finite(found.reward) if found else None,
+        "original_rewards": _scores(found) if found else None,
+    }
+
+
+def _scores(answer: Candidate | Original) -> list[Row]:
+    return [{"name": name, "value": _finite(value)} for name, value in answer.rewards]
 
 
 def _finite(value: float | None) -> float | None:

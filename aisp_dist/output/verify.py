@@ -17,7 +17,7 @@ from aisp_dist.output import lease, log, parts, staging
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.manifest import TABLES, read_run
 from aisp_dist.output.parts import Header
-from aisp_dist.output.schema import Row, as_utf8
+from aisp_dist.output.schema import ORIGINAL, Row, as_utf8
 from aisp_dist.records import Input
 
 _FOLDERS = (*TABLES.values(), ".staging")
@@ -109,7 +109,8 @@ class _Part:
     def files(self, chunk: Sequence[Input] | None, full: bool) -> None:
         """Check the part's files. chunk: the inputs of its range, if known; full: whether it must cover its range."""
         start, size = self.part * self.run["rows_per_file"], self.run["rows_per_file"]
-        data = self._read("data", _DATA)
+        originals = ORIGINAL in self.run.get("columns", {})
+        data = self._read("data", [*_DATA, *([ORIGINAL, "original_rewards"] if originals else [])])
         if data is None:
             if not self.violations:  # it is not unreadable
                 count = "the" if chunk is None else len(chunk)
@@ -137,6 +138,9 @@ class _Part:
         for table, found in (("data", rows), ("failed", failed)):
             self._law(table, found, "of another run", lambda row: row["run_id"] == self.run["run_id"])
         self._rows(rows)
+        if originals:
+            same = "an original_completion without its scores, or scores without it"
+            self._law("data", rows, same, lambda row: (row[ORIGINAL] is None) == (row["original_rewards"] is None))
         self._candidates({row["source_index"]: row for row in rows}, candidates)
         if chunk is not None:
             self._inputs(header, chunk, {row["source_index"]: row["id"] for row in (*rows, *failed)})

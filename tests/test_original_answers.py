@@ -1,0 +1,196 @@
+"""prompts.drop_last_answer: the answer that a dialogue came with is scored beside the new one; nothing else changes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import finished
+import pytest
+import yaml
+from rows import at, prompt, result, store
+from test_verify import RUN, edit
+
+import aisp_dist
+from aisp_dist.align import align
+from aisp_dist.config import ConfigError, Prompts, Run
+from aisp_dist.data import prompts
+from aisp_dist.output import manifest, schema
+from aisp_dist.output.verify import verify
+from aisp_dist.records import BadInput, Done, Original, Prompt, Rollout, Score, Trajectory
+
+COLUMNS = {"original_completion": "original"}
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def dialogue(question, answer):
+    return {"prompt": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+# Inputs
+
+
+def test_the_answer_is_part_of_what_names_a_row(tmp_path):
+    source = lines(tmp_path / "a.jsonl", [dialogue("q", "a"), dialogue("q", "b"), dialogue("q", "a"), {"prompt": "q"}])
+    first, other, same, none = prompts.read(Prompts(source=source, drop_last_answer=True))
+    assert [p.original for p in (first, other, same, none)] == ["a", "b", "a", None]
+    assert len({p.content for p in (first, other, same, none)}) == 1
+    assert first.id != other.id and same.id == f"{first.id}#2" and none.id not in (first.id, other.id)
+    assert first.digest != other.digest
+    (plain,) = prompts.read(Prompts(source=lines(tmp_path / "b.jsonl", [{"prompt": "q"}])))
+    assert plain == replace(none, source_index=0)
+
+
+def test_one_id_with_two_answers_is_a_conflict(tmp_path):
+    rows = [dialogue("q", answer) | {"n": "one"} for answer in "aab"]
+    settings = Prompts(source=lines(tmp_path / "a.jsonl", rows), id_column="n", drop_last_answer=True)
+    first, same, other = prompts.read(settings)
+    assert (first.id, same.id) == ("one", "one#2") and isinstance(other, BadInput) and "other content" in other.reason
+
+
+# The search
+
+
+def search(original, thinking="keep", fails=()):
+    calls = []
+
+    class Backend:
+        async def rollout(self, round):
+            texts = ["base"] if round.iteration < 0 else ["<think>x</think>ab", "abc"]
+            return Rollout(tuple(Trajectory(i, (i, 7), text, "stop") for i, text in enumerate(texts)))
+
+        async def score(self, name, prompt, responses):
+            calls.append((name, tuple(responses)))
+            return [Score(None, "NaN") if r in fails else Score(len(r) + 100.0 * (name == "h")) for r in responses]
+
+        async def nll(self, id, tokens, responses):
+            return [1.0 for _ in responses]
+
+    uses = {"r": "select", "s": "select", "h": "report"}
+    rewards = {n: {"kind": "function", "function": "r.py:f", "use": use} for n, use in uses.items()}
+    run = Run.model_validate(
+        {"output": "o", "generator": {"model": "m", "thinking": thinking}, "rewards": rewards,
+         "method": {"kind": "best_of_n", "num_samples": 2, "num_iterations": 1}, "combine": "standardized"}
+    )  # fmt: skip
+    return asyncio.run(align(run, Prompt("p", 0, "q", original=original), (1,), Backend())), calls
+
+
+def test_it_is_scored_by_every_reward_and_changes_nothing_else():
+    without, calls = search(None)
+    done, more = search("original answer")
+    assert replace(done, prompt=without.prompt, original=None) == without and without.original is None
+    assert dict(done.original.rewards) == {"r": 15.0, "s": 15.0, "h": 115.0}
+    scale = (done.best.reward - done.base.reward) / (len(done.best.text) - len(done.base.text))
+    assert done.original.reward == pytest.approx(done.base.reward + scale * (15 - len("base"))), (
+        "combined as all others"
+    )
+    assert [call for call in more if "original answer" not in call[1]] == calls
+    assert all(len(texts) == 1 for _, texts in more if "original answer" in texts), "it is in no other answer's batch"
+
+
+def test_it_may_have_no_score():
+    done, _ = search("bad", fails=("bad",))
+    assert done.original == Original(None, (("r", None), ("s", None), ("h", None)))
+    done, calls = search("<think>unfinished", thinking="strip")
+    assert done.original == Original(None, (("r", None), ("s", None), ("h", None)))
+    assert not any("unfinished" in text for _, texts in calls for text in texts)
+
+
+def test_rewards_see_it_without_its_thinking():
+    done, calls = search("<think>why</think>abcd", thinking="strip")
+    assert dict(done.original.rewards) == {"r": 4.0, "s": 4.0, "h": 104.0} and ("r", ("abcd",)) in calls
+    assert done.prompt.original == "<think>why</think>abcd"
+
+
+# The table
+
+
+def table(root, texts):
+    """A whole output of eight inputs that came with these answers in turn; the inputs and their results by id."""
+    inputs, results = [], {}
+    for i in range(8):
+        line, text = prompt(i), texts[i % len(texts)]
+        if isinstance(line, Prompt):
+            line = replace(line, columns=(), original=text)
+        inputs.append(line)
+        found = result(line)
+        if isinstance(found, Done) and text is not None:
+            found = replace(found, original=Original(0.5, (("main", 0.5), ("words", None))))
+        results[line.id] = found
+    manifest.write_run(at(root), RUN | {"columns": COLUMNS})
+    rows = store(root, columns=COLUMNS)
+    for line in rows.plan(inputs):
+        rows.add(results[line.id])
+    rows.finish()
+    return inputs, results
+
+
+@pytest.mark.parametrize("texts", [["a", None], [None], ["a", "b"]])
+def test_the_schema_is_one_whatever_the_rows_are(texts, tmp_path):
+    inputs, results = table(tmp_path, texts)
+    assert verify(at(tmp_path), inputs).violations == ()
+    schemas = schema.schemas("chat", COLUMNS)
+    for name, expected in (("data", schemas.data), ("failed", schemas.failed)):
+        found = at(tmp_path).dataset(name).to_table()
+        assert found.schema.equals(expected)
+        for row in found.to_pylist():
+            text = getattr(results[row["id"]].prompt, "original", None)
+            assert row["original_completion"] == text
+            if name == "data":
+                scores = [{"name": "main", "value": 0.5}, {"name": "words", "value": None}]
+                assert row["original_reward"] == (None if text is None else 0.5)
+                assert row["original_rewards"] == (None if text is None else scores)
+
+
+@pytest.mark.parametrize("change", [{"original_completion": None}, {"original_rewards": None}])
+def test_an_answer_and_its_scores_come_together(change, tmp_path):
+    table(tmp_path, ["a"])
+    edit(tmp_path / "data/part-000000.parquet", lambda rows: rows[0].update(change))
+    (broken,) = verify(at(tmp_path)).violations
+    assert "an original_completion without its scores, or scores without it" in broken
+
+
+def test_the_columns_are_there_with_the_key_alone():
+    names = schema.schemas("chat", {}).data.names
+    assert not [name for name in names if name.startswith("original")]
+    assert [n for n in schema.schemas("chat", COLUMNS).data.names if n not in names] == [
+        "original_completion",
+        "original_reward",
+        "original_rewards",
+    ]
+    assert schema.column_types((), [], True) == COLUMNS
+    assert schema.column_types(("a",), [], True) == {"a": "json", "kept_as_json": "misfits"} | COLUMNS
+    for name in ("original_completion", "original_reward", "original_rewards"):
+        with pytest.raises(ConfigError, match=f"{name!r} is a column of the output itself"):
+            schema.schemas("chat", {name: "string"})
+
+
+def test_a_run_compares_new_answers_with_those_that_were_there(tmp_path):
+    folder = finished.project(tmp_path)
+    lines(folder / "prompts.jsonl", [dialogue("What is it?", "aaaa"), dialogue("Why?", "bcd"), {"prompt": "How?"}])
+    values = {
+        "output": "out",
+        "prompts": {"source": str(folder / "prompts.jsonl"), "drop_last_answer": True},
+        "generator": {"model": str(folder / "model"), "max_new_tokens": 8, "batch_rows": 32},
+        "rewards": {
+            "main": {"kind": "function", "function": f"{folder}/rewards.py:vowels"},
+            "words": {"kind": "function", "function": f"{folder}/rewards.py:words", "use": "report"},
+        },
+        "method": finished.AISP,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    rows = list(aisp_dist.relabel(folder / "run.yaml"))
+    assert [row["original_completion"] for row in rows] == ["aaaa", "bcd", None]
+    scores = [{s["name"]: s["value"] for s in row["original_rewards"] or ()} for row in rows]
+    by_hand = {}
+    exec((folder / "rewards.py").read_text(), by_hand)
+    for row, found in zip(rows[:2], scores, strict=False):
+        answer = [[{"role": "assistant", "content": row["original_completion"]}]]
+        assert found == {"main": by_hand["vowels"](answer)[0], "words": by_hand["words"](answer)[0]}
+        assert row["original_reward"] == found["main"]
+    assert (rows[2]["original_reward"], scores[2]) == (None, {})

@@ -33,6 +33,7 @@ def main(args: Sequence[str]) -> int:
         raise cli.Exit(3, str(error)) from None
     if nothing_to_do:
         say("every input has its row already: nothing to do")
+        manifest.write_card(prepared.output)  # a kill after the last commit may have kept it from being written
         return _end(prepared, 0.0, 0)
     with session.Session(prepared, say, shard) as cluster:
         say(cluster.first_prompt)

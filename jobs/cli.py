@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,10 +43,18 @@ class Exit(Exception):
         self.code = code
 
 
+def _show_everything() -> None:
+    """What a terminal's encoding cannot show is shown as an escape, and ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     if argv is None:
         with _exit_code_kept():
             main(sys.argv[1:])
+    _show_everything()
     args = list(argv or ())
     if not args or args[0] in ("-h", "--help"):
         print("usage: aisp VERB ...\n\n" + "\n".join(f"  {verb:13}{text}" for verb, text in VERBS.items()))
@@ -59,6 +68,7 @@ def run(verb: str, args: Sequence[str] | None = None) -> None:
     if args is None:
         with _exit_code_kept():
             run(verb, sys.argv[1:])
+    _show_everything()
     if verb not in VERBS:
         sys.exit(_complain(f"{verb!r} is not a verb; there are: {', '.join(VERBS)}", 2))
     module = importlib.import_module(f"jobs.{verb.replace('-', '_')}")
@@ -75,6 +85,13 @@ def run(verb: str, args: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:  # a full disk, a store that is away
         sys.exit(_complain(f"{error}; once that is mended the same command goes on", 1))
+    except Exception as error:
+        if not type(error).__module__.startswith("pyarrow"):
+            raise
+        what = " ".join(str(error).split())
+        sys.exit(
+            _complain(f"a file cannot be read: {what}; `aisp verify OUTPUT` names what is damaged in an output", 1)
+        )
 
 
 @contextmanager

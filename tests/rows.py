@@ -14,6 +14,7 @@ from aisp_dist.output.writer import Store
 from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Iteration, Prompt, Result
 
 COLUMNS = {"answer": "string", "grade": "int64", "extra": "json", "kept_as_json": "misfits"}
+RECORD = {"fingerprint": "f" * 8, "run_id": "f" * 4, "rows_per_file": 4, "components": {}, "config": {"output": "o"}}
 NUM_SAMPLES, NUM_ITERATIONS = 3, 2
 
 

@@ -17,6 +17,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as fs
 import pytest
 import yaml
+from rows import RECORD as RUN
 from rows import prompts, result, store, tables, write
 from s3 import BUCKET, KEYS
 
@@ -33,7 +34,6 @@ from jobs.progress import Progress
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parent.parent
-RUN = {"fingerprint": "f" * 8, "run_id": "f" * 4, "rows_per_file": 4, "components": {}, "config": {"output": "o"}}
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,6 +140,29 @@ def test_a_directory_is_read_as_it_is_now_whatever_its_name(tmp_path, monkeypatc
     assert texts(first) == ["else", "later"]
 
 
+def test_a_name_that_is_not_there_is_no_cached_directory_of_that_name(tmp_path, monkeypatch):
+    """In a process of its own, since `datasets` reads where its cache is when it is imported."""
+    output(tmp_path / "a" / "mine", "of a")
+    (tmp_path / "b").mkdir()
+    code = """
+import os, datasets
+from aisp_dist.config import ConfigError, Prompts
+from aisp_dist.data import prompts
+os.chdir("a")
+assert datasets.load_dataset("mine", split="train")["prompt"] == ["of a"]
+os.chdir("../b")
+assert datasets.load_dataset("mine", split="train")["prompt"] == ["of a"], "datasets has changed: is the check needed?"
+try:
+    print(list(prompts.read(Prompts(source="mine"))))
+except ConfigError as error:
+    print(error)
+"""
+    env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    env |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True)
+    assert "'mine' is no file or directory here" in said
+
+
 def test_a_directory_reads_as_the_glob_of_its_files(tmp_path):
     jsonl(tmp_path / "set" / "a.jsonl", asked("A", topic="x"))
     jsonl(tmp_path / "set" / "b.jsonl", [{"prompt": "B", "note": 1}, {"prompt": "C", "topic": "y"}])
@@ -183,8 +208,6 @@ def test_splits_and_tables_of_a_directory(tmp_path):
 
 
 def test_a_directory_needs_no_torch(tmp_path):
-    import subprocess
-
     jsonl(tmp_path / "a.jsonl", asked("A"))
     code = "from aisp_dist.config import Prompts; from aisp_dist.data import prompts; import sys\n"
     code += f"list(prompts.read(Prompts(source={str(tmp_path)!r}))); assert 'torch' not in sys.modules"

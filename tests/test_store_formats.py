@@ -13,7 +13,7 @@ import pytest
 from rows import COLUMNS, prompt, prompts, result, store, tables, write
 
 from aisp_dist.config import ConfigError
-from aisp_dist.output import schema
+from aisp_dist.output import parts, schema
 from aisp_dist.records import BadInput, Failed, Prompt
 
 
@@ -205,7 +205,7 @@ def test_nothing_in_a_part_tells_when_or_where_it_was_written(tmp_path):
     path = tmp_path / "a/data/part-000002.parquet"
     metadata = pq.read_metadata(path).metadata
     names = {key.decode() for key in metadata} - {"ARROW:schema"}
-    assert names == {f"aisp.{name}" for name in ("start", "end", "digest", "fingerprint", "run_id", "version")}
+    assert names == {f"aisp.{name}" for name in parts.Header._fields}
     assert (metadata[b"aisp.start"], metadata[b"aisp.end"]) == (b"8", b"10")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rows import at, result, store
+from rows import RECORD, at, result, store
 
 from aisp_dist.analysis import summary
 from aisp_dist.config import Aisp, Spend
@@ -22,7 +22,7 @@ def output(folder: Path, rows: list[dict], **config) -> Place:
     rewards = {"a": reward("select"), "b": reward("select"), "held": reward("report")}
     method = {"kind": "best_of_n", "num_samples": 8, "num_iterations": 1}
     values = {"output": "o", "generator": {"model": "m"}, "rewards": rewards, "method": method}
-    manifest.write_run(Place.at(folder), {"config": values | config, "rows_per_file": 2})
+    manifest.write_run(Place.at(folder), RECORD | {"config": values | config, "rows_per_file": 2})
     (folder / "data").mkdir(parents=True)
     scores = pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()}))
     fields = {"id": pa.string(), "source_index": pa.int64(), "curve": pa.list_(pa.float64()),

@@ -7,14 +7,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import RECORD as RUN
 from rows import at, prompts, result, store, write
 
 from aisp_dist.config import ConfigError
 from aisp_dist.output import manifest, parts, staging
 from aisp_dist.output.lease import Lease
 from aisp_dist.output.verify import status, verify
-
-RUN = {"fingerprint": "f" * 8, "run_id": "f" * 4, "rows_per_file": 4, "components": {}, "config": {"output": "o"}}
 
 
 @pytest.fixture(params=["chat", "raw"])
@@ -98,6 +97,86 @@ def test_files_that_are_missing_foreign_torn_or_of_another_commit_are_named(outp
     (data / "part-000001.parquet").write_bytes(parts.encode(table.replace_schema_metadata(None), header))
     (data / "part-1.parquet").write_bytes(whole)
     assert found("another schema", "data/part-1.parquet: is no part")
+
+
+def test_what_a_commit_wrote_beside_the_rows_is_missed(output):
+    """Candidates, failed rows and the files that describe the output: none may go without a word."""
+    sound = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for name, words in {
+        "candidates/part-000001.parquet": "candidates/part-000001: is missing: the commit wrote 3",
+        "failed/part-000001.parquet": "data/part-000001: line 5: no row",
+        "README.md": "README.md: is missing",
+        "config.yaml": "config.yaml: is missing",
+    }.items():
+        (output / name).unlink()
+        assert any(words in violation for violation in verify(at(output)).violations), name
+        (output / name).write_bytes(sound[output / name])
+    edit(output / "candidates/part-000001.parquet", lambda rows: rows.pop())
+    assert verify(at(output)).violations == ("candidates/part-000001: has 2 rows, the commit wrote 3",)
+    (output / "candidates/part-000001.parquet").write_bytes(sound[output / "candidates/part-000001.parquet"])
+    (output / "config.yaml").write_text("output: elsewhere\n")
+    (output / "README.md").write_text("# Mine\n")
+    assert verify(at(output)).violations == (
+        "config.yaml: is not the configuration in run.json",
+        "README.md: its `configs` lack candidates, default, failed, so that `datasets` does not find them",
+    )
+
+
+@pytest.mark.parametrize("keep", ["none", "all"])
+@pytest.mark.parametrize("trace", [False, True])
+def test_what_was_not_to_be_kept_is_not_missed(tmp_path, keep, trace):
+    manifest.write_run(at(tmp_path), RUN)
+    write(tmp_path, prompts(6), candidates=keep, trace=trace)
+    assert verify(at(tmp_path), prompts(6)).violations == ()
+    assert bool(at(tmp_path).parts("candidates")) == (keep == "all" or trace)
+    write(tmp_path, prompts(10), candidates="all")  # the setting is free to change when a run is extended
+    assert verify(at(tmp_path), prompts(10)).violations == ()
+
+
+STRAYS = (".part-000000.parquet.crc", "part-000000.parquet.crc", "README.md", "part-000000.parquet~", "x.parquet")
+
+
+def test_files_that_are_not_the_runs_are_passed_over_and_named(output):
+    before = at(output).dataset("data").to_table(), status(at(output))
+    for folder in ("data", "failed", "candidates"):
+        for name in STRAYS:
+            (output / folder / name).write_bytes(b"x")
+    (output / ".staging/part-000000").mkdir()
+    (output / ".staging/part-000000/seg-mine").write_bytes(b"x")
+    assert (at(output).dataset("data").to_table(), status(at(output))) == before
+    kind = kind_of(output)
+    assert list(store(output, kind=kind).plan(prompts(10, kind))) == []
+    named = [violation.partition(":")[0] for violation in verify(at(output)).violations]
+    assert sorted(named) == sorted(
+        f"{table}/{name}" for table in ("candidates", "data", "failed") for name in STRAYS[1:]
+    )
+
+
+def test_a_foreign_run_json_is_refused_by_every_reader(output):
+    for text in ("[]", "{}", '{"config": 3}', json.dumps({k: v for k, v in RUN.items() if k != "run_id"})):
+        (output / "run.json").write_text(text)
+        for look in (verify, status, manifest.write_card):
+            with pytest.raises(ConfigError, match=r"run\.json describes no run"):
+                look(at(output))
+
+
+def test_datasets_sees_what_is_on_disk(tmp_path):
+    import datasets
+
+    def seen(place, table=None):
+        cache = str(tmp_path / "cache")
+        return sorted(datasets.load_dataset(str(place), table, split="train", cache_dir=cache)["id"])
+
+    def written(folder, count):
+        manifest.write_run(at(tmp_path / folder), RUN)
+        return write(tmp_path / folder, prompts(count))
+
+    first, other = written("a/out", 3), written("b/out", 2)
+    assert len(seen(first)) == 3 and len(seen(other)) == 2
+    (first / "README.md").write_text((first / "README.md").read_text() + "A word of mine.\n")
+    written("a/out", 9)
+    assert len(seen(first)) == 7 == len(seen(first, "candidates"))
+    assert (first / "README.md").read_text().endswith("A word of mine.\n")
 
 
 def test_other_more_and_fewer_inputs_are_seen(output):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +27,6 @@ from aisp_dist.output.filesystem import Place
 from aisp_dist.output.schema import kept_columns
 from aisp_dist.records import Prompt
 
-_PART = re.compile(r"part-\d{6,}\.parquet")
 _ABOUT = ["id", "source_index", "prompt", "finish_reason", "samples_spent", "quarantined", "curve"]
 _NUMBERS = {"reward": "reward", "nll": "nll", "tokens": "num_tokens"}  # measure: column, of the base answer base_*
 Row = dict[str, Any]
@@ -125,8 +123,8 @@ def answer(completion: Any) -> str:
 
 def batches(place: Place, table: str, columns: Sequence[str] | None, rows: int = 1024) -> Iterator[pa.RecordBatch]:
     """Rows of a table in input order, of these columns (dotted ones too) or of all."""
-    for name in place.names(table):
-        file = place.open(f"{table}/{name}") if _PART.fullmatch(name) else None
+    for name in place.parts(table):
+        file = place.open(f"{table}/{name}")
         if file is not None:
             with file:
                 yield from pq.ParquetFile(file).iter_batches(rows, columns=None if columns is None else list(columns))

@@ -202,8 +202,11 @@ def _dataset(name: str, settings: Prompts) -> Iterator[Line]:
             data = datasets.load_from_disk(name)
             data = data[settings.split] if isinstance(data, datasets.DatasetDict) else data
         else:
+            _check_on_hub(name, settings)
             how = {"split": settings.split, "revision": settings.revision, "streaming": settings.streaming}
             data = datasets.load_dataset(name, settings.subset, **how)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever the hub, the network or a foreign file says
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConfigError(
@@ -214,6 +217,20 @@ def _dataset(name: str, settings: Prompts) -> Iterator[Line]:
     columns.check(data.column_names or list(next(iter(data), {})), repr(name))  # a stream may not know them before
     rows = data.select_columns(list(columns.required))
     return (Line(0, number, row) for number, row in enumerate(rows, 1))
+
+
+def _check_on_hub(name: str, settings: Prompts) -> None:
+    """Raise ConfigError for a name without an owner that the hub does not answer for: `datasets` would give what it has
+    cached under that name, of whatever directory was once called so."""
+    import datasets
+
+    if "/" not in name:
+        builder = datasets.load_dataset_builder(name, settings.subset, revision=settings.revision)
+        if type(builder).__module__.startswith("datasets.packaged_modules.cache"):
+            raise ConfigError(
+                f"prompts.source: {name!r} is no file or directory here, and the hub cannot be asked for it; give an "
+                "existing path, or a hub id with its owner, as in owner/name"
+            )
 
 
 def _shuffled(lines: Iterator[Line], seed: int) -> Iterator[Line]:

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -27,6 +28,7 @@ import pyarrow.fs as fs
 
 from aisp_dist.config import ConfigError, StorageOptions, known_place
 
+PART = re.compile(r"part-\d{6,}\.parquet")  # name of a part file
 _CONNECT, _REQUEST = 5.0, 30.0  # seconds; three attempts each
 _CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")  # answers of a conditional PUT
 _IGNORED = (
@@ -88,9 +90,18 @@ class Place:
         found = files.get_file_info(fs.FileSelector(f"{base}/{folder}", allow_not_found=True))
         return {info.base_name: info.size or 0 for info in found if info.type != fs.FileType.NotFound}
 
+    def parts(self, folder: str) -> list[str]:
+        """Names of a table's part files, sorted. Whatever else lies in the folder is not the run's: no reader opens it,
+        `verify` names it."""
+        return [name for name in self.names(folder) if PART.fullmatch(name)]
+
     def dataset(self, folder: str) -> ds.Dataset:
+        """The rows of a table's part files. Raises FileNotFoundError where there is none."""
         files, base = self._files()
-        return ds.dataset(f"{base}/{folder}", filesystem=files, format="parquet")
+        names = [f"{base}/{folder}/{name}" for name in self.parts(folder)]
+        if not names:
+            raise FileNotFoundError(f"{self}/{folder} holds no part file")
+        return ds.dataset(names, filesystem=files, format="parquet")
 
     def write(self, name: str, data: bytes) -> None:
         """Make `data` what the file holds. Raises OSError; then the old file stands, or rarely the new one."""

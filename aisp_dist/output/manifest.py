@@ -3,16 +3,20 @@ card by which `datasets.load_dataset(directory, name)` finds the tables. Knows n
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from aisp_dist.config import ConfigError, Method, Section
-from aisp_dist.output.filesystem import Place
+from aisp_dist.output.filesystem import PART, Place
 
 TABLES = {"default": "data", "failed": "failed", "candidates": "candidates"}  # load_dataset name: directory
+_NEEDED = {"config", "fingerprint", "components", "run_id", "rows_per_file"}  # of run.json
+_HEADER = re.compile(r"---\n(.*?)---\n", re.DOTALL)
 _METHOD: TypeAdapter[Any] = TypeAdapter(Method)
 _ABOUT = """
 # Relabelled prompts
@@ -57,13 +61,17 @@ def read_run(place: Place) -> dict[str, Any] | None:
 
 def _parse(place: Place, data: bytes) -> dict[str, Any]:
     try:
-        run = json.loads(data)
+        run: dict[str, Any] = json.loads(data)
     except ValueError as error:
         raise ConfigError(
             f"output: {place}/run.json is not JSON ({error}); restore it, or give another output"
         ) from None
-    if not isinstance(run, dict):
-        raise ConfigError(f"output: {place}/run.json holds no run; restore it, or give another output")
+    missing = sorted(_NEEDED - run.keys() if isinstance(run, dict) else _NEEDED)
+    if missing or not isinstance(run["config"], dict):
+        raise ConfigError(
+            f"output: {place}/run.json describes no run (it lacks {', '.join(missing) or 'a config'}); restore it, or "
+            "give another output"
+        )
     return run
 
 
@@ -116,20 +124,46 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def write_card(place: Place) -> None:
-    """Write the dataset card for the tables that are there. Safe beside another writer: who writes last has looked
-    last."""
-    if place.read("README.md") != _card(place):
-        place.update("README.md", lambda _: _card(place))
+    """Write the dataset card for the tables that are there. What a user has added to it stays. Safe beside another
+    writer: who writes last has looked last."""
+    old = place.read("README.md")
+    if old is None or _card(place, old) != old:
+        place.update("README.md", lambda old: _card(place, old))
 
 
-def _card(place: Place) -> bytes:
-    configs = "".join(
-        f"- config_name: {name}\n  data_files: {folder}/*.parquet\n"
-        for name, folder in TABLES.items()
-        if any(file.endswith(".parquet") for file in place.names(folder))  # `datasets` refuses a config without files
-    )
+def tables_of_card(place: Place) -> set[str]:
+    """Names of the tables that `datasets` finds by the dataset card."""
+    configs = _header((place.read("README.md") or b"").decode("utf-8", "replace"))[0].get("configs")
+    return {str(config.get("config_name")) for config in configs or () if isinstance(config, dict)}
+
+
+def _card(place: Place, old: bytes | None) -> bytes:
+    """The card that names the files that are there. `datasets` caches what it has read of a directory by the header of
+    its card; `description` makes that another one with every change of the files."""
     run = read_run(place) or {}
+    configs = []
+    for name, folder in TABLES.items():
+        sizes = {file: size for file, size in place.sizes(folder).items() if PART.fullmatch(file)}
+        if sizes:  # `datasets` refuses a config without files
+            known = json.dumps([run.get("fingerprint"), sorted(sizes.items())])
+            digest = hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
+            files = f"{folder}/part-*.parquet"
+            configs.append({"config_name": name, "data_files": files, "description": f"files {digest}"})
     rescored = run.get("rescored")
+    header, text = _header((old or b"").decode("utf-8", "replace"))
     about = _ABOUT.replace("{method}", method_name(run.get("config", {})))
-    about += _RESCORED.format_map(rescored) if rescored else ""
-    return f"---\nconfigs:\n{configs}---\n{about}".encode()
+    text = text or about + (_RESCORED.format_map(rescored) if rescored else "")
+    top = yaml.safe_dump(header | {"configs": configs}, sort_keys=False, allow_unicode=True)
+    return f"---\n{top}---\n{text}".encode()
+
+
+def _header(card: str) -> tuple[dict[str, Any], str]:
+    """The YAML header of a card, and the text below it."""
+    found = _HEADER.match(card)
+    if found is None:
+        return {}, card
+    try:
+        header = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        header = None
+    return header if isinstance(header, dict) else {}, card[found.end() :]

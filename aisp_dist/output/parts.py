@@ -23,7 +23,8 @@ from aisp_dist.records import Input
 
 
 class Header(NamedTuple):
-    """Metadata of a part file. digest: of the inputs in [start, end), see range_digest."""
+    """Metadata of a part file. digest: of the inputs in [start, end), see range_digest. candidates: rows that the
+    commit wrote to the part's candidates; outputs of 0.1.0 do not say."""
 
     start: int
     end: int
@@ -31,6 +32,7 @@ class Header(NamedTuple):
     fingerprint: str
     run_id: str
     version: int = VERSION
+    candidates: int | None = None
 
 
 class Standing(NamedTuple):
@@ -59,15 +61,18 @@ def encode(table: pa.Table, covers: Header) -> bytes:
     with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=3) as writer:
         if table.num_rows:
             writer.write_table(table)
-        writer.add_key_value_metadata({f"aisp.{name}": str(value) for name, value in covers._asdict().items()})
+        known = {name: str(value) for name, value in covers._asdict().items() if value is not None}
+        writer.add_key_value_metadata({f"aisp.{name}": value for name, value in known.items()})
     return bytes(sink.getvalue())
 
 
 def header(metadata: pq.FileMetaData) -> Header:
     """Raises KeyError or ValueError where a file is not one of ours."""
     found = {key.decode(): value.decode() for key, value in (metadata.metadata or {}).items()}
-    start, end, digest, fingerprint, run_id, version = (found[f"aisp.{name}"] for name in Header._fields)
-    return Header(int(start), int(end), digest, fingerprint, run_id, int(version))
+    start, end, digest, fingerprint, run_id, version = (found[f"aisp.{name}"] for name in Header._fields[:-1])
+    candidates = found.get("aisp.candidates")
+    counted = None if candidates is None else int(candidates)
+    return Header(int(start), int(end), digest, fingerprint, run_id, int(version), counted)
 
 
 def read_standing(place: Place, part: int) -> Standing | None:

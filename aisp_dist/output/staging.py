@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from aisp_dist.output.filesystem import Place
 from aisp_dist.output.schema import Row, Tables
 
 _INPUTS = pa.schema([("source_index", pa.int64()), ("digest", pa.string())])
+_NAME = re.compile(r"seg-\d{6,}-[0-9a-zA-Z]+")
 _MAGIC = b"aisp-segment-1 "
 _ZSTD = pa.ipc.IpcWriteOptions(compression="zstd")
 _log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ def folder(part: int) -> str:
 
 def names(place: Place, part: int) -> list[str]:
     """The part's segment files in the order they were written."""
-    return [name for name in place.names(folder(part)) if name.startswith("seg-")]
+    return [name for name in place.names(folder(part)) if _NAME.fullmatch(name)]
 
 
 def write(place: Place, part: int, owner: str, fingerprint: str, schemas: Tables, rows: Sequence[Finished]) -> None:

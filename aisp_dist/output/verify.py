@@ -11,11 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from aisp_dist.config import ConfigError
 from aisp_dist.output import lease, log, parts, staging
 from aisp_dist.output.filesystem import Place
-from aisp_dist.output.manifest import TABLES, read_run
+from aisp_dist.output.manifest import TABLES, read_run, tables_of_card
 from aisp_dist.output.parts import Header
 from aisp_dist.output.schema import ORIGINAL, Row, as_utf8
 from aisp_dist.records import Input
@@ -49,7 +50,7 @@ def verify(place: Place, inputs: Iterable[Input] | None = None) -> Verdict:
     run = _run(place)
     size = run["rows_per_file"]
     files = {folder: place.names(folder) for folder in _FOLDERS}
-    violations = _strangers(files)
+    violations = _beside(place, run) + _strangers(files)
     numbers = _numbers(files)
     lines = None if inputs is None else iter(inputs)
     schemas: dict[str, pa.Schema] = {}
@@ -137,6 +138,9 @@ class _Part:
         self._law("failed", failed, "no reason", lambda row: bool(row["reason"]))
         for table, found in (("data", rows), ("failed", failed)):
             self._law(table, found, "of another run", lambda row: row["run_id"] == self.run["run_id"])
+        if header.candidates is not None and len(candidates) != header.candidates and not self._said("candidates"):
+            gone = "is missing: the commit wrote" if not candidates else f"has {len(candidates)} rows, the commit wrote"
+            self._say("candidates", f"{gone} {header.candidates}")
         self._rows(rows)
         if originals:
             same = "an original_completion without its scores, or scores without it"
@@ -240,6 +244,9 @@ class _Part:
         if found := sorted(ordinals):
             self._say(table, f"line {found[0]}{f' and {len(found) - 1} others' if found[1:] else ''}: {law}")
 
+    def _said(self, table: str) -> bool:
+        return any(violation.startswith(f"{table}/") for violation in self.violations)
+
     def _say(self, table: str, what: str) -> None:
         self.violations.append(f"{table}/part-{self.part:06d}: {what}")
 
@@ -249,6 +256,26 @@ def _run(place: Place) -> dict[str, Any]:
     if run is None:
         raise ConfigError(f"output: {place} holds no run (there is no run.json); give the output directory of a run")
     return run
+
+
+def _beside(place: Place, run: dict[str, Any]) -> list[str]:
+    """The files beside the tables that a run writes."""
+    found = []
+    if (config := place.read("config.yaml")) is None:
+        found.append("config.yaml: is missing; run.json holds the configuration too")
+    else:
+        try:
+            same = yaml.safe_load(config) == run["config"]
+        except yaml.YAMLError:
+            same = False
+        if not same:
+            found.append("config.yaml: is not the configuration in run.json")
+    there = [name for name, folder in TABLES.items() if place.parts(folder)]
+    if there and place.read("README.md") is None:
+        found.append("README.md: is missing; the command that wrote the output writes it again")
+    elif unnamed := sorted(set(there) - tables_of_card(place)):
+        found.append(f"README.md: its `configs` lack {', '.join(unnamed)}, so that `datasets` does not find them")
+    return found
 
 
 def _numbers(files: dict[str, list[str]]) -> list[int]:

@@ -279,6 +279,7 @@ class Store:
                 opened.failed -= lost
             return
         header = Header(opened.start, opened.end, opened.digest, self._fingerprint, self._run_id)
+        header = header._replace(candidates=tables.candidates.num_rows)
         built = {
             name: parts.encode(table, header)
             for name, table in tables._asdict().items()

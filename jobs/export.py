@@ -3,6 +3,7 @@ that `datasets.load_dataset(DIR, "dpo")` reads. The directory appears with every
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -46,6 +47,9 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError("--sft-format messages: these prompts are plain text (format: raw); use prompt-completion")
     if options.out.exists():
         raise ConfigError(f"--out: {str(options.out)!r} exists already; name another directory, or remove it")
+    carried, left_out = export.kept_columns(found)
+    if left_out:
+        say(f"left out, since trainers take these names for their own: {', '.join(left_out)}")
     for output in found:
         if not options.partial:
             outputs.check_finished(output, evaluate.inputs(dict(output.record)))
@@ -56,7 +60,7 @@ def main(args: Sequence[str]) -> int:
         for kind in dict.fromkeys(options.to):
             sieve = export.Sieve(filters, kind in export.PAIRED)
             (staged / kind).mkdir(parents=True)
-            told[kind] = _table(kind, found, rejected, sieve, staged / kind, chat, options.sft_format)
+            told[kind] = _table(kind, found, rejected, sieve, staged / kind, chat, carried, options.sft_format)
         _describe(staged, told, found, options, chat)
         os.replace(staged, options.out)
     finally:
@@ -118,6 +122,7 @@ def _table(
     sieve: export.Sieve,
     folder: Path,
     chat: bool,
+    carried: export.Columns,
     sft_format: str,
 ) -> dict[str, Any]:
     """Write one table; how many prompts were read, kept and removed by which filter, and how many rows were written."""
@@ -130,7 +135,7 @@ def _table(
     if kind == "alpaca_eval":
         rows = sieve.passed = _write_alpaca_eval(folder / "outputs.json", [(o, kept(o)) for o in found], sieve)
     else:
-        of = export.schema(kind, chat, sft_messages=sft_format == "messages")
+        of = export.schema(kind, chat, carried, sft_messages=sft_format == "messages")
         rows = export.write(kind, chain.from_iterable(map(kept, found)), folder, of, _ROWS_PER_FILE)
     removed = dict(sorted(sieve.removed.items()))
     if not rows:
@@ -172,7 +177,10 @@ def _describe(staged: Path, told: dict[export.Kind, Any], found: Sequence[Output
     about = {"tables": told, "options": chosen, "runs": runs, "aisp-dist": version("aisp-dist")}
     (staged / "export.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     tables = [kind for kind in told if kind != "alpaca_eval"]
-    configs = [{"config_name": kind, "data_files": f"{kind}/*.parquet"} for kind in tables]
+    configs = [  # `datasets` caches by these; the digest makes another export of the same place another table
+        {"config_name": kind, "data_files": f"{kind}/*.parquet", "description": f"files {_digest(staged / kind)}"}
+        for kind in tables
+    ]
     lines = ["---", yaml.safe_dump({"configs": configs}, sort_keys=False).strip(), "---", "", "# Training sets", ""]
     lines += ["Written by `aisp export` from:", ""]
     for output, run in zip(found, runs, strict=True):
@@ -194,6 +202,14 @@ def _describe(staged: Path, told: dict[export.Kind, Any], found: Sequence[Output
     }
     if mapped:
         (staged / "dataset_info.json").write_text(json.dumps(mapped, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest(folder: Path) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "blake2b").digest())
+    return found.hexdigest()
 
 
 def _push(folder: Path, repo: str) -> None:

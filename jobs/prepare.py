@@ -98,7 +98,7 @@ def check(run: Run, base_dir: Path) -> Run:
 def _check_rest(run: Run, base_dir: Path) -> Run:
     located = fingerprint.locate(run, base_dir)
     sizes.check(run.generator, located.generator.model)
-    schema.schemas("chat", dict.fromkeys(run.prompts.keep, "string"))
+    schema.check_kept(run.prompts.keep)
     prompts.check(located.prompts)
     return located
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +239,38 @@ def test_a_place_that_is_no_local_directory_is_refused(folder, tmp_path, monkeyp
 def test_hostile_texts_come_back_as_they_were(tmp_path):
     texts = ["a\0b", "\u2028 \U0001f600 </script>", '{"role": "user"}', "x" * 100_000]
     found = [example(id=str(i), chosen=text, rejected=f"{text}!") for i, text in enumerate(texts)]
-    count = export.write("dpo", iter(found), tmp_path, export.schema("dpo", True), 3)
+    count = export.write("dpo", iter(found), tmp_path, export.schema("dpo", True, {}), 3)
     back = [row for f in sorted(tmp_path.iterdir()) for row in pq.read_table(f).to_pylist()]
     assert count == 4 and [row["chosen"][0]["content"] for row in back] == texts and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward", "prompts"])
+def test_kept_columns_are_carried_into_every_table(folder, tmp_path, kind):
+    run(folder, tmp_path / "o", "--to", kind)
+    notes = {row["id"]: row["note"] for row in pq.read_table(folder / "chat/data").to_pylist()}
+    rows = pq.read_table(tmp_path / "o" / kind).to_pylist()
+    assert rows and all(row["note"] == notes[row["id"]] and row["kept_as_json"] == [] for row in rows)
+
+
+def test_outputs_whose_kept_columns_differ(folder, tmp_path):
+    """One that lacks a column has nulls there; one with another type is exported apart."""
+    (tmp_path / "rewards.py").write_text(finished.REWARDS)
+    for name, note in (("none", None), ("text", "a"), ("number", 1)):
+        row = {"name": name, "prompt": f"Say {name}"} | ({} if note is None else {"note": note})
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        keep = {"source": str(tmp_path / f"{name}.jsonl"), "keep": [] if note is None else ["note"]}
+        finished.output(tmp_path, name, prompts=keep, generator={"model": str(folder / "model")})
+    names = [str(tmp_path / name) for name in ("none", "text")]
+    assert job.main([*names, "--to", "prompts", "--out", str(tmp_path / "both")]) == 0
+    assert [row["note"] for row in pq.read_table(tmp_path / "both/prompts").to_pylist()] == [None, "a"]
+    with pytest.raises(ConfigError, match="'note' is string in one of them and int64 in"):
+        job.main([names[1], str(tmp_path / "number"), "--to", "prompts", "--out", str(tmp_path / "o")])
+
+
+def test_another_export_to_the_same_place_is_another_table_for_datasets(folder, tmp_path):
+    for rule in ("base", "worst"):
+        shutil.rmtree(tmp_path / "pairs", ignore_errors=True)
+        run(folder, tmp_path / "pairs", "--to", "dpo", "--rejected", rule)
+        there = pq.read_table(tmp_path / "pairs/dpo").to_pylist()
+        seen = datasets.load_dataset(str(tmp_path / "pairs"), "dpo", split="train", cache_dir=str(tmp_path / "cache"))
+        assert seen.to_list() == there

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import test_coordinator as running
 import yaml
-from rows import at, prompt, result, store
+from rows import RECORD, at, prompt, result, store
 from test_coordinator import FakeGenerator, FakeScorer, coordinator, fill, run_of
 
 from aisp_dist.analysis import guard, summary
@@ -98,7 +98,7 @@ def test_a_done_result_is_counted_as_its_row(tmp_path):
         n: {"kind": "function", "function": "a.py:b", "use": u} for n, u in (("main", "select"), ("words", "report"))
     }
     config = {"output": "o", "generator": {"model": "m"}, "rewards": rewards}
-    manifest.write_run(at(tmp_path), {"config": config, "rows_per_file": 4})
+    manifest.write_run(at(tmp_path), RECORD | {"config": config})
     rows = store(tmp_path)
     for line in rows.plan([prompt(n) for n in range(9)]):
         rows.add(result(line, fails=line.source_index not in (0, 1, 2, 4, 6, 8)))

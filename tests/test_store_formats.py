@@ -123,7 +123,7 @@ TAKEN += " environment trainer_state chosen_reward"
 @pytest.mark.parametrize("name", TAKEN.split())
 def test_a_kept_column_with_a_taken_name_is_refused(name):
     with pytest.raises(ConfigError, match=rf"prompts\.keep: .*'{name}'.*rename it"):
-        schema.schemas("chat", {name: "string"})
+        schema.check_kept([name])
 
 
 def typed(*values, names=("x",)):

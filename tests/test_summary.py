@@ -96,7 +96,7 @@ def test_kept_values_that_do_not_fit_are_counted(tmp_path):
     columns = {"answer": "string", "grade": "int64", "kept_as_json": "misfits"}
     rewards = {name: {"kind": "function", "function": "a.py:b"} for name in ("main", "words")}
     config = {"output": "o", "generator": {"model": "m"}, "rewards": rewards}
-    manifest.write_run(at(tmp_path), {"config": config, "columns": columns, "rows_per_file": 4})
+    manifest.write_run(at(tmp_path), RECORD | {"config": config, "columns": columns})
     rows = store(tmp_path, columns=columns)
     for line in rows.plan(lines):
         rows.add(result(line, fails=line.source_index == 3))

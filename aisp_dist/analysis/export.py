@@ -12,7 +12,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from aisp_dist.analysis.metrics import repetition
 from aisp_dist.analysis.outputs import Output, Row, answer, batches
 from aisp_dist.config import ConfigError
+from aisp_dist.output.schema import ARROW, TRAINERS, ColumnType
 
 Kind = Literal["sft", "dpo", "kto", "reward", "prompts", "alpaca_eval"]
 KINDS: tuple[Kind, ...] = ("sft", "dpo", "kto", "reward", "prompts", "alpaca_eval")
@@ -83,6 +84,27 @@ class Example:
     rejected: str | None
     rejected_reward: float | None
     rejected_rewards: Mapping[str, float | None]
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+
+Columns = dict[str, ColumnType]
+
+
+def kept_columns(found: Sequence[Output]) -> tuple[Columns, list[str]]:
+    """The kept columns of all outputs, which every table carries, and the names of those that it cannot carry, since a
+    trainer would take them for its own. Raises ConfigError where two outputs have a column of different types."""
+    kept: Columns = {}
+    left_out = []
+    for output in found:
+        for name, type_ in output.record["columns"].items():
+            if name in TRAINERS:
+                left_out.append(name)
+            elif kept.setdefault(name, type_) != type_:
+                raise ConfigError(
+                    f"outputs: the kept column {name!r} is {kept[name]} in one of them and {type_} in {output}; export "
+                    "them apart"
+                )
+    return kept, list(dict.fromkeys(left_out))
 
 
 def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
@@ -96,7 +118,8 @@ def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
         )
     kept = _rows(output, "candidates", ["source_index", *_CANDIDATE]) if needs else iter(())
     beside = next(kept, None)
-    for row in _rows(output, "data", _DATA):
+    columns = [name for name in output.record["columns"] if name not in TRAINERS]
+    for row in _rows(output, "data", [*_DATA, *columns]):
         while beside is not None and beside["source_index"] < row["source_index"]:
             beside = next(kept, None)
         if needs:
@@ -104,6 +127,9 @@ def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
             worse = _worse(rejected, beside["candidates"] if beside is not None and mine else [])
         else:
             worse = {name: row[f"base_{name}"] for name in ("reward", "rewards")} | {"text": row["base_completion"]}
+        text, reward, rewards = (
+            (worse["text"], worse["reward"], _named(worse["rewards"])) if worse else (None, None, dict[str, float]())
+        )
         yield Example(
             row["id"],
             row["prompt"],
@@ -112,7 +138,10 @@ def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
             _named(row["rewards"]),
             row["num_tokens"],
             row["finish_reason"],
-            *((worse["text"], worse["reward"], _named(worse["rewards"])) if worse else (None, None, {})),
+            text,
+            reward,
+            rewards,
+            {name: row[name] for name in columns},
         )
 
 
@@ -186,8 +215,9 @@ def _text_of(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def schema(kind: Kind, chat: bool, sft_messages: bool = False) -> pa.Schema:
-    """Columns of a table: the trainer's, and beside them the id and rewards, under names that no trainer takes."""
+def schema(kind: Kind, chat: bool, kept: Columns, sft_messages: bool = False) -> pa.Schema:
+    """Columns of a table: the trainer's, and beside them the id, rewards and kept columns, under names that no trainer
+    takes."""
     said = _MESSAGES if chat else pa.string()
     types = {"messages": _MESSAGES, "label": pa.bool_()}
     types |= dict.fromkeys(("prompt", "completion", "chosen", "rejected"), said)
@@ -198,7 +228,8 @@ def schema(kind: Kind, chat: bool, sft_messages: bool = False) -> pa.Schema:
         "kto": ["prompt", "completion", "label", "reward"],
         "prompts": ["prompt"],
     }[kind]
-    return pa.schema([("id", pa.string()), *((name, types.get(name, pa.float64())) for name in names)])
+    own = [("id", pa.string()), *((name, types.get(name, pa.float64())) for name in names)]
+    return pa.schema([*own, *((name, ARROW[type_]) for name, type_ in kept.items())])
 
 
 def rows(kind: Kind, e: Example) -> list[Row]:
@@ -209,7 +240,7 @@ def rows(kind: Kind, e: Example) -> list[Row]:
         return [{"role": "assistant", "content": text}] if chat else text
 
     chosen, rejected = said(e.chosen), said(e.rejected)
-    row = {"id": e.id, "prompt": e.prompt, "completion": chosen, "reward": e.chosen_reward}
+    row = {**e.kept, "id": e.id, "prompt": e.prompt, "completion": chosen, "reward": e.chosen_reward}
     if kind == "kto":
         return [row | {"label": True}, row | {"completion": rejected, "reward": e.rejected_reward, "label": False}]
     if kind == "reward":

@@ -92,10 +92,10 @@ _OURS = {"id", "source_index", "prompt", "completion", "reason", "model", "run_i
 _OURS |= {"chosen_reward", "rejected_reward"}  # of exported pairs
 # TRL 1.16 takes these for its own: it would train on them in place of, or beside, prompt and completion, hand them to
 # the chat template, or look for pictures. The last line are arguments that GRPO adds to a reward function's columns.
-_TRAINERS = {"messages", "conversations", "text", "input_ids", "labels", "completion_mask", "assistant_masks"}
-_TRAINERS |= {"chosen", "rejected", "margin", "label", "image", "images", "tools", "chat_template_kwargs"}
-_TRAINERS |= {"prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"}
-_TRAINERS |= {"seq_lengths", "environment", "environments", "trainer_state", "log_extra", "log_metric"}
+TRAINERS = {"messages", "conversations", "text", "input_ids", "labels", "completion_mask", "assistant_masks"}
+TRAINERS |= {"chosen", "rejected", "margin", "label", "image", "images", "tools", "chat_template_kwargs"}
+TRAINERS |= {"prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"}
+TRAINERS |= {"seq_lengths", "environment", "environments", "trainer_state", "log_extra", "log_metric"}
 
 
 class Tables(NamedTuple):
@@ -106,19 +106,23 @@ class Tables(NamedTuple):
     candidates: Any
 
 
-def schemas(kind: Kind, columns: Mapping[str, ColumnType]) -> Tables:
-    """The schemas of an output. Raises ConfigError for a kept column whose name is taken."""
-    for name, type_ in columns.items():
-        if name in _OURS and type_ not in ("misfits", "original"):
+def check_kept(names: Iterable[str]) -> None:
+    """Raise ConfigError for a kept column whose name is taken."""
+    for name in names:
+        if name in _OURS:
             raise ConfigError(f"prompts.keep: {name!r} is a column of the output itself; rename it in your input")
-        if name in _TRAINERS:
+        if name in TRAINERS:
             raise ConfigError(
                 f"prompts.keep: trainers (TRL) that read the output take a column {name!r} for their own; rename it in "
                 "your input"
             )
+
+
+def schemas(kind: Kind, columns: Mapping[str, ColumnType]) -> Tables:
+    """The schemas of an output. columns: the kept ones, as `column_types` gives them."""
     text = _MESSAGES if kind == "chat" else pa.string()
     first = {"id": pa.string(), "source_index": pa.int64(), "prompt": text}
-    kept = {name: _ARROW[type_] for name, type_ in columns.items() if type_ != "original"}
+    kept = {name: ARROW[type_] for name, type_ in columns.items() if type_ != "original"}
     original = _ORIGINAL if ORIGINAL in columns else {}
     last = {"run_id": pa.string()}
     data = first | {"completion": text} | _DONE | original | kept | {"model": pa.string()} | last
@@ -226,11 +230,13 @@ def column_types(
     that fit no longer, and where `drops_last_answer` the one for the original answers. Types are from a sample of the
     inputs; nulls say nothing, and a column of nulls only is `json`.
 
-    Raises ConfigError for a value that JSON has no words for (an image, say) and for a name that is kept twice.
+    Raises ConfigError for a value that JSON has no words for (an image, say), and for a name that is taken or kept
+    twice.
     """
     original: dict[str, ColumnType] = {ORIGINAL: "original"} if drops_last_answer else {}
     if not names:
         return original
+    check_kept(names)
     if len(set(names)) < len(names):
         raise ConfigError(f"prompts.keep: {list(names)} names a column twice; name it once")
     order: tuple[ColumnType, ...] = ("bool", "int64", "float64", "string", "json")
@@ -371,8 +377,8 @@ def _as_json(value: Any) -> str:
     return json.dumps(value)
 
 
-_ARROW = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "json": pa.string()}
-_ARROW["misfits"] = _structs(name=pa.string(), value=pa.string())
+ARROW = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "json": pa.string()}
+ARROW |= {"misfits": _structs(name=pa.string(), value=pa.string()), "original": pa.string()}
 _CAST: dict[ColumnType, Callable[[Any], Any]] = {
     "bool": _as_bool,
     "int64": _as_int,

@@ -181,8 +181,6 @@ def on_fake_cuda(lm: model.LM) -> model.LM:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Everything inside is fake and on a GPU; a value that is read, or a CPU tensor in company of others, raises."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU to test on")
 
     def run(work: Callable[[model.LM], None], lm: model.LM) -> None:
         monkeypatch.setattr(noise, "normal_table", lambda device: torch.empty(1 << 16, device=device))

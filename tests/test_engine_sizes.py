@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say of its weights, and the arithmetic of a refusal."""
+"""What the files of a checkpoint say about its size and its quantisation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.engine import sizes
+from aisp_dist.engine import model, sizes
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +45,17 @@ def test_a_pointer_in_the_place_of_weights_is_named(tmp_path: Path) -> None:
         sizes.weight_bytes(tmp_path)
 
 
-def test_tensor_parallelism_is_refused_with_the_arithmetic(llama: Path) -> None:
-    settings = Generator(model=str(llama), tensor_parallel=2, batch_rows=100, max_new_tokens=50, dtype="bfloat16")
-    size = 2 * tiny.causal("llama").num_parameters()
-    token = 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, their size, bytes
-    with pytest.raises(ConfigError) as refused:
-        sizes.check(settings, str(llama))
-    said = str(refused.value)
-    for part in ("tensor_parallel: 2 is not", f"{size / 1e3:.4g} kB in bf", f"50 tokens ({5 * token / 1e3:.4g} MB;"):
-        assert part in said, (part, said)
-    assert f"more than {(size + 5000 * token) / 1e6:.4g} MB, or generator.quantization: nf4 (" in said
-
-
-def test_tensor_parallelism_of_what_is_not_here_is_refused_by_the_rule() -> None:
-    with pytest.raises(ConfigError, match="tensor_parallel: 8 is not .*2 bytes a parameter in bfloat16"):
-        sizes.check(Generator(model="meta/huge", tensor_parallel=8), "meta/huge")
-    sizes.check(Generator(model="meta/huge", quantization="nf4"), "meta/huge")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bytes_of_a_token_are_those_that_the_engine_keeps(family: str, dtype: str, tmp_path: Path) -> None:
+    made = tiny.causal(family).to(getattr(torch, dtype))
+    made.config.save_pretrained(tmp_path)
+    config = sizes.read_config(tmp_path)
+    if family == "gpt2":
+        with pytest.raises(KeyError):
+            sizes.token_bytes(config, dtype)
+        return
+    assert sizes.token_bytes(config, dtype) == model.adapt(made, tiny.tokenizer()).token_bytes
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(tmp_path: Path) -> None:

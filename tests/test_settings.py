@@ -80,7 +80,6 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "generator.dtype": "float32",
     "generator.chat_template": "t",
     "generator.quantization": "nf4",
-    "generator.tensor_parallel": 2,
     "generator.fp32_head": True,
     "generator.batch_rows": 8,
     "generator.max_new_tokens": 9,
@@ -165,6 +164,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "runtime.rewards.main.accelerator": "L4",
 }
 SECRET = {f"runtime.storage_options.{key}" for key in ("access_key", "secret_key", "session_token")}  # all, or none
+REFUSED = {"generator.tensor_parallel"}  # every value but the default is refused, see below
 WHOLE = {
     "rewards",
     "method",
@@ -191,7 +191,7 @@ def test_every_key_of_the_schema_is_covered():
     keys = {key for key, _ in scalars(Run)} | {f"method.{key}" for key, _ in scalars(config.Aisp)}
     keys |= {f"rewards.main.{key}" for key, _ in scalars(config.ModelReward) if key != "kind"}
     keys |= {f"rewards.judge.{key}" for key, _ in scalars(config.HttpReward) if key not in ("kind", "use")}
-    assert keys - set(VALUES) - SECRET - WHOLE - {"method.kind"} == set()
+    assert keys - set(VALUES) - SECRET - WHOLE - REFUSED - {"method.kind"} == set()
 
 
 @pytest.mark.parametrize("key", VALUES)
@@ -270,6 +270,7 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--runtime.storage_options.secret_key", "x"], "access_key and secret_key come together"),
         (["--runtime.storage_options.endpoint_override", "http://id:x@host"], "endpoint_override: .*match pattern"),
         (["--generator.tensor_parallel", "0"], "generator.tensor_parallel: .*greater than or equal to 1"),
+        (["--generator.tensor_parallel", "2"], "generator.tensor_parallel: 2 is not implemented; leave it at 1"),
         (["--generator.quantization", "awq"], "generator.quantization: .*'int8' or 'nf4'.*'awq'"),
         (["--method.nope", "1"], "--method.nope"),
         (["--method", "null"], "method: "),

@@ -82,6 +82,13 @@ class Generator(Section):
     thinking_tags: tuple[str, str] = doc("the tags around a block of thinking", ("<think>", "</think>"))
     trust_remote_code: bool = doc("run code that comes with the checkpoint", False)
 
+    @field_validator("tensor_parallel")
+    @classmethod
+    def one_gpu(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError(f"{value} is not implemented; leave it at 1, and use a GPU that holds the whole model")
+        return value
+
     @field_validator("thinking_tags")
     @classmethod
     def tags(cls, value: tuple[str, str]) -> tuple[str, str]:

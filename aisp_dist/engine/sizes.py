@@ -1,5 +1,5 @@
-"""What a checkpoint's files say of its weights: how many bytes they take, how they are quantised, and whether this
-version can place them. No torch and no network."""
+"""What the files of a checkpoint say about its size in memory, its quantisation and its experts. No torch and no
+network."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: an fp32 scale for eve
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, with a multimodal model's text part over the whole."""
+    """config.json; the values of a multimodal model's text part replace those of the whole."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     text: dict[str, Any] = config.get("text_config") or {}
     return config | text
 
 
 def has_experts(config: dict[str, Any]) -> bool:
-    """Whether it is a mixture of experts, whose products run over the rows of a batch that chose the same expert."""
+    """Whether the model is a mixture of experts, in which the rows of a batch that chose the same expert share a
+    product, so that a row's bits depend on the others."""
     return any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
 
 
 def dtype_of(config: dict[str, Any], dtype: str) -> str:
-    """A configured dtype with `auto` resolved as transformers does: the config's, else the stored one."""
+    """A configured dtype, with `auto` resolved as transformers does: the config's, else the stored one."""
     return str(config.get("dtype") or config.get("torch_dtype") or "the stored dtype") if dtype == "auto" else dtype
 
 
 def tensors(directory: Path) -> Iterator[tuple[str, str, list[int], int]]:
-    """Name, stored dtype, shape and bytes of every tensor that transformers would load, from the headers alone.
+    """Name, stored dtype, shape and bytes of every tensor that transformers would load, read from the headers alone.
 
     Raises ValueError for a file that is no safetensors file, OSError for a missing one.
     """
@@ -59,15 +60,15 @@ def tensors(directory: Path) -> Iterator[tuple[str, str, list[int], int]]:
 
 
 def weight_bytes(directory: Path, dtype: str = "auto", quantization: str | None = None) -> int:
-    """Bytes of a checkpoint's weights once they are loaded: exact for plain ones; for `quantization` while loading a
-    close estimate; for a quantised checkpoint what its files hold, or its dense size where transformers unpacks it
+    """Bytes of a checkpoint's weights after loading. Exact for a plain checkpoint; a close estimate for `quantization`
+    while loading; for a quantised checkpoint the size of its files, or its dense size if transformers unpacks it
     (compressed-tensors). Raises as `tensors` does."""
     config = read_config(directory)
     item = _ITEM_BYTES.get(dtype_of(config, dtype))
     quantised = config.get("quantization_config") or {}
     groups = quantised.get("config_groups") or {}  # of compressed-tensors
     bits = next((group["weights"]["num_bits"] for group in groups.values() if group.get("weights")), 8)
-    total = 0  # embeddings, the head and experts stay as they are when a checkpoint is quantised while it loads
+    total = 0  # quantising while loading leaves embeddings, the head and experts as they are
     for name, stored, shape, size in tensors(directory):
         count = math.prod(shape)
         if groups and item and stored not in _FLOATS and name.endswith(("weight", "weight_packed")):
@@ -82,7 +83,8 @@ def weight_bytes(directory: Path, dtype: str = "auto", quantization: str | None 
 
 
 def token_bytes(config: dict[str, Any], dtype: str = "auto") -> int:
-    """Bytes of the keys and values of one token. Raises KeyError for a config without dtype or of other names."""
+    """Bytes of the keys and values of one token in all layers. Raises KeyError for a config that does not name its
+    dtype, heads or layers in the usual way."""
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
     layers, kv_heads = config["num_hidden_layers"], config.get("num_key_value_heads") or heads
@@ -90,7 +92,7 @@ def token_bytes(config: dict[str, Any], dtype: str = "auto") -> int:
 
 
 def refuse_twice(settings: Generator, quantised: dict[str, Any] | None) -> None:
-    """Raise ConfigError if a checkpoint with this quantization_config is to be quantised while it loads."""
+    """Raise ConfigError if a checkpoint with this quantization_config is to be quantised again while it loads."""
     if quantised and settings.quantization:
         raise ConfigError(
             f"generator.quantization: {settings.quantization!r}, but {settings.model!r} is quantised already "
@@ -99,42 +101,8 @@ def refuse_twice(settings: Generator, quantised: dict[str, Any] | None) -> None:
 
 
 def check(settings: Generator, place: str) -> None:
-    """Raise ConfigError for quantization or tensor_parallel that this version cannot do, with the arithmetic where the
-    checkpoint can be read without the network. `place`: what `checkpoints.locate` answered."""
-    directory = cached(place, settings.revision) if settings.quantization or settings.tensor_parallel > 1 else None
+    """Raise ConfigError if a quantised checkpoint is to be quantised, as far as its config can be read without the
+    network. place: what `checkpoints.locate` answered."""
+    directory = cached(place, settings.revision) if settings.quantization else None
     if directory:
         refuse_twice(settings, read_config(directory).get("quantization_config"))
-    if settings.tensor_parallel > 1:
-        raise ConfigError(
-            f"generator.tensor_parallel: {settings.tensor_parallel} is not implemented; leave it at 1: one GPU must "
-            f"hold {_arithmetic(settings, directory)}"
-        )
-
-
-def _arithmetic(settings: Generator, directory: Path | None) -> str:
-    rows, length = settings.batch_rows, settings.max_new_tokens
-    try:
-        if directory is None:
-            raise FileNotFoundError
-        config = read_config(directory)
-        weights, smaller = (weight_bytes(directory, settings.dtype, q) for q in (settings.quantization, "nf4"))
-        token = token_bytes(config, settings.dtype)
-    except (OSError, ValueError, KeyError):
-        return (
-            "the weights (2 bytes a parameter in bfloat16, about 0.6 with generator.quantization: nf4) and the keys "
-            "and values of its rows; use a larger GPU or a quantised checkpoint"
-        )
-    kv = rows * length * token
-    nf4 = f", or generator.quantization: nf4 (weights of {_size(smaller)})" if smaller < weights else ""
-    return (
-        f"the weights ({_size(weights)} in {settings.quantization or dtype_of(config, settings.dtype)}) and the keys "
-        f"and values of {rows} rows x {length} tokens ({_size(kv)}; prompts add {_size(token)} a token); use one with "
-        f"more than {_size(weights + kv)}{nf4}"
-    )
-
-
-def _size(count: int) -> str:
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.4g} {unit}"
-    return f"{count} bytes"

@@ -29,7 +29,7 @@ def parts(lm: LM, num_rows: int, num_steps: int) -> dict[str, int]:
     return {
         "suffixes": num_rows * num_steps * lm.token_bytes,
         "rows": num_rows * (32 * num_steps + 8 * lm.hidden_size),
-        # Twice, where the base model's own are wanted too; and the sorted copies of 32 rows whose tokens are drawn.
+        # Twice, where the base model's own are wanted too; and fp64 copies of 32 rows that draw, sorted at worst.
         "logits": lm.vocab_size * (num_rows * (12 + 2 * itemsize) + 32 * 60),
         "controls": 8 * (num_rows // 4 + 1) * num_steps * lm.hidden_size,  # twice while the table grows
         "prefill": longest * (scores + 16 * lm.hidden_size * itemsize + lm.token_bytes),

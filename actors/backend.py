@@ -44,6 +44,11 @@ class RayBackend:
             self.exporter.scored(reward, time.monotonic() - began, len(responses))
         return scores
 
+    async def score_once(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score] | None:
+        """As `score`, but raises RowError at the first error of the reward. None where a fault left no answer."""
+        scores: list[Score] | None = await self.pools[reward].once(prompt.id, "score", prompt, responses)
+        return scores
+
     async def nll(self, prompt_id: str, prompt_tokens: Tokens, responses: Sequence[Tokens]) -> list[float]:
         losses: list[float] = await self.pools["generator"].call(prompt_id, "nll", prompt_tokens, responses)
         return losses

@@ -14,12 +14,13 @@ from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedE
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from actors.fleet import Fault, say
+from actors.fleet import Fault, cause
 from actors.generator import Generator
 from actors.placement import Group, Plan, Seat
 from actors.pool import Pool
 from actors.scorer import Scorer
-from aisp_dist.config import ConfigError, HttpReward, Run
+from aisp_dist.align import reason
+from aisp_dist.config import ConfigError, Run
 from aisp_dist.output.lease import Lease
 from aisp_dist.rewards.client import Unavailable
 
@@ -82,7 +83,7 @@ class RayReplica:
         self.handle: Any = None
         self.loaded: Any = None  # what load() answered
 
-    async def restart(self, reason: str) -> None:
+    async def restart(self, why: str) -> None:
         """A process where there was none, or another. Raises ConfigError from its load(), Fault after `startup` s."""
         if self.handle is not None:
             ray.kill(self.handle)
@@ -94,7 +95,7 @@ class RayReplica:
         except RayTaskError as error:  # first: one whose cause is a TimeoutError is a TimeoutError too
             if isinstance(error.cause, ConfigError):
                 raise ConfigError(str(error.cause)) from None
-            raise Fault(f"{self.name} cannot load: {say(error)}") from error
+            raise Fault(f"{self.name} cannot load: {reason(cause(error))}") from error
         except TimeoutError:
             raise Fault(
                 f"{self.name} did not start within runtime.timeouts.startup = {self.startup:g} s; "
@@ -102,7 +103,7 @@ class RayReplica:
             ) from None
         except RayError as error:
             raise Fault(f"{self.name} died while it started: {str(error).splitlines()[0]}") from None
-        if reason:
+        if why:
             log.warning("%s: a fresh process is up (start %d)", self.name, self.starts)
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -183,10 +184,10 @@ async def start_pools(
         pools[group.role] = Pool(
             replicas,
             limit=2 * window if decodes else 1,  # a scorer's timeout must be of its own request alone
-            timeout=timeouts.round if decodes else timeouts.reward,
+            timeout=None if decodes else timeouts.reward,  # a generator counts from the admission of rows, by itself
+            key=f"runtime.timeouts.{'round' if decodes else 'reward'}",
             retries=run.runtime.retries,
             is_fault=is_fault,
-            timeout_is_content=not (decodes or isinstance(run.rewards[group.role], HttpReward)),
             stall=timeouts.stall if decodes else timeouts.stall + timeouts.reward,  # it answers after its request
             patience=timeouts.startup,
         )

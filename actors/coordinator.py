@@ -24,7 +24,7 @@ from actors.backend import RayBackend
 from actors.counts import Counts, gauges
 from actors.pool import Pool
 from actors.table import Table, check_failed
-from aisp_dist.align import align_input, tokens_of, window
+from aisp_dist.align import align_input, probe, tokens_of, window
 from aisp_dist.analysis import guard
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.data import prompts, render
@@ -73,13 +73,14 @@ class Coordinator:
     async def load(self) -> str:
         """Start generators and scorers. Answers a line for the log with the first prompt as the model will read it,
         special tokens included, since a wrong template shows there. Raises ConfigError for a model or function that
-        cannot be used."""
+        cannot be used or fails on each of the first prompts."""
         from aisp_dist.engine import model  # brings torch, which the driver need not load
 
         self.tokenizer, (pools, self.context_length) = await asyncio.gather(
             asyncio.to_thread(model.tokenizer, self.run.generator), self.start()
         )
         self.backend = RayBackend(pools)
+        await probe(self.run, prompts.read(self.run.prompts), self.backend.score_once)
         self.watches = [asyncio.ensure_future(pool.fleet.watch()) for pool in pools.values()]
         return await asyncio.to_thread(self._first_prompt)
 

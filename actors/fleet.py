@@ -1,7 +1,7 @@
-"""The processes behind a pool: started, asked for signs of life, replaced. Knows nothing of what they are asked to do.
+"""The processes behind a pool: started, asked for signs of life, replaced. Does not know what they are asked to do.
 
-A process that cannot be replaced (its machine is gone, say) is tried for again while others work; the fleet is broken
-when none is left. Plain asyncio; knows Ray only through the replicas it is given.
+A process that cannot be replaced (its machine is gone, say) is started again and again while others work; the fleet is
+broken when none is left. Plain asyncio; knows Ray only through the replicas it is given.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aisp_dist.align import reason
 
 log = logging.getLogger("aisp")
 
-_BACKOFF = (1.0, 60.0)  # seconds before another try to start a process: the first, and at most
+_BACKOFF = (1.0, 60.0)  # seconds before a process is started again: the first time, and at most
 _SIGNS = ("progress", "busy")
 
 
@@ -27,21 +27,23 @@ class Fault(Exception):
 
 
 class Replica(Protocol):
-    """A handle to one process. `health` answers beside a running call: `progress`, a counter that stands still only
-    while nothing is done, `busy`, whether there is anything to do, and figures that grow, such as `busy_seconds`."""
+    """A handle to one process."""
 
     name: str
 
     def call(self, method: str, *args: Any) -> Awaitable[Any]: ...
 
-    def health(self) -> Awaitable[Mapping[str, float]]: ...
+    def health(self) -> Awaitable[Mapping[str, float]]:
+        """Answers while calls run: `progress`, a counter of work done; `busy`, whether there is any to do; and figures
+        that grow, such as `busy_seconds`."""
 
-    async def restart(self, reason: str) -> None:
-        """Replace the process and await its start. Raises Fault where that fails, ConfigError where it always will."""
+    async def restart(self, why: str) -> None:
+        """Replace the process and wait until it has started. Raises Fault where that fails, ConfigError where it always
+        will."""
 
 
 class Call(NamedTuple):
-    """What is at a replica now. since: the loop's time, seconds."""
+    """A call that is at a replica now. since: the loop's time, seconds."""
 
     home: str
     method: str
@@ -51,19 +53,28 @@ class Call(NamedTuple):
 
 @dataclass(eq=False)
 class Slot:
+    """A replica and what the pool knows of it.
+
+    held: places that are given away. used: something was asked of this process. homes: prompts that are warm here.
+    epoch: restarts so far, so that a fault seen by several calls restarts the process once. sacrificed: the last
+    restart was because of one call, so the others in flight are not to blame. barren: restarts since the last answer.
+    alone: kept for one call. trouble: why it stays away. figures: of the process's health; before: figures of the
+    processes that it replaced, summed.
+    """
+
     replica: Replica
     calls: dict[int, Call] = field(default_factory=dict)
-    held: int = 0  # places in it that are given away
-    used: bool = False  # something was asked of this process
-    homes: int = 0  # prompts that are warm here
-    epoch: int = 0  # restarts so far; a fault seen by several calls restarts the process once
-    sacrificed: bool = False  # restarted for one call's own error: the others in flight are not to blame
-    barren: int = 0  # restarts since the last answer
-    alone: bool = False  # kept for one call
+    held: int = 0
+    used: bool = False
+    homes: int = 0
+    epoch: int = 0
+    sacrificed: bool = False
+    barren: int = 0
+    alone: bool = False
     recovery: asyncio.Task[None] | None = None
-    trouble: Exception | None = None  # why it stays away
-    figures: dict[str, float] = field(default_factory=dict)  # of the process's health
-    before: dict[str, float] = field(default_factory=dict)  # figures of the processes that it replaced, summed
+    trouble: Exception | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
 
     @property
     def up(self) -> bool:
@@ -71,9 +82,9 @@ class Slot:
 
 
 class Fleet:
-    """stall: seconds without a sign of life or progress after which a process is replaced; patience: seconds for one to
-    come up. up, broken: called when a slot has a fresh process, and when nothing is left. event: told of each restart
-    and stall, with the replica's name."""
+    """stall: seconds without a sign of life, or busy without progress, after which a process is replaced. patience:
+    seconds for one to start. up, broken: called when a slot has a fresh process, and when no process is left. event:
+    told of each restart and stall, with the replica's name."""
 
     def __init__(
         self,
@@ -93,8 +104,8 @@ class Fleet:
         self.restarts = 0
 
     async def ready(self, at_least: int) -> None:
-        """Start every replica; returns when so many are up, while the others are still awaited. Raises Fault or
-        ConfigError where that cannot be."""
+        """Start every replica; returns when so many are up, while the others still start. Raises Fault or ConfigError
+        where that cannot be."""
         for slot in self.slots:
             self._recover(slot, "")
         while sum(slot.up for slot in self.slots) < at_least:
@@ -105,7 +116,8 @@ class Fleet:
                 raise self.broken or troubles[-1]
 
     async def watch(self) -> None:
-        """Ask every replica for its health for ever; replace those that do not answer, or do nothing, for `stall` s."""
+        """Ask every replica for its health, for ever. Replaces one that does not answer, or is busy without progress,
+        for `stall` seconds."""
         await asyncio.gather(*(self._watch(slot) for slot in self.slots))
 
     async def refresh(self) -> None:
@@ -134,25 +146,25 @@ class Fleet:
         calls = [(slot, call) for slot in self.slots for call in slot.calls.values()]
         return sorted(calls, key=lambda pair: pair[1].since)
 
-    def restart(self, slot: Slot, epoch: int, reason: str, sacrificed: bool = False) -> None:
+    def restart(self, slot: Slot, epoch: int, why: str, sacrificed: bool = False) -> None:
         """Replace a slot's process, unless that has happened since `epoch`. Its calls end at once."""
         if slot.epoch != epoch:
             return
         slot.epoch, slot.sacrificed = slot.epoch + 1, sacrificed
         slot.barren += not sacrificed
         self.restarts += 1
-        log.warning("%s: %s; replacing it, %d calls repeat", slot.replica.name, reason.rstrip("."), len(slot.calls))
+        log.warning("%s: %s; replacing it, %d calls repeat", slot.replica.name, why.rstrip("."), len(slot.calls))
         self.event("restart", slot.replica.name)
         now = asyncio.get_running_loop().time()
-        for call in slot.calls.values():  # a frozen machine would let them wait for their whole timeout
+        for call in slot.calls.values():  # a frozen machine would let them wait for ever
             if not call.deadline.expired():
                 call.deadline.reschedule(now)
         for name, value in slot.figures.items():
             slot.before[name] = slot.before.get(name, 0) + value
         slot.figures = {}
-        self._recover(slot, reason)
+        self._recover(slot, why)
 
-    def _recover(self, slot: Slot, reason: str) -> None:
+    def _recover(self, slot: Slot, why: str) -> None:
         if slot.recovery is not None:
             slot.recovery.cancel()
 
@@ -162,8 +174,8 @@ class Fleet:
                 try:
                     if stormy := slot.barren > 2 * self.retries + 2:
                         slot.barren = 0
-                        raise Fault(f"{slot.replica.name} died again and again without an answer: {reason}")
-                    await slot.replica.restart(reason)
+                        raise Fault(f"{slot.replica.name} died again and again without an answer: {why}")
+                    await slot.replica.restart(why)
                     break
                 except Fault as error:
                     late = asyncio.get_running_loop().time() - began >= self.patience
@@ -176,7 +188,7 @@ class Fleet:
                     wait = _BACKOFF[1] if slot.trouble else min(_BACKOFF[0] * 2 ** (tries - 1), _BACKOFF[1])
                     log.warning("%s; trying again in %g s", error, wait)
                     await asyncio.sleep(wait)
-                except Exception as error:  # a model that cannot be used, or a mistake of ours: no try will mend it
+                except Exception as error:  # a model that cannot be used, or a bug: another try would fail too
                     return self._break(error)
             slot.recovery = slot.trouble = None
             slot.used = False
@@ -199,9 +211,9 @@ class Fleet:
             try:
                 figures = dict(await asyncio.wait_for(slot.replica.health(), self.stall))
             except TimeoutError:
-                reason = f"no sign of life for {self.stall:g} s"
+                why = f"no sign of life for {self.stall:g} s"
             except Exception as error:  # it died while nobody called it
-                reason = say(error)
+                why = reason(cause(error))
             else:
                 now = (epoch, figures["progress"])
                 if not figures["busy"] or now != mark:
@@ -210,12 +222,13 @@ class Fleet:
                     slot.figures = {name: value for name, value in figures.items() if name not in _SIGNS}
                 if loop.time() - since < self.stall:
                     continue
-                reason = f"busy, and no progress for {self.stall:g} s"
+                why = f"busy, and no progress for {self.stall:g} s"
             if slot.epoch == epoch:
                 self.event("stall", slot.replica.name)
-                self.restart(slot, epoch, reason)
+                self.restart(slot, epoch, why)
 
 
-def say(error: BaseException) -> str:
-    """One line about an error, or about its cause where Ray wrapped it."""
-    return reason(getattr(error, "cause", None) or error)
+def cause(error: BaseException) -> BaseException:
+    """What the callee raised, where Ray wrapped it; else the error itself."""
+    found: BaseException = getattr(error, "cause", None) or error
+    return found

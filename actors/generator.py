@@ -38,7 +38,8 @@ class Generator:
         lm = await asyncio.to_thread(model.load, settings)
         guide = await asyncio.to_thread(stepwise.load, self.run, self.base_dir, lm.device)
         sizes = settings.batch_rows, settings.max_new_tokens
-        self.service = Service(decode.Engine(lm, *sizes, settings.stop, guide=guide), broken=_exit)
+        limit = self.run.runtime.timeouts.round
+        self.service = Service(decode.Engine(lm, *sizes, settings.stop, guide=guide), limit, _exit)
         what = f"{settings.model}, {lm.dtype}, {len(self.service.engine.rows)} rows, {self.threads} threads"
         print(f"{self.name}: {what}, context {lm.context_length or 'unlimited'}", file=sys.stderr)
         return lm.context_length

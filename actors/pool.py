@@ -1,10 +1,15 @@
-"""Calls to replicas that may die, hang or be slow. Owns the difference between a fault and an answer:
+"""Calls to replicas that may die, hang, be slow or raise. Owns the difference between a fault and an answer.
 
-- a fault of the infrastructure (a dead, frozen or stalled process) replaces the process and repeats the call wherever
-  there is room. A call that saw more than `retries` faults is tried alone: if processes die of it again and again, and
-  answer others, it becomes RowError; else the run ends with Fault, and what is committed stays;
-- an error that the callee raised itself is repeated once, alone in a fresh process; if it comes again it is about this
-  prompt, and becomes RowError. So does a reward's timeout (`timeout_is_content`).
+A fault (a process that is dead, frozen or stalled) replaces the process and repeats the call wherever there is room.
+After more than `retries` faults the call is tried alone, in a fresh process each time. Where it goes on failing while
+another prompt is answered there in between, it becomes RowError; else the run ends with Fault.
+
+An error that the callee raises is an answer. It is confirmed by one more try, on another replica if there is one, and
+becomes RowError if the process that raised it still answers what it answered before. A process that does not is broken:
+it is replaced, and the call is tried alone in the fresh one.
+
+A call over its time limit is tried alone in a fresh process. Over the limit twice, with another prompt answered there
+in between by the same kind of call, it becomes RowError.
 
 Plain asyncio; knows Ray only through the replicas it is given.
 """
@@ -14,28 +19,40 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
-from actors.fleet import Call, Fault, Fleet, Replica, Slot, say
-from aisp_dist.align import RowError
+from actors.fleet import Call, Fault, Fleet, Replica, Slot, cause
+from aisp_dist.align import RowError, reason
+from aisp_dist.records import Late
 
 log = logging.getLogger("aisp")
 
 
-class _Failed(Exception):
-    """A try that gave no answer; its process has been replaced. content: the callee itself raised, or may have hung, on
-    this call. counts: False where the process was replaced for another call's error."""
+class _NoAnswer(Exception):
+    """Why a try gave no answer."""
 
-    def __init__(self, reason: str, content: bool = False, counts: bool = True) -> None:
+
+class _Raised(_NoAnswer):
+    """The callee raised; its process is alive."""
+
+
+class _Over(_NoAnswer):
+    """The call took longer than its limit."""
+
+
+class _Lost(_NoAnswer):
+    """The process went away and has been replaced. counts: False where it was replaced because of another call."""
+
+    def __init__(self, reason: str, counts: bool = True) -> None:
         super().__init__(reason)
-        self.content, self.counts = content, counts
+        self.counts = counts
 
 
 class _Away(Exception):
-    """The one slot that will do did not come back in time."""
+    """The only slot that will do did not come back in time."""
 
 
 class _Waiter(NamedTuple):
@@ -47,7 +64,8 @@ class _Waiter(NamedTuple):
 class Pool:
     """Replicas of one kind.
 
-    limit: calls a replica is given at a time; more wait here, outside the timeout. timeout: seconds for an answer;
+    limit: calls that a replica is given at a time; further calls wait here. timeout: seconds that a replica may take
+    for a call; None where it keeps its own limit and raises Late. key: the limit's in the configuration, for messages.
     stall, patience: see Fleet.
     """
 
@@ -56,10 +74,10 @@ class Pool:
         replicas: Sequence[Replica],
         *,
         limit: int,
-        timeout: float,
+        timeout: float | None,
         retries: int,
         is_fault: Callable[[BaseException], bool],
-        timeout_is_content: bool = False,
+        key: str = "the time limit",
         stall: float = 60.0,
         patience: float = 1800.0,
     ) -> None:
@@ -67,66 +85,115 @@ class Pool:
             replicas, retries=retries, stall=stall, patience=patience, up=self._hand_out, broken=self._give_up
         )
         self.limit, self.timeout, self.retries = limit, timeout, retries
-        self.is_fault, self.timeout_is_content = is_fault, timeout_is_content
+        self.is_fault, self.key = is_fault, key
         self.waiting: deque[_Waiter] = deque()
         self.home: dict[str, Slot] = {}  # where a prompt's prefix and control are warm; a preference, not a rule
         self.isolation = asyncio.Lock()  # one call at a time has a replica for itself
         self.answers = 0
-        self.canary: tuple[Any, ...] | None = None  # the last call that was answered
         self.repeats = 0
+        self._answered: dict[str, dict[str, tuple[Any, ...]]] = {}  # by method, of the last two prompts: arguments
         self._numbers = itertools.count()
 
     async def call(self, home: str, method: str, *args: Any) -> Any:
         """The method's answer from some replica, preferably the one that served `home` before.
 
-        Raises RowError where a fresh process reproduces the error, Fault after too many infrastructure faults.
+        Raises RowError where the call itself is to blame, Fault after too many faults.
         """
-        faults = 0
+        faults, raised, slot = 0, None, None
         while faults <= self.retries:
+            sound: bool | None = True
             try:
-                async with self._slot(home) as slot:
-                    return await self._try(slot, home, method, *args)
-            except _Failed as error:
-                failed = error
-            self._repeats(slot, home, method, failed)
-            if failed.content:
-                try:
-                    async with self._alone(home, slot) as slot:
+                async with self._slot(home, avoid=slot if raised else None) as slot:
+                    try:
                         return await self._try(slot, home, method, *args)
-                except _Failed as error:
-                    if error.content:
-                        what = f"{method} on {slot.replica.name}, again in a fresh process"
-                        raise RowError(f"{what}: {error}") from None
-                    failed = error
-                self._repeats(slot, home, method, failed)
-            faults += failed.counts
+                    except _Raised:
+                        sound = await self._sound(slot, home, method)
+                        raise
+            except _Lost as error:
+                faults += error.counts
+                self._repeats(slot, home, method, error)
+            except _Over as error:
+                self._repeats(slot, home, method, error)
+                break
+            except _Raised as error:
+                if raised and sound:
+                    raise RowError(str(error)) from None
+                self._repeats(slot, home, method, error)
+                if raised or sound is False:
+                    break
+                raised = error
+        assert slot is not None
         return await self._last_tries(slot, home, method, *args)
 
+    async def once(self, home: str, method: str, *args: Any) -> Any:
+        """As `call`, but an error that the callee raises is not confirmed. None where there is no answer."""
+        async with self._slot(home) as slot:
+            try:
+                return await self._try(slot, home, method, *args)
+            except _Raised as error:
+                raise RowError(str(error)) from None
+            except _NoAnswer:
+                return None
+
     async def _last_tries(self, slot: Slot, home: str, method: str, *args: Any) -> Any:
-        """Each alone in a fresh process. It is the call that kills it where another process then answers what was
-        answered before; if not, it is the infrastructure."""
-        for _ in range(self.retries + 1):
-            try:
-                async with self._alone(home, slot) as slot:
+        """Tries alone in a fresh process, between which the process must answer another prompt."""
+        failures: Counter[type[_NoAnswer]] = Counter()
+        between = False  # another prompt was answered there
+        while True:
+            if self._witness(home, method) is None:
+                async with self._slot(home):  # behind those who wait: one of them may be the witness
+                    pass
+            async with self._alone(home, slot) as slot:
+                try:
                     return await self._try(slot, home, method, *args)
-            except _Failed as error:
-                reason = str(error)
-            what = f"{method} of {home} on {slot.replica.name} failed more than runtime.retries = {self.retries} times"
-            try:
-                if self.canary is None:
-                    raise _Failed("nothing was ever answered")
-                async with self._alone(home, slot) as slot:
-                    await self._try(slot, *self.canary)
-            except _Failed:
-                raise Fault(f"{what}, and nothing else succeeds there; the last: {reason}") from None
-        raise RowError(f"{what}, alone in a fresh process that answers other calls: {reason}")
+                except _Raised as error:
+                    await self._sound(slot, home, method)  # the next call must not find what this one left behind
+                    raise RowError(str(error)) from None
+                except _NoAnswer as error:
+                    failures[type(error)] += 1
+                    failure = error
+            alone = "alone in a fresh process that answers other prompts"
+            if failures[_Over] == 2 and between:
+                raise RowError(f"{self.key}: {failure}, twice, {alone}; raise the limit if it needs longer")
+            if failures[_Lost] > max(self.retries, 1) and between:
+                raise RowError(f"{method} ends its process every time, {alone}: {failure}")
+            sound: bool | None = False
+            if failures.total() <= max(self.retries, 1):
+                self._repeats(slot, home, method, failure)
+                async with self._alone(home, slot, fresh=False) as slot:
+                    sound = await self._sound(slot, home, method)
+            if sound is False:
+                raise Fault(
+                    f"{method} of {home} on {slot.replica.name} failed more than runtime.retries = {self.retries} "
+                    f"times, and nothing else succeeds there; the last failure: {failure}"
+                )
+            between |= bool(sound)
+
+    def _witness(self, home: str, method: str) -> tuple[Any, ...] | None:
+        """A call of another prompt that was answered: its home, method and arguments."""
+        known = self._answered.get(method, {})
+        return next(((other, method, *known[other]) for other in reversed(known) if other != home), None)
+
+    async def _sound(self, slot: Slot, home: str, method: str) -> bool | None:
+        """Whether the process in a slot that this task holds still answers what another prompt was answered; if it does
+        not, it is replaced. None where no other prompt was answered yet."""
+        if (witness := self._witness(home, method)) is None:
+            return None
+        epoch = slot.epoch
+        try:
+            await self._try(slot, *witness)
+        except _NoAnswer as error:
+            self.fleet.restart(slot, epoch, f"it fails on what was answered before: {error}", sacrificed=True)
+            return False
+        return True
 
     def forget(self, home: str) -> None:
         if (slot := self.home.pop(home, None)) is not None:
             slot.homes -= 1
 
     async def _try(self, slot: Slot, home: str, method: str, *args: Any) -> Any:
-        """One call in a slot that this task holds. Raises _Failed, the slot's process then being replaced."""
+        """One call in a slot that this task holds. Raises _NoAnswer; of a process that is gone or hangs when it has
+        been replaced."""
         epoch, number, slot.used = slot.epoch, next(self._numbers), True
         try:
             async with asyncio.timeout(self.timeout) as deadline:
@@ -134,52 +201,66 @@ class Pool:
                 answer = await slot.replica.call(method, *args)
         except Exception as error:
             del slot.calls[number]
-            if slot.epoch != epoch:  # whatever it says, the process was taken from under it
-                raise _Failed("its process was replaced", counts=not slot.sacrificed) from None
-            late = deadline.expired()
-            content = self.timeout_is_content if late else not self.is_fault(error)
-            reason = f"no answer within {self.timeout:g} s" if late else say(error)
-            self.fleet.restart(slot, epoch, reason, sacrificed=content)
-            raise _Failed(reason, content) from None
+            if slot.epoch != epoch:  # whatever it says, the process was replaced meanwhile
+                raise _Lost("its process was replaced", counts=not slot.sacrificed) from None
+            if deadline.expired():
+                late = f"no answer within {self.timeout:g} s"
+                self.fleet.restart(slot, epoch, late, sacrificed=True)
+                raise _Over(late) from None
+            if isinstance(why := cause(error), Late):
+                raise _Over(str(why)) from None
+            if not self.is_fault(error):
+                raise _Raised(reason(why)) from None
+            self.fleet.restart(slot, epoch, reason(why))
+            raise _Lost(reason(why)) from None
         finally:
             slot.calls.pop(number, None)
         self.answers += 1
-        self.canary = (home, method, *args)
         slot.barren = 0
+        known = self._answered.setdefault(method, {})
+        if home not in known:  # a prompt's first call is its smallest
+            known[home] = args
+            if len(known) > 2:
+                del known[next(iter(known))]
         return answer
 
-    def _repeats(self, slot: Slot, home: str, method: str, failed: _Failed) -> None:
-        log.info("%s of %s is repeated: %s on %s", method, home, failed, slot.replica.name)
+    def _repeats(self, slot: Slot | None, home: str, method: str, error: _NoAnswer) -> None:
+        assert slot is not None
+        log.info("%s of %s is repeated: %s on %s", method, home, error, slot.replica.name)
         self.repeats += 1
         self.fleet.event("retry", slot.replica.name)
 
     @asynccontextmanager
-    async def _slot(self, home: str) -> AsyncIterator[Slot]:
-        """A replica with room, first come first served."""
-        slot = await self._take(home)
+    async def _slot(self, home: str, avoid: Slot | None = None) -> AsyncIterator[Slot]:
+        """A replica with room, first come first served; not `avoid` if another has room now."""
+        slot = await self._take(home, avoid=avoid)
         try:
             yield slot
         finally:
             self._release(slot)
 
     @asynccontextmanager
-    async def _alone(self, home: str, slot: Slot) -> AsyncIterator[Slot]:
-        """That replica, fresh and with nobody else in it; or another, where that one does not come back."""
+    async def _alone(self, home: str, slot: Slot, fresh: bool = True) -> AsyncIterator[Slot]:
+        """That replica when its other calls are done, and nobody else in it; or another replica, where that one does
+        not come back. fresh: in a process that nothing was asked of."""
         async with self.isolation:
             try:
+                slot.alone = True
                 while True:
-                    slot.alone = True
-                    if slot.up and slot.used:
-                        self.fleet.restart(slot, slot.epoch, "a fresh process is wanted", sacrificed=True)
                     try:
                         await self._take(home, slot)
-                        break
                     except _Away:
                         others = [s for s in self.fleet.slots if s.up and s is not slot]
                         if not others:
                             what = f"{slot.replica.name} did not come back within {self.fleet.patience:g} s"
                             raise Fault(what) from None
                         slot.alone, slot = False, others[0]
+                        slot.alone = True
+                        continue
+                    if not (fresh and slot.used):
+                        break
+                    self.fleet.restart(slot, slot.epoch, "a fresh process is wanted", sacrificed=True)
+                    self._release(slot)
                 try:
                     yield slot
                 finally:
@@ -189,12 +270,12 @@ class Pool:
                 slot.alone = False
                 self._hand_out(slot)
 
-    async def _take(self, home: str, only: Slot | None = None) -> Slot:
+    async def _take(self, home: str, only: Slot | None = None, avoid: Slot | None = None) -> Slot:
         """Hold a place in a slot. Raises _Away where `only` that one will do and it stays away."""
         while True:
             if self.fleet.broken:
                 raise self.fleet.broken
-            slot = only or self._choose(home)
+            slot = only or self._choose(home, avoid)
             if slot is not None and self._open(slot, only):
                 return self._give(slot, home)
             waiter = _Waiter(asyncio.get_running_loop().create_future(), home, only)
@@ -213,14 +294,15 @@ class Pool:
             slot = waiter.turn.result()
             if slot.up:
                 return slot
-            self._release(slot)  # it went away in the moment between
+            self._release(slot)  # its process was replaced in the moment between
 
-    def _choose(self, home: str) -> Slot | None:
-        """Where the prompt is warm, else where the fewest are at home."""
+    def _choose(self, home: str, avoid: Slot | None) -> Slot | None:
+        """Where the prompt is warm, else where the fewest prompts are at home."""
         warm = self.home.get(home)
-        if warm is not None and self._open(warm, None):
+        if warm is not None and warm is not avoid and self._open(warm, None):
             return warm
-        return min((s for s in self.fleet.slots if self._open(s, None)), key=lambda s: (s.homes, s.held), default=None)
+        there = [slot for slot in self.fleet.slots if self._open(slot, None)]
+        return min(there, key=lambda slot: (slot is avoid, slot.homes, slot.held), default=None)
 
     def _open(self, slot: Slot, only: Slot | None) -> bool:
         if not slot.up:
@@ -242,7 +324,7 @@ class Pool:
         self._hand_out(slot)
 
     def _hand_out(self, slot: Slot) -> None:
-        """Room has come up: to those who wait, in their order."""
+        """There is room: for those who wait, in their order."""
         for waiter in list(self.waiting) if self.waiting and slot.up else ():
             if not self._open(slot, slot):
                 return

@@ -10,12 +10,13 @@ import asyncio
 import hashlib
 import math
 from array import array
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Protocol
 
 from aisp_dist import methods
-from aisp_dist.config import BatchedAisp, Run, Search
+from aisp_dist.config import BatchedAisp, ConfigError, FunctionReward, Run, Search
 from aisp_dist.data import render, thinking
 from aisp_dist.methods.limit import within
 from aisp_dist.philox import prompt_key
@@ -38,9 +39,13 @@ from aisp_dist.records import (
     TokenReward,
     Trajectory,
 )
+from aisp_dist.rewards import RewardError
 from aisp_dist.rewards.combine import Frozen, combine
 
 Tokens = tuple[int, ...]
+
+
+PROBES = 3  # prompts that a function must fail on to be refused
 
 
 class RowError(Exception):
@@ -66,8 +71,10 @@ class Backend(Protocol):
 
 
 def reason(error: BaseException) -> str:
-    """What a failed row says of an error: its type and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:500]
+    """What a failed row says of an error: the first line of its message, after the error's type where the message is
+    not ours."""
+    text = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0][:500]
 
 
 def window(run: Run) -> int:
@@ -85,6 +92,25 @@ def tokens_of(run: Run, prompt: Prompt, tokenizer: render.Tokenizer, context_len
     if context_length is not None:
         limit = min(limit, context_length - run.generator.max_new_tokens)
     return render.render(prompt, run.prompts, tokenizer, limit)
+
+
+async def probe(
+    run: Run, lines: Iterable[Input], score: Callable[[str, Prompt, Sequence[str]], Awaitable[Any]]
+) -> None:
+    """Raise ConfigError for a function reward that fails on each of the first prompts, whatever the answer: it would
+    fail on every prompt. `score` is a backend's, or one that raises RowError at the first error."""
+    first = list(islice((line for line in islice(lines, 100 * PROBES) if isinstance(line, Prompt)), PROBES))
+    for name, reward in run.rewards.items():
+        errors = []
+        for prompt in first if isinstance(reward, FunctionReward) else ():
+            try:
+                await score(name, prompt, ["Yes.", "No."])
+                break
+            except RowError as error:
+                errors.append(str(error))
+        else:
+            if errors:
+                raise ConfigError(f"rewards.{name}: it fails on each of the first {len(errors)} prompts: {errors[0]}")
 
 
 async def align_input(

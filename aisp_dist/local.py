@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from aisp_dist import rewards
-from aisp_dist.align import RowError, Tokens, align_input, reason, window
+from aisp_dist.align import RowError, Tokens, align_input, probe, reason, window
 from aisp_dist.config import ConfigError, Run, load
 from aisp_dist.data import prompts
 from aisp_dist.data.sources import Line, Source
@@ -117,6 +117,7 @@ def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[
 
     with _one_thread(), _backend(located, base_dir) as backend, _event_loop() as loop:
         searched: deque[Future[Result]] = deque()
+        asyncio.run_coroutine_threadsafe(probe(located, _inputs(located, given), backend.score), loop).result()
         try:
             for line in _inputs(located, given):
                 if len(searched) == window(run):

@@ -15,6 +15,10 @@ Finish = Literal["stop", "length"]
 BASE_ITERATION = -1  # the iteration number of the greedy, uncontrolled answer
 
 
+class Late(Exception):
+    """A request took longer than its limit, though the process that served it is well."""
+
+
 class _Record:
     """Pickles as its class and its values: what dataclasses with slots do by themselves takes twice the time, and a
     coordinator reads thousands of these a second."""

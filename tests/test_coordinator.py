@@ -16,7 +16,7 @@ from actors.fleet import Fault
 from actors.pool import Pool
 from actors.table import Table, TooManyFailed
 from aisp_dist.align import window
-from aisp_dist.config import Run
+from aisp_dist.config import ConfigError, Run
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest
 from aisp_dist.output.filesystem import Place
@@ -61,14 +61,19 @@ class FakeGenerator:
         await asyncio.sleep(0)
 
 
+PROBE = ["Yes.", "No."]
+
+
 class FakeScorer(FakeGenerator):
+    strict = True  # it raises on a poisoned prompt, whatever the answer
+
     async def call(self, method, prompt, responses):
         await asyncio.sleep(self.delay * self.random.random())
         if self.random.random() < self.faults:
             raise Dead("killed")
-        if "poison" in str(prompt.content):
+        if "poison" in str(prompt.content) and (self.strict or responses != PROBE):
             raise ValueError("the reward cannot read this prompt")
-        return [Score(float(r.split()[-1])) for r in responses]
+        return [Score(0.0 if responses == PROBE else float(r.split()[-1])) for r in responses]
 
 
 def run_of(tmp_path, lines=20, **changes) -> Run:
@@ -98,7 +103,7 @@ def coordinator(run, generators, scorers, retries=50, reward_timeout=30.0):
         options = {"retries": retries, "is_fault": lambda e: isinstance(e, Dead)}
         return {
             "generator": Pool(generators, limit=8, timeout=30.0, **options),
-            "r": Pool(scorers, limit=1, timeout=reward_timeout, timeout_is_content=True, **options),
+            "r": Pool(scorers, limit=1, timeout=reward_timeout, **options),
         }, 256
 
     return Coordinator(run, start)
@@ -199,7 +204,7 @@ def test_a_reward_that_errs_fails_its_row_and_no_other_and_retry_failed_mends_it
     assert [row["source_index"] for row in failed] == [3, 11]
     assert all("cannot read this prompt" in row["reason"] for row in failed)
     again = FakeGenerator("g")
-    FakeScorerMended = type("Mended", (FakeScorer,), {"call": lambda self, m, p, r: FakeGenerator_score(r)})
+    FakeScorerMended = type("Mended", (FakeScorer,), {"call": lambda self, m, p, r: scores_of(r)})
     asyncio.run(fill(run, coordinator(run, [again], [FakeScorerMended("s")]), retry_failed=True))
     assert len({r.prompt_id for r in again.rounds}) == 2
     tables = rows(run)
@@ -209,8 +214,8 @@ def test_a_reward_that_errs_fails_its_row_and_no_other_and_retry_failed_mends_it
     )
 
 
-async def FakeGenerator_score(responses):
-    return [Score(float(r.split()[-1])) for r in responses]
+async def scores_of(responses):
+    return [Score(0.0 if responses == PROBE else float(r.split()[-1])) for r in responses]
 
 
 def test_too_many_failed_rows_end_the_run_and_keep_what_is_done(tmp_path):
@@ -227,10 +232,25 @@ def test_too_many_failed_rows_end_the_run_and_keep_what_is_done(tmp_path):
 def test_a_finished_table_of_failed_rows_ends_the_same_way_again(tmp_path):
     write_prompts(tmp_path / "prompts.jsonl", 3, poison={0, 1, 2})
     run = run_of(tmp_path)
+    scorer = FakeScorer("s")
+    scorer.strict = False
     with pytest.raises(TooManyFailed, match="3 of 3 rows failed"):
-        asyncio.run(fill(run, coordinator(run, [FakeGenerator("g")], [FakeScorer("s")])))
+        asyncio.run(fill(run, coordinator(run, [FakeGenerator("g")], [scorer])))
     with pytest.raises(TooManyFailed, match="3 of 3 rows failed"):
         Table(run, run_path(run), {}, "f" * 32, "demo").whole()
+
+
+def test_a_reward_that_fails_on_each_of_the_first_prompts_is_refused_at_load(tmp_path):
+    for poison, refused in (((0, 1, 2), True), ((0, 1), False)):
+        write_prompts(tmp_path / "prompts.jsonl", 20, poison)
+        run, scorer = run_of(tmp_path), FakeScorer("s")
+        shard = coordinator(run, [FakeGenerator("g")], [scorer])
+        if refused:
+            with pytest.raises(ConfigError, match=r"rewards.r: it fails on each of the first 3 prompts: ValueError"):
+                asyncio.run(shard.load())
+        else:
+            asyncio.run(shard.load())
+        assert shard.backend.totals().restarts == 0
 
 
 def test_a_dead_cluster_ends_in_a_fault_and_loses_nothing(tmp_path):

@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from actors.generator import Generator
-from aisp_dist.config import Run
-from aisp_dist.records import Round, Sampling
+from aisp_dist.config import Run, Runtime
+from aisp_dist.records import Late, Round, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -86,5 +86,35 @@ def test_nll_beside_rollouts(settings):
         drawn, losses = await asyncio.gather(generator.rollout(round_of("p")), generator.nll((1, 5), [(7, 8), (9,)]))
         again = await generator.nll((1, 5), [(7, 8), (9,)])
         assert losses == again and all(torch.isfinite(torch.tensor(losses))) and len(drawn.trajectories) == 4
+
+    asyncio.run(main())
+
+
+class Steps:
+    """A clock that a service reads in place of time: one second a decoding step."""
+
+    def __init__(self, monkeypatch):
+        self.engine = None
+        monkeypatch.setattr("aisp_dist.engine.service.time", self)
+
+    def monotonic(self):
+        return float(self.engine.steps) if self.engine else 0.0
+
+
+@pytest.mark.parametrize(("limit", "late"), [(14, False), (8, True)])
+def test_waiting_for_rows_is_not_decoding(settings, monkeypatch, limit, late):
+    """Four rounds of four times the rows take 192 steps of 12 tokens each; no answer takes more than 12 of its own."""
+
+    async def main():
+        clock = Steps(monkeypatch)
+        run = settings.model_copy(update={"runtime": Runtime(timeouts={"round": limit})})
+        generator = await loaded(run)
+        clock.engine = generator.service.engine
+        rounds = [round_of("p" * i, 128) for i in range(1, 5)]
+        answers = await asyncio.gather(*map(generator.rollout, rounds), return_exceptions=True)
+        longest = [max(len(t.token_ids) for t in answer.trajectories) for answer in answers if not late]
+        assert clock.engine.steps > 4 * limit
+        assert all(isinstance(answer, Late) for answer in answers) if late else max(longest) == 12
+        assert len(await generator.nll((1, 5), [(7, 8)])) == 1, "the process goes on"
 
     asyncio.run(main())

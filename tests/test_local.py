@@ -102,8 +102,8 @@ def test_no_more_prompts_are_read_than_a_window_ahead(project):
 
     run = mapping(project) | {"method": finished.AISP | {"num_samples": 16}}
     for count, _ in enumerate(aisp_dist.relabel(run, Watched(QUESTIONS)), 1):
-        assert len(read) <= count + 4
-    assert count == len(read) == 30
+        assert len(set(read)) <= count + 4
+    assert count == len(set(read)) == 30
 
 
 def test_it_runs_beside_an_event_loop(project):

@@ -11,6 +11,7 @@ from actors.fleet import Fault
 from actors.pool import Pool
 from aisp_dist.align import RowError
 from aisp_dist.config import ConfigError
+from aisp_dist.records import Late
 
 
 class Dead(Exception):
@@ -67,46 +68,116 @@ def test_too_many_faults_end_the_run_with_a_message():
     asyncio.run(main())
 
 
-def test_an_error_counts_as_content_only_if_a_fresh_process_repeats_it():
+def test_an_error_is_confirmed_once_and_no_healthy_process_is_replaced():
+    """Whatever runs beside it: a call that raises is asked twice, its neighbours once and again only as witnesses."""
+
+    class Picky(Fake):
+        async def call(self, method, *args):
+            self.calls.append(args)
+            await asyncio.sleep(0.001)
+            if args[0].startswith("bad"):
+                raise ValueError(args[0])
+            return args[0]
+
     async def main():
-        a = Fake("a", [ValueError("odd"), "fine"])
-        assert await pool(a).call("x", "m") == "fine" and len(a.restarts) == 1
-        b = Fake("b", [ValueError("odd"), ValueError("odd")])
-        with pytest.raises(RowError, match="again in a fresh process: ValueError: odd"):
-            await pool(b).call("x", "m")
-        assert len(b.restarts) == 1
+        for count, limit in ((1, 1), (1, 4), (3, 1), (3, 4)):
+            replicas = [Picky(str(i)) for i in range(count)]
+            p = pool(*replicas, limit=limit)
+            names = ["bad" + str(i) if i in (7, 8, 21) else f"good {i}" for i in range(30)]
+            found = await asyncio.gather(*(p.call(name, "m", name) for name in names), return_exceptions=True)
+            for name, answer in zip(names, found, strict=True):
+                if name.startswith("bad"):
+                    assert isinstance(answer, RowError) and str(answer) == f"ValueError: {name}"
+                    assert sum(calls.count((name,)) for calls in (r.calls for r in replicas)) == 2
+                    assert count == 1 or max(r.calls.count((name,)) for r in replicas) == 1, "on another replica"
+                else:
+                    assert answer == name
+            assert p.fleet.restarts == 0 and not any(replica.restarts for replica in replicas)
 
     asyncio.run(main())
 
 
-def test_only_a_process_started_after_the_error_may_judge_it():
-    """Another replica that is as old as the first has not shown that a fresh process errs too."""
-
+def test_an_error_that_does_not_come_again_is_no_row():
     async def main():
-        stale = Fake("b", [ValueError("odd")] * 9)
         a = Fake("a", [ValueError("odd"), "fine"])
-        p = pool(a, stale)
-        p.home["x"] = p.fleet.slots[0]
-        assert await p.call("x", "m") == "fine"
-        assert not stale.calls
+        assert await pool(a).call("x", "m") == "fine" and not a.restarts
 
     asyncio.run(main())
 
 
-def test_a_stalled_replica_is_replaced_and_a_hanging_reward_is_a_row():
-    async def forever():
-        await asyncio.sleep(3600)
+def test_where_no_other_prompt_was_answered_a_fresh_process_decides():
+    async def main():
+        a = Fake("a", [ValueError("odd")] * 3)
+        with pytest.raises(RowError, match="ValueError: odd"):
+            await pool(a).call("x", "m")
+        assert len(a.restarts) == 1
+        b = Fake("b", [ValueError("odd")] * 2)
+        assert await pool(b).call("x", "m") == "ok" and len(b.restarts) == 1
+
+    asyncio.run(main())
+
+
+async def forever(*args):
+    await asyncio.sleep(3600)
+
+
+def test_a_process_that_stalls_is_replaced_and_a_call_that_hangs_alone_twice_is_a_row():
+    """For a reward the process is replaced each time, since it still runs the user's code."""
+
+    async def hang(self, method, *args):
+        self.calls.append(args)
+        await asyncio.sleep(3600 if args == ("bad",) else 0)
+        return "ok"
 
     async def main():
         a = Fake("a", [forever])
         assert await pool(a, timeout=0.05).call("x", "m") == "ok" and "no answer within 0.05 s" in a.restarts[0]
-        with pytest.raises(RowError, match="no answer within"):
-            hanging = Fake("b", [forever, forever])
-            await pool(hanging, timeout=0.05, timeout_is_content=True).call("x", "m")
-        await asyncio.sleep(0)
-        assert len(hanging.restarts) == 2, "the process that hangs on it must not serve the next"
-        with pytest.raises(Fault, match="no answer within"):
-            await pool(Fake("c", [forever] * 9), timeout=0.02).call("x", "m")
+        slow = type("Slow", (Fake,), {"call": hang})("b")
+        p = pool(slow, timeout=0.05, limit=1, key="runtime.timeouts.reward")
+        names = ["bad", *map(str, range(6))]
+        found = await asyncio.gather(*(p.call(name, "m", name) for name in names), return_exceptions=True)
+        assert found[1:] == ["ok"] * 6 and isinstance(found[0], RowError)
+        assert "runtime.timeouts.reward: no answer within 0.05 s, twice, alone in a fresh process" in str(found[0])
+        assert slow.calls.count(("bad",)) == 3
+        for hanging in ("alone", "x"):  # nobody else was answered, or only by another kind of call
+            c = Fake("c", ["ok", *[forever] * 9])
+            p = pool(c, timeout=0.02)
+            await p.call("y", "other kind")
+            with pytest.raises(Fault, match="no answer within"):
+                await p.call(hanging, "m")
+
+    asyncio.run(main())
+
+
+def test_a_call_over_its_callees_own_limit_costs_nobody_else_anything():
+    """A generator keeps the limit itself, so it is well and its other rounds go on; a call that is fast alone is no
+    row."""
+
+    class Busy(Fake):
+        crowd = 0
+
+        async def call(self, method, *args):
+            self.crowd += 1
+            self.calls.append(args)
+            crowded = False
+            for _ in range(20):
+                await asyncio.sleep(0)
+                crowded |= self.crowd > 1
+            self.crowd -= 1
+            if args == ("bad",) or (args == ("slow",) and crowded):
+                raise Late("an answer was not finished")
+            return "ok"
+
+    async def main():
+        replica = Busy("g")
+        p = pool(replica, timeout=None, key="runtime.timeouts.round")
+        names = [*map(str, range(4)), "bad", "slow", *map(str, range(4, 20))]
+        found = await asyncio.gather(*(p.call(name, "m", name) for name in names), return_exceptions=True)
+        assert isinstance(found[4], RowError) and "runtime.timeouts.round: an answer was not fin" in str(found[4])
+        assert [answer for i, answer in enumerate(found) if i != 4] == ["ok"] * 21
+        good = [name for name in replica.calls if name not in (("bad",), ("slow",))]
+        assert len(good) - len(set(good)) <= 1, "asked again at most as a witness"
+        assert all("a fresh process is wanted" in why for why in replica.restarts)
 
     asyncio.run(main())
 
@@ -236,7 +307,7 @@ def test_a_prompt_that_kills_its_process_every_time_becomes_a_row_and_no_other_d
                 if name == "poison":
                     assert isinstance(
                         answer, RowError
-                    ) and "alone in a fresh process that answers other calls: Dead" in str(answer)
+                    ) and "alone in a fresh process that answers other prompts: Dead" in str(answer)
                 else:
                     assert answer == "ok", (name, answer)
 
@@ -255,9 +326,6 @@ def test_processes_that_all_die_end_the_run_and_make_no_rows(monkeypatch):
 
 
 def test_frozen_and_idle_replicas_are_found_and_replaced_and_their_calls_go_on():
-    async def forever(*args):
-        await asyncio.sleep(3600)
-
     async def main():
         events = []
         frozen, hung, fine = Fake("frozen", [forever]), Fake("hung", [forever]), Fake("fine")
@@ -354,14 +422,15 @@ def test_an_error_is_judged_alone_in_a_process_that_nobody_else_has_been_in(coun
     asyncio.run(main())
 
 
-def test_an_error_a_fault_and_an_error_elsewhere_are_not_twice_the_same():
-    """The second error comes from a process that is as old as the first."""
+def test_two_broken_processes_are_no_witnesses_against_a_call():
+    """Both have raised on it, and both are replaced before it is judged."""
 
     async def main():
-        a, b = Fake("a", [ValueError("odd"), Dead("gone")]), Fake("b", [ValueError("odd"), "fine"])
-        p = pool(a, b)
-        p.home["x"] = p.fleet.slots[0]
-        assert await p.call("x", "m") == "fine"
+        broken = [Tainted(str(i)) for i in range(2)]
+        p = pool(*broken, limit=1)
+        for replica in broken:
+            replica.tainted = True
+        assert await p.call("x", "m", "good") == "ok"
 
     asyncio.run(main())
 

@@ -80,7 +80,7 @@ def test_a_function_cannot_change_the_prompt():
         ("too_few", "1 values for 2 completions"),
         ("raises", "ZeroDivisionError"),
         ("leaves", "SystemExit"),
-        ("texts", "'1.0' of type str"),
+        ("texts", "'1.0', of type str"),
     ],
 )
 def test_errors_name_reward_and_cause(function, words):

@@ -153,9 +153,7 @@ def test_rows_in_one_process_are_those_of_a_run(cluster, project):
     assert [row["source_index"] for row in rows] == list(range(14)) == sorted(written), done.stderr
     assert sum(row["reason"] is not None for row in rows) == 5
     for row in rows:
-        assert {
-            name: value for name, value in written[row["source_index"]].items() if name != "reason"
-        }.items() <= row.items()
+        assert written[row["source_index"]].items() <= row.items()
 
 
 def test_a_damaged_table_fails_verify(cluster, undisturbed, tmp_path):
@@ -238,7 +236,10 @@ def test_rewards_that_fail_on_a_prompt_fail_that_row(cluster, project):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"runtime": {"generators": {"num_gpus": 3}}}, "the actors need 3 GPU (generator 1 x 3) and the cluster has 0"),
+        (
+            {"runtime": {"generators": {"num_gpus": 1, "replicas": 3}}},
+            "the actors need 3 GPU (generator 3 x 1) and the cluster has 0",
+        ),
         ({"rewards": {"words": {"kind": "function", "function": "broken.py:words"}}}, "importing 'broken.py' raised"),
         ({"generator": {"model": "falcon", "max_new_tokens": 8}}, "generator.model: "),
     ],

@@ -4,17 +4,18 @@ passes requests in and answers out. Rounds share the engine's rows, and each lea
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from aisp_dist.engine.calibrate import calibrate
 from aisp_dist.engine.decode import DecodeError, Engine, Row
 from aisp_dist.philox import prompt_key
-from aisp_dist.records import Calibration, Rollout, Round, Sampling
+from aisp_dist.records import Calibration, Late, Rollout, Round, Sampling
 
 T = TypeVar("T")
 
@@ -26,19 +27,26 @@ class Closed(RuntimeError):
 class Service:
     """Answers requests with one engine until `close`.
 
+    limit: seconds that a trajectory may be decoded, from the moment it gets a row of the engine; a round with a slower
+    one fails with Late. Time in which a trajectory waits for a row does not count, whatever else is asked.
     An error of one request goes to its caller. An error of a step concerns every row: the thread ends, `broken` is
     called with the error on that thread, and every open request fails with Closed.
     """
 
-    def __init__(self, engine: Engine, broken: Callable[[BaseException], None] = lambda error: None) -> None:
-        self.engine, self.broken = engine, broken
+    def __init__(
+        self,
+        engine: Engine,
+        limit: float = math.inf,
+        broken: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self.engine, self.limit, self.broken = engine, limit, broken
         self.work = 0  # units done: steps, and likelihoods or calibrations between them
         self.busy_seconds = 0.0
         self._began = time.monotonic()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[Round, list[asyncio.Future[Rollout]]] = {}
         self._open: set[asyncio.Future[Any]] = set()
-        self._rows: Mapping[Row, float] = {}  # those in the engine's slots, and since when
+        self._rows: dict[Row, float] = {}  # in the engine now, and since when
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -78,12 +86,6 @@ class Service:
         key = prompt_key(request.seed, request.prompt_id)
         asked = request.sampling, request.rates, key, request.prompt_tokens, request.base_tokens
         return await self._between_steps(lambda: calibrate(self.engine.lm, *asked))
-
-    def decoding(self, round: Round) -> float:
-        """Seconds since the oldest trajectory of a round got the row that it is in; 0 while the round waits for rows.
-        This is time of decoding, whatever else waits for the engine."""
-        since = [since for row, since in self._rows.items() if row.job.round == round]
-        return time.monotonic() - min(since) if since else 0.0
 
     def figures(self) -> dict[str, float]:
         """What grows: seconds at work and alive, rows that held a trajectory and all rows, over all steps."""
@@ -164,6 +166,10 @@ class Service:
                 _settle(answer, None, ValueError(str(error)))
         now = time.monotonic()
         self._rows = {row: self._rows.get(row, now) for row in self.engine.rows if row}
+        for round in {row.job.round for row, since in self._rows.items() if now - since > self.limit}:
+            self.engine.cancel(round)
+            for answer in self._waiting.pop(round):
+                _settle(answer, None, Late(f"an answer was not finished after {self.limit:g} s of decoding"))
         self.work += 1
         self.busy_seconds += now - began
         return True

@@ -37,7 +37,8 @@ _LOGS: dict[str, Callable[[str, Any], None]] = {
 
 
 class RewardError(RuntimeError):
-    """A reward gave no usable answer for a prompt. One line; the caller tries a fresh process, then fails the row."""
+    """A reward gave no usable answer for a prompt. The message is one line and names the reward, the function and what
+    it raised or returned."""
 
 
 def load(
@@ -87,12 +88,9 @@ def load(
             values = function(**{k: v for k, v in arguments.items() if open_ended or k in accepted})
             if inspect.isawaitable(values):
                 values = loop.run(_result(values))
-            values = list(values)
         except (Exception, SystemExit) as error:
             raise RewardError(f"{name}: {settings.function} raised {type(error).__name__}: {error}") from error
-        if len(values) != len(responses):
-            raise RewardError(f"{name}: {settings.function} gave {len(values)} values for {len(responses)} completions")
-        return [_score(name, value) for value in values]
+        return _scores(f"{name}: {settings.function}", values, len(responses))
 
     return score
 
@@ -185,14 +183,31 @@ async def _result(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-def _score(name: str, value: Any) -> Score:
-    value = value.item() if hasattr(value, "item") else value  # a 0-d array or tensor
+def _scores(what: str, values: Any, count: int) -> list[Score]:
+    """What a function returned for `count` completions, as scores. Raises RewardError."""
+    rule = f"for {count} completions; return a list with one number or None for each"
+    if (shape := getattr(values, "shape", None)) is not None and tuple(shape) not in ((count,), (count, 1)):
+        raise RewardError(f"{what} returned an array of shape {tuple(shape)} {rule}")
+    try:
+        found = list(values)
+    except TypeError:
+        raise RewardError(f"{what} returned {values!r}, of type {type(values).__name__}, {rule}") from None
+    if len(found) != count:
+        raise RewardError(f"{what} returned {len(found)} values {rule}")
+    return [_score(what, value, rule) for value in found]
+
+
+def _score(what: str, value: Any, rule: str) -> Score:
+    if (shape := getattr(value, "shape", None)) is not None:  # an array or tensor of one number
+        if math.prod(shape) != 1:
+            raise RewardError(f"{what} returned arrays of shape {tuple(shape)} {rule}")
+        value = value.item()
     if value is None:
         return Score(None)
     if not isinstance(value, Real):
-        raise RewardError(f"{name}: a reward is {value!r} of type {type(value).__name__}; give numbers or None")
+        raise RewardError(f"{what} returned a list with {value!r}, of type {type(value).__name__}, {rule}")
     try:
         number = float(value)
     except OverflowError:
-        raise RewardError(f"{name}: a reward is an integer too large for a float") from None
+        raise RewardError(f"{what} returned an integer too large for a float") from None
     return Score(number) if math.isfinite(number) else Score(None, f"the reward is {number}")

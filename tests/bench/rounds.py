@@ -77,7 +77,7 @@ async def _start(run: Run, groups: Sequence[placement.Group], samples: int, toke
             for i in range(group.replicas)
         ]
         limit = 2 * window(run) if group.role == "generator" else Plan().queue
-        pools[group.role] = await pooled(replicas, limit, 600.0, retries=0, is_fault=cluster.is_fault)
+        pools[group.role] = await pooled(replicas, limit, None, retries=0, is_fault=cluster.is_fault)
     return pools, None
 
 
@@ -145,7 +145,7 @@ def _run(options: Namespace, root: Path) -> Run:
             "output": str(root / "output"),
             "prompts": {"source": str(root / "prompts.jsonl"), "max_tokens": 1 << 20},
             "generator": {"model": "demo", "batch_rows": 256, "max_new_tokens": options.new_tokens},
-            "rewards": {"reward": {"kind": "function", "function": "none:none"}},
+            "rewards": {"reward": {"kind": "model", "model": "demo"}},
             "method": {"kind": "aisp", "num_samples": options.samples, "num_iterations": options.iterations},
             "runtime": {"generators": replicas, "rewards": {"reward": replicas}},
         }

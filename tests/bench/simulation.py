@@ -135,7 +135,7 @@ def _run(plan: Plan, root: Path) -> Run:
                 "batch_rows": plan.batch_rows // plan.bundle,
                 "max_new_tokens": plan.new_tokens,
             },
-            "rewards": {"reward": {"kind": "function", "function": "none:none"}},
+            "rewards": {"reward": {"kind": "model", "model": "demo"}},
             "method": {
                 "kind": "aisp",
                 "num_samples": plan.samples // plan.bundle,
@@ -161,8 +161,8 @@ async def _fill(plan: Plan, run: Run) -> _Figures:
         known: dict[str, Any] = {"retries": run.runtime.retries, "is_fault": lambda error: isinstance(error, Dead)}
         times = run.runtime.timeouts
         return {
-            "generator": await pooled(generators, 2 * window(run), times.round, **known),
-            "reward": await pooled(scorers, plan.queue, times.reward, timeout_is_content=True, **known),
+            "generator": await pooled(generators, 2 * window(run), None, **known),
+            "reward": await pooled(scorers, plan.queue, times.reward, **known),
         }, None
 
     shard, output = Coordinator(run, start), Place.at(run.output)

@@ -250,7 +250,7 @@ def _trajectory(sample: int, length: int) -> Trajectory:
     return Trajectory(sample, (0,) * length, "." * length, "stop")
 
 
-async def pooled(replicas: Sequence[Replica], limit: int, timeout: float, **settings: Any) -> Pool:
+async def pooled(replicas: Sequence[Replica], limit: int, timeout: float | None, **settings: Any) -> Pool:
     """A pool with all its replicas started."""
     pool = Pool(replicas, limit=limit, timeout=timeout, **settings)
     await pool.fleet.ready(len(replicas))

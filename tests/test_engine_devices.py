@@ -238,8 +238,8 @@ def test_rows_that_do_not_fit_are_refused_and_the_named_number_fits(
 ) -> None:
     lm, asked = dataclasses.replace(adapted("llama"), device=device), 4096
     free = sum(memory.parts(lm, asked // 2, 128).values())
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free if device == CUDA else 0, 10 * free))
-    available = SimpleNamespace(available=0 if device == CUDA else free)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free if device == CUDA else 0, 1 << 60))
+    available = SimpleNamespace(available=0 if device == CUDA else free, total=0 if device == CUDA else 1 << 60)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
     with pytest.raises(
         ConfigError, match=r"4096 rows of 128 .*: suffixes .*; set generator.batch_rows to (\d+)$"
@@ -253,7 +253,7 @@ def test_rows_that_do_not_fit_are_refused_and_the_named_number_fits(
 
 
 def test_a_model_that_leaves_room_for_no_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: 1000)
     with pytest.raises(ConfigError, match="set a smaller generator.max_new_tokens, or use a smaller model"):
         memory.kv_cache(adapted("llama"), 32, 128)
 
@@ -262,3 +262,17 @@ def test_a_prompt_longer_than_the_cache_is_refused_with_the_arithmetic() -> None
     engine = Engine(adapted("llama"), 4, STEPS, prompt_tokens=128)
     with pytest.raises(ValueError, match=r"129 prompt tokens take .* GB .* lower prompts.max_tokens, generator.batch"):
         engine.submit(Round(0, "p", (40,) * 129, 0, 0, 2, Sampling(0.5)))
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), CUDA])
+def test_processes_that_load_together_do_not_count_the_same_memory(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total, held = 1000, 100
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (900, total))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: held)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=900, total=total))
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=held))
+    monkeypatch.setattr(memory.psutil, "Process", lambda: process)
+    assert memory.free_bytes(device) == 900
+    assert [memory.free_bytes(device, share) for share in (0.6, 0.4, 0.05)] == [500, 300, 0]

@@ -11,11 +11,10 @@ import chat_models
 import pytest
 import slow_path
 import tiny
-import torch
 from tokenizers import AddedToken
 
 from aisp_dist.config import Generator
-from aisp_dist.engine import model, step
+from aisp_dist.engine import model
 from aisp_dist.engine.decode import Engine
 from aisp_dist.records import BASE_ITERATION, Round, Sampling, TopP, Trajectory
 
@@ -150,35 +149,6 @@ def test_later_noise_never_changes_earlier_tokens(noise: tuple[str, float]) -> N
     round = Round(0, "p", PROMPT, 2, 0, 5, sampling, slow_path.trace(2, 5, 6))
     short, long = (engine(steps=steps).run([round])[0].trajectories for steps in (6, STEPS))
     assert [t.token_ids for t in short] == [t.token_ids[:6] for t in long]
-
-
-def draw(logits_RV: torch.Tensor, nucleus: TopP, uniform_R: torch.Tensor) -> torch.Tensor:
-    p_R = torch.full((len(logits_RV),), nucleus.p, dtype=torch.float64)
-    return step.draw(logits_RV, p_R, torch.full_like(p_R, nucleus.temperature), uniform_R)
-
-
-def test_a_draw_is_the_inverse_cdf_over_the_nucleus() -> None:
-    logits_RV = torch.log(torch.tensor([[0.1, 0.4, 0.1, 0.3, 0.1]])).repeat(6, 1)
-    uniform_R = torch.tensor([0.0, 0.49, 0.51, 0.99, 0.6, 1.0], dtype=torch.float64)
-    assert draw(logits_RV, TopP(0.75, 1.0), uniform_R).tolist() == [
-        1,
-        1,
-        3,
-        0,
-        3,
-        0,
-    ]  # 0 is the first of the equal ones
-    assert draw(logits_RV, TopP(0.3, 1.0), uniform_R).tolist() == [1] * 6
-    assert draw(logits_RV, TopP(1.0, 1.0), uniform_R)[5] == 4
-    assert draw(logits_RV, TopP(0.6, 1e-3), uniform_R).tolist() == [1] * 6
-
-
-def test_draws_follow_the_tempered_nucleus() -> None:
-    logits_V = torch.tensor([0.3, -1.0, 2.0, 1.0, -4.0])
-    expected = (logits_V.double() / 0.7).softmax(0) * torch.tensor([1, 0, 1, 1, 0])
-    uniform_R = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    counts = draw(logits_V.expand(20000, -1), TopP(0.95, 0.7), uniform_R).bincount(minlength=5)
-    torch.testing.assert_close(counts / 20000, expected / expected.sum(), rtol=0, atol=2e-4, check_dtype=False)
 
 
 def test_drawn_tokens_differ_between_samples_and_repeat() -> None:

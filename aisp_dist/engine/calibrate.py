@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from aisp_dist.engine import noise
+from aisp_dist.engine import noise, nucleus
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Rates, Sampling, TopP
 
@@ -66,13 +66,8 @@ def _flips(lm: LM, key: tuple[int, int], z_TD: torch.Tensor) -> Callable[[float]
 
 def _draws(lm: LM, z_TD: torch.Tensor) -> Callable[[float], float]:
     """By p: the mean probability that a draw from the nucleus at temperature 1 is not the likeliest token."""
-    first, below = [], []
-    for part in torch.split(z_TD, _POSITIONS):
-        sorted_TV = lm.logits(part).double().softmax(-1).sort(-1, descending=True).values
-        first.append(sorted_TV[:, 0])
-        reached_TV = sorted_TV.cumsum(-1)
-        mass = [torch.where(reached_TV - sorted_TV < p, sorted_TV, 0.0).sum(-1) for p in _NUCLEI]
-        below.append(torch.stack(mass, -1))
-    first_T1, mass_TP = torch.cat(first)[:, None], torch.cat(below)
-    shares: list[float] = (1 - first_T1 / mass_TP).mean(0).tolist()
+    p_P = torch.tensor(_NUCLEI, dtype=torch.float64, device=z_TD.device)
+    found = [nucleus.masses(lm.logits(part), p_P) for part in torch.split(z_TD, _POSITIONS)]
+    first_T, mass_TP = (torch.cat(parts) for parts in zip(*found, strict=True))
+    shares: list[float] = (1 - first_T[:, None] / mass_TP).mean(0).tolist()
     return dict(zip(_NUCLEI, shares, strict=True)).__getitem__

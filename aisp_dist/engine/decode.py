@@ -82,7 +82,8 @@ class Engine:
     batch_rows: slots, rounded up to a multiple of 32. max_new_tokens: T. stop: strings that end a response; one that is
     a special token of the tokenizer acts as an end token. idle_tokens: prompts without a round in flight stay
     prefilled up to this many tokens in all, the most recently used first. prompt_tokens: tokens of all prefilled
-    prompts; default: as many as fit into memory. guide: what moves the rounds that have a guide.
+    prompts; default: as many as fit into memory, of which this process may use `memory_share`. guide: what moves the
+    rounds that have a guide.
 
     steps, row_steps: steps taken so far, and tokens that trajectories got in them.
 
@@ -98,13 +99,14 @@ class Engine:
         idle_tokens: int = 1 << 14,
         prompt_tokens: int | None = None,
         guide: Guide | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         self.lm, self.max_new_tokens, self.guide = lm, max_new_tokens, guide or Guide()
         special = {t.content: i for i, t in lm.tokenizer.added_tokens_decoder.items() if t.special}
         self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
         self.stop = tuple(s for s in stop if s not in special)
         num_rows = batch_rows + -batch_rows % attention.TILE
-        self.kv = memory.kv_cache(lm, num_rows, max_new_tokens, prompt_tokens)
+        self.kv = memory.kv_cache(lm, num_rows, max_new_tokens, prompt_tokens, memory_share)
         self.rows: list[Row | None] = [None] * num_rows
         self.batch = Batch(lm, num_rows, max_new_tokens, self.end_ids, self.guide.value)
         self.idle_tokens = idle_tokens

@@ -29,31 +29,38 @@ def parts(lm: LM, num_rows: int, num_steps: int) -> dict[str, int]:
     return {
         "suffixes": num_rows * num_steps * lm.token_bytes,
         "rows": num_rows * (32 * num_steps + 8 * lm.hidden_size),
-        # Twice, where the base model's own are wanted too; and the sorted copies of 32 rows whose tokens are drawn.
+        # Twice, where the base model's own are wanted too; and fp64 copies of 32 rows that draw, sorted at worst.
         "logits": lm.vocab_size * (num_rows * (12 + 2 * itemsize) + 32 * 60),
         "controls": 8 * (num_rows // 4 + 1) * num_steps * lm.hidden_size,  # twice while the table grows
         "prefill": longest * (scores + 16 * lm.hidden_size * itemsize + lm.token_bytes),
     }
 
 
-def kv_cache(lm: LM, num_rows: int, num_steps: int, prompt_tokens: int | None = None) -> KVCache:
+def kv_cache(lm: LM, num_rows: int, num_steps: int, prompt_tokens: int | None = None, share: float = 1.0) -> KVCache:
     """A cache for rows of so many steps, and for prompts of `prompt_tokens` tokens in all; None: as many as fit into
-    the free memory of the model's device. Raises ConfigError, with the arithmetic, if one full prompt does not fit."""
+    this process's share of the device's memory.
+
+    Raises ConfigError, with the arithmetic, if one full prompt does not fit.
+    """
     if prompt_tokens is None:
-        free, need = free_bytes(lm.device), parts(lm, num_rows, num_steps)
+        free, need = free_bytes(lm.device, share), parts(lm, num_rows, num_steps)
         prompt_tokens = int((1 - _SPARE) * free - sum(need.values())) // lm.token_bytes
         if prompt_tokens < min(_PREFILL, lm.context_length or _PREFILL):
             raise _too_much(lm, num_rows, num_steps, need, free)
     return KVCache(num_rows, num_steps, prompt_tokens)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take on a device."""
+def free_bytes(device: torch.device, share: float = 1.0) -> int:
+    """Memory that this process can still take: its share of all that the device has, less what it holds, and at most
+    what is free. Processes that load side by side would else each count the same free memory as theirs."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    available: int = psutil.virtual_memory().available
-    return available
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_allocated(device)
+    else:
+        machine = psutil.virtual_memory()
+        free, total, held = machine.available, machine.total, psutil.Process().memory_info().rss
+    return max(0, min(free, int(share * total) - held))
 
 
 def _too_much(lm: LM, num_rows: int, num_steps: int, need: dict[str, int], free: int) -> ConfigError:

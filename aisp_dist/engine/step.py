@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from aisp_dist.engine import noise
+from aisp_dist.engine import noise, nucleus
 from aisp_dist.engine.attention import Pass
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Ascent, Sampling, TopP
@@ -205,15 +205,18 @@ class Batch:
             plan_B = self.rows_BF[:, PLAN]
             p_B, temperature_B = self.plans.p_F[plan_B], self.plans.temperature_F[plan_B]
             whole = logits_BV, p_B, temperature_B, noise.uniform(*self._counter())
-            drawn_B = torch.cat([draw(*part) for part in zip(*(x.split(_DRAWN) for x in whole), strict=True)])
+            parts = zip(*(x.split(_DRAWN) for x in whole), strict=True)
+            drawn_B = torch.cat(
+                [nucleus.draw(logits, nucleus.log_normalizer(logits, t), p, t, u) for logits, p, t, u in parts]
+            )
             token_B = torch.where(self.plans.draws_F[plan_B], drawn_B, token_B)
         return token_B, finite_B
 
     def measure(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> None:
         """Keeps -log P_LLM(y_t | x, y_<t), from the base model's logits, in `nll_BT`."""
         parts = zip(torch.split(logits_BV, _DRAWN), torch.split(token_B[:, None], _DRAWN), strict=True)
-        log_B1 = torch.cat([torch.log_softmax(part, -1).gather(1, token) for part, token in parts])
-        self.nll_BT.scatter_(1, self.rows_BF[:, STEP, None] - 1, -log_B1.double())
+        nll_B1 = torch.cat([nucleus.log_normalizer(part)[:, None] - part.gather(1, token) for part, token in parts])
+        self.nll_BT.scatter_(1, self.rows_BF[:, STEP, None] - 1, nll_B1)
 
     def record(self, token_B: torch.Tensor, finite_B: torch.Tensor) -> None:
         """Appends the tokens, marks rows that end, and moves the others on. An empty slot stays at its first step."""
@@ -228,17 +231,3 @@ class Batch:
     def _counter(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Key [B, 2], step [B] and sample word [B] of the rows' random numbers."""
         return self.rows_BF[:, KEY0 : KEY1 + 1], self.rows_BF[:, STEP], self.rows_BF[:, WORD]
-
-
-def draw(
-    logits_RV: torch.Tensor, p_R: torch.Tensor, temperature_R: torch.Tensor, uniform_R: torch.Tensor
-) -> torch.Tensor:
-    """Tokens [R] by inverse CDF over the nucleus: the fewest likeliest tokens whose probabilities add up to p, equal
-    ones in the order of their ids. In fp64, so that the order of a sum cannot move a draw."""
-    probability, order = (logits_RV.double() / temperature_R[:, None]).softmax(-1).sort(stable=True, descending=True)
-    reached = probability.cumsum(-1)
-    kept = reached - probability < p_R[:, None]
-    mass_R1 = (probability * kept).sum(-1, keepdim=True)
-    rank_R1 = torch.searchsorted(reached, uniform_R[:, None] * mass_R1)
-    tokens_R: torch.Tensor = order.gather(1, torch.minimum(rank_R1, kept.sum(-1, keepdim=True) - 1).clamp(min=0))[:, 0]
-    return tokens_R

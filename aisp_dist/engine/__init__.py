@@ -1,13 +1,13 @@
 """The local decode engine: rounds in, trajectories out. Start at decode.Engine.
 
-    model.py, lm.py, quantized.py   load a language model and check that the engine decodes it correctly
-    checkpoints.py, sizes.py        find a checkpoint, read its size and quantisation from its files
-    attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
-    step.py                         one token for every row, on the model's device
-    control.py, noise.py            the control of a round from its trace, keyed noise
-    memory.py, admissible.py        what fits, which rounds can be decoded
-    calibrate.py, guide.py          a sampling by its effect, what ARGS and RE-Control add to a step
-    service.py                      one engine for many callers
+model.py, lm.py, quantized.py   load a language model and check that the engine decodes it correctly
+checkpoints.py, sizes.py        find a checkpoint, read its size and quantisation from its files
+attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
+step.py                         one token for every row, on the model's device
+control.py, noise.py            the control of a round from its trace, keyed noise
+memory.py, admissible.py        what fits, which rounds can be decoded
+calibrate.py, guide.py          a sampling by its effect, what ARGS and RE-Control add to a step
+service.py                      one engine for many callers
 """
 
 # Part of the fingerprint. Raise it with every change that may give other rows for the same configuration and seed.

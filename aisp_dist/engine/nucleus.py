@@ -43,21 +43,36 @@ def draw(
     uniform_R: torch.Tensor,
 ) -> torch.Tensor:
     """Tokens [R]. logits_RV: fp32; normalizer_R: log_normalizer at these temperatures; uniform_R: in (0, 1)."""
-    tokens_R = torch.zeros(len(logits_RV), dtype=torch.long, device=logits_RV.device)
-    left_R = torch.arange(len(logits_RV), device=logits_RV.device)  # rows without a token
+    given = logits_RV, normalizer_R, p_R, temperature_R, uniform_R
+    if logits_RV.device.type != "cpu":  # which rows want more would be a value to wait for; a GPU sorts quickly
+        return _drawn(logits_RV.shape[1], *given)[0]
+    tokens_R = torch.zeros(len(logits_RV), dtype=torch.long)
+    left_R = torch.arange(len(logits_RV))  # rows without a token
     for size in _sizes(logits_RV.shape[1]):
-        p, temperature, uniform = p_R[left_R, None], temperature_R[left_R], uniform_R[left_R, None]
-        ids, reached, sure = _rank(logits_RV[left_R], normalizer_R[left_R], temperature, size)
-        last = torch.searchsorted(reached, p).clamp(max=size - 1)  # of the nucleus
-        mass = torch.where(p < 1, reached.gather(1, last), 1.0)
-        rank = torch.searchsorted(reached, uniform * mass)
-        settled = torch.where(p < 1, last, rank)[:, 0] < sure
-        found = ids.gather(1, rank.clamp(max=size - 1))[:, 0]
+        found, settled = _drawn(size, *(x[left_R] for x in given))
         tokens_R[left_R[settled]] = found[settled]
         left_R = left_R[~settled]
         if not len(left_R):
             break
     return tokens_R
+
+
+def _drawn(
+    size: int,
+    logits_RV: torch.Tensor,
+    normalizer_R: torch.Tensor,
+    p_R: torch.Tensor,
+    temperature_R: torch.Tensor,
+    uniform_R: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [R] by the `size` likeliest, and whether those are enough for the row [R]."""
+    p_R1 = p_R[:, None]
+    ids, reached, sure_R = _rank(logits_RV, normalizer_R, temperature_R, size)
+    last_R1 = torch.searchsorted(reached, p_R1).clamp(max=size - 1)  # of the nucleus
+    mass_R1 = torch.where(p_R1 < 1, reached.gather(1, last_R1), 1.0)
+    rank_R1 = torch.searchsorted(reached, uniform_R[:, None] * mass_R1)
+    settled_R = torch.where(p_R1 < 1, last_R1, rank_R1)[:, 0] < sure_R
+    return ids.gather(1, rank_R1.clamp(max=size - 1))[:, 0], settled_R
 
 
 def masses(logits_RV: torch.Tensor, p_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """What a report is made of: the arms with their finished outputs, their comparison, and the curves of their searches.
 Refuses outputs that cannot stand side by side. No torch; one batch of rows is in memory at a time.
 
-Shapes: P prompts that every arm finished; P' of them whose traces are read; K iterations; L limits.
+Shapes: P prompts that every arm finished; P' of them whose traces are read; K iterations.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import pandas as pd
 
 from aisp_dist.analysis import outputs
 from aisp_dist.analysis.compare import Comparison, compare
-from aisp_dist.analysis.outputs import Columns, Output, Row
+from aisp_dist.analysis.outputs import Columns, Output
 from aisp_dist.config import ConfigError, Method
-from aisp_dist.methods.limit import within
 from aisp_dist.output.filesystem import Place
 
 GROWING = ("so far", "samples", "tokens")  # curves that keep their last value where a search stops early
-LIMITS = np.linspace(0, 1, 21)  # nats per token above the base answer
 _TRACED = 20_000  # prompts whose traces the curves average; of a larger run every n-th
 _STEP = {"mean": "mean_reward", "best": "best_reward", "ess": "ess", "kl": "kl"}  # curve: field of a trace entry
 Json = dict[str, Any]
@@ -31,17 +29,14 @@ Json = dict[str, Any]
 @dataclass(frozen=True)
 class Contents:
     """ids: the P prompts. curves: by arm, [P', K] averaged over seeds: `so far`, the best reward so far; mean and best
-    of the iteration, ess, kl; samples and tokens up to it; NaN where a prompt has none. frontier: by arm, [P', L]
-    reward of the best kept answer within each of LIMITS, where candidates have a likelihood. evaluations:
-    evaluation.json of the first seeds that have one. trials: tune/trials.json."""
+    of the iteration, ess, kl; samples and tokens up to it; NaN where a prompt has none. evaluations: evaluation.json of
+    the first seeds that have one."""
 
     comparison: Comparison
     arms: Mapping[str, Sequence[Columns]]
     ids: Any
     curves: Mapping[str, Mapping[str, np.ndarray]]
-    frontier: Mapping[str, np.ndarray]
     evaluations: Mapping[str, Json]
-    trials: Json | None
 
     @property
     def main(self) -> str:
@@ -94,9 +89,7 @@ def read(places: Sequence[Place]) -> Contents:
         arms,
         ids,
         {name: _curves(seeds, traced) for name, seeds in arms.items()},
-        {n: f for n, (first, *_) in arms.items() if (f := _frontier(first, traced)) is not None},
         {n: json.loads(data) for n, (first, *_) in found.items() if (data := first.place.read("evaluation.json"))},
-        _trials(places),
     )
 
 
@@ -121,15 +114,6 @@ def _comparison(place: Place) -> tuple[Place, Json]:
         f"{place} holds neither run.json nor comparison.json; name the output of a finished `aisp align` or "
         "`aisp compare`"
     )
-
-
-def _trials(places: Sequence[Place]) -> Json | None:
-    for place in places:
-        for root in (place, Place(place.uri.rpartition("/")[0], place.options)):
-            if data := root.read("tune/trials.json"):
-                found: Json = json.loads(data)
-                return found
-    return None
 
 
 def _check(found: Mapping[str, Sequence[Output]]) -> None:
@@ -174,26 +158,3 @@ def _curves(seeds: Sequence[Columns], ids: Any) -> dict[str, np.ndarray]:
         table = pd.DataFrame(rows).astype(float)
         found[name] = (table.ffill(axis=1) if name in GROWING else table).groupby(prompts).mean().to_numpy()
     return found
-
-
-def _frontier(seed: Columns, ids: Any) -> np.ndarray | None:
-    """None without method.limit: then no candidate has a likelihood."""
-    limit = seed.output.run.method.limit
-    if limit is None:
-        return None
-    other = limit.model_copy(update={"nll": None})  # the likelihood is what the frontier is over
-    names = ["id", *(f"candidates.list.element.{name}" for name in ("nll", "reward", "text"))]
-    kept = {row["id"]: row["candidates"] for row in outputs.rows(seed, ids, names, "candidates")}
-    bases = zip(ids, seed.values("nll", ids, base=True), seed.values("reward", ids, base=True), strict=True)
-    found = [_within_limits(nll, reward, other, kept.get(id, [])) for id, nll, reward in bases]
-    rows = [row for row in found if row is not None]
-    return np.array(rows) if rows else None
-
-
-def _within_limits(base_nll: float, base_reward: float, other: Any, candidates: Sequence[Row]) -> list[float] | None:
-    """Best reward within each of LIMITS, the base answer's where no candidate is; None without likelihoods."""
-    able = [c for c in candidates if within(other, c["text"], None, None) and None not in (c["nll"], c["reward"])]
-    if not able or np.isnan(base_reward):
-        return None
-    known = [(c["nll"] - base_nll, c["reward"]) for c in able]
-    return [max((r for excess, r in known if excess <= limit), default=base_reward) for limit in LIMITS]

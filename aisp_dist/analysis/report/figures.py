@@ -1,5 +1,5 @@
-"""The figures, each one small panel of inline SVG that takes the page's own text colour. matplotlib is imported here
-and nowhere else, and never asks for a display.
+"""The figures, each a small panel of inline SVG in the page's own text colour. matplotlib is imported only here, and
+needs no display.
 
 Shapes: P prompts, K iterations.
 """
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-_INK = "#0a0b0c"  # stands for the page's text colour, which replaces it
+_INK = "#0a0b0c"  # replaced by the page's text colour
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#8a8a8a"
 _MARKERS, _LINES = "osD^vPX*", ("-", "--", "-.", ":")
@@ -45,7 +45,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm is drawn, everywhere the same: no two share colour, line and marker."""
+    """How an arm is drawn in every figure; no two arms share colour, line and marker."""
 
     color: str
     line: str
@@ -60,7 +60,7 @@ def looks(arms: Sequence[str], main: str, base: str) -> dict[str, Look]:
 
 
 def panel(draw: Callable[[Axes], None], x: str, y: str, title: str = "", wide: float = 3.7, high: float = 2.7) -> str:
-    """One figure as an SVG element. Its ids are its own, so that many fit on one page."""
+    """One figure as an SVG element. Its ids are unique on the page."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(wide, high), layout="constrained")
         axes = figure.subplots()
@@ -93,7 +93,7 @@ def lines(axes: Axes, arms: Mapping[str, tuple[np.ndarray, np.ndarray]], look: M
 
 
 def whole(axes: Axes) -> None:
-    """Iterations are whole numbers."""
+    """Ticks at whole numbers, as of iterations."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
@@ -118,31 +118,3 @@ def histograms(axes: Axes, arms: Mapping[str, np.ndarray], look: Mapping[str, Lo
         filled: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45, "color": look[name].color}
         axes.hist(values, edges, **filled)
         axes.axvline(float(values.mean()), color=look[name].color, linewidth=1.4, linestyle=look[name].line)
-
-
-def projection(axes: Axes, base: Mapping[str, Any], moved: Mapping[str, Any], colors: tuple[str, str]) -> None:
-    """Histograms of pre-logits on one axis as densities, and the normal that fits each."""
-    for side, color in zip((base, moved), colors, strict=True):
-        edges, counts = np.array(side["edges"]), np.array(side["counts"], dtype=float)
-        width = float(edges[1] - edges[0])
-        axes.stairs(counts / max(counts.sum() * width, 1e-12), edges, color=color, fill=True, alpha=0.4)
-        if side["std"] > 0:
-            x = np.linspace(edges[0], edges[-1], 120)
-            density = np.exp(-0.5 * ((x - side["mean"]) / side["std"]) ** 2) / (side["std"] * np.sqrt(2 * np.pi))
-            axes.plot(x, density, color=color, linewidth=1.3)
-
-
-def bars(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], colors: Sequence[str]) -> None:
-    """Shares of each name, stacked from the left."""
-    left = np.zeros(len(names))
-    for (label, shares), color in zip(parts.items(), colors, strict=False):
-        axes.barh(names, shares, left=left, color=color, label=label, height=0.6, alpha=0.85)
-        left = left + np.array(shares)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.grid(False, axis="y")
-
-
-def plain(text: str) -> str:
-    """A label that SVG can hold."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -13,7 +13,7 @@ import numpy as np
 from aisp_dist.analysis.arms import BASE
 from aisp_dist.analysis.compare import table
 from aisp_dist.analysis.report import figures, samples
-from aisp_dist.analysis.report.contents import LIMITS, Contents
+from aisp_dist.analysis.report.contents import Contents
 from aisp_dist.analysis.report.figures import Look, panel
 from aisp_dist.analysis.report.verdict import verdict
 from aisp_dist.output import log
@@ -159,12 +159,6 @@ def _tradeoff(contents: Contents, look: Looks) -> Section:
         panels.append(points(kl, "KL to the base model, nats", "KL"))
     else:
         text += " Reward against KL needs `aisp evaluate` on each output."
-    if contents.frontier:
-        at = {name: (LIMITS, found) for name, found in contents.frontier.items()}
-        panels.append(_line_panel(at, look, "NLL allowed above the base answer's", "reward", "Frontier"))
-        text += " The frontier is the best kept answer whose NLL per token is at most so far above the base answer's."
-    else:
-        text += " The frontier of reward by allowed NLL needs method.limit, which measures every candidate's."
     pairs = {n: (_side(contents, n, "tokens"), _side(contents, n, "reward")) for n in (BASE, contents.main)}
     every = -(-len(contents.ids) // _POINTS)
     shown = {name: (x[::every], y[::every]) for name, (x, y) in pairs.items()}
@@ -189,29 +183,19 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _distribution(contents: Contents, look: Looks) -> Section:
-    main, title = contents.main, "Reward of base and selected answers"
-    rewards = {name: _side(contents, name, "reward") for name in (BASE, main)}
+    title = "Reward of base and selected answers"
+    rewards = {name: _side(contents, name, "reward") for name in (BASE, contents.main)}
     arms = {name: found for name, values in rewards.items() if (found := values[np.isfinite(values)]).size}
     alt = f"{title}: mean " + " and ".join(f"{values.mean():.3f}" for values in arms.values()) + "."
-    panels = [Panel(panel(lambda axes: figures.histograms(axes, arms, look), "reward", "prompts", title), alt)]
-    won = {arm.name: arm.won for arm in contents.comparison.arms if arm.name != main and arm.won is not None}
-
-    def wins(axes: Any) -> None:
-        figures.bars(axes, [figures.plain(name) for name in won], {"won": list(won.values())}, [look[main].color])
-        axes.axvline(0.5, color=figures.GREY, linestyle="--", linewidth=1)
-
-    alt = f"Share of prompts that {main} wins, ties half: "
-    alt += "; ".join(f"{share:.0%} against {name}" for name, share in won.items()) + "."
-    panels.append(
-        Panel(panel(wins, "share of prompts, by reward", "", f"Prompts that {figures.plain(main)} wins"), alt)
-    )
-    text = "Lines in the histogram are means."
-    rates = _measured(contents, "win_rate")
+    shown = Panel(panel(lambda axes: figures.histograms(axes, arms, look), "reward", "prompts", title), alt)
+    text, rates = "Lines in the histogram are means.", _measured(contents, "win_rate")
     for name, rate in rates.items():
-        text += f" By the judge, {name} wins {rate['win']:.0%} against {rate['against']}, ties {rate['tie']:.0%}."
+        low, high = rate["interval"]
+        text += f" By the judge, {name} wins {rate['win']:.0%} [{low:.0%}, {high:.0%}] against {rate['against']}"
+        text += f" and ties {rate['tie']:.0%}."
     if not rates:
         text += " A judge's win rate needs `aisp evaluate --judge URL --judge-model NAME`."
-    return Section("Prompt by prompt", text, panels, arms=list(arms))
+    return Section("Prompt by prompt", text, [shown], arms=list(arms))
 
 
 def _control(contents: Contents, look: Looks) -> Section:
@@ -225,51 +209,13 @@ def _control(contents: Contents, look: Looks) -> Section:
     if flips:
         drawn = {name: (np.arange(1, rates.shape[1] + 1), rates) for name, rates in flips.items()}
         panels.append(_line_panel(drawn, look, "iteration", "share of positions", "Tokens that the control changes"))
-    for name, found in _measured(contents, "projections").items():
-        panels += [_projected(name, one, look) for one in found]
     text = "Effective samples near one: the weights follow a single sample (raise lambda); near all: the rewards say "
     text += "little. The control's KL is how far the search has moved from the base model."
     if not panels:
         text = "Not there: save.trace: true keeps the weights of an AISP search."
     if not flips:
-        text += " Flip rates and the pre-logits' histograms need `aisp evaluate` with the base model."
+        text += " Flip rates need `aisp evaluate` with the base model."
     return Section("What the search did", text, panels, arms=list(dict.fromkeys([*shown, *flips])))
-
-
-def _projected(arm: str, one: Mapping[str, Any], look: Looks) -> Panel:
-    colors = (figures.GREY, look[arm].color)
-    label = f"pre-logits of {figures.plain(repr(one['token']))}"
-    svg = panel(lambda axes: figures.projection(axes, one["base"], one["moved"], colors), label, "density", one["name"])
-    distance = f"distance from a normal {one['base']['ks']:.3f} before and {one['moved']['ks']:.3f} after"
-    return Panel(svg, f"{arm}: {one['positions']} pre-logits on {one['name']}, {distance} the move.")
-
-
-def _sensitivity(contents: Contents, look: Looks) -> Section:
-    if contents.trials is None:
-        return Section("Sensitivity", "Not there: `aisp tune` tries settings and writes tune/trials.json.")
-    panels = []
-    for k, entry in enumerate(contents.trials["arms"]):
-        name, trials = entry["arm"], entry["trials"]
-        how = look.get(name) or list(look.values())[1 + k % (len(look) - 1)]
-        for setting in entry["best"]:
-            x = np.array([trial["settings"][setting] for trial in trials], dtype=float)
-            y = np.array([trial["reward"] for trial in trials], dtype=float)
-            panels.append(_tried(figures.plain(name), setting, x, y, entry["best"][setting], how))
-    text = f"Reward of every trial of `aisp tune` on {contents.trials['tune']['prompts']} other prompts by one setting "
-    text += "at a time, the others varying with it; bars are 95 % intervals, the upright line marks the chosen value."
-    return Section("Sensitivity", text, panels)
-
-
-def _tried(name: str, setting: str, x: np.ndarray, y: np.ndarray, best: float, how: Look) -> Panel:
-    def draw(axes: Any) -> None:
-        error = [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]]
-        axes.errorbar(x, y[:, 0], yerr=error, fmt=how.marker, color=how.color, markersize=4, linewidth=0.9, capsize=2)
-        axes.axvline(best, color=figures.GREY, linestyle="--", linewidth=1)
-        if x.min() > 0 and x.max() / x.min() > 50:
-            axes.set_xscale("log")
-
-    told = f"{len(x)} trials, rewards {y[:, 0].min():.3f} to {y[:, 0].max():.3f}, chosen {best:.4g}"
-    return Panel(panel(draw, setting, "reward", name), f"{name}, reward by {setting}: {told}.")
 
 
 def _machine(contents: Contents, look: Looks) -> Section:
@@ -300,6 +246,5 @@ _SECTIONS: tuple[Callable[[Contents, Looks], Section], ...] = (
     _tradeoff,
     _distribution,
     _control,
-    _sensitivity,
     _machine,
 )

@@ -151,7 +151,7 @@ def _write_alpaca_eval(
     for output, kept in found:
         name = f"{output.run.generator.model} + {output.method_name}"
         for example in kept:
-            row = {"id": example.id, "prompt": example.prompt, "completion": example.chosen}
+            row = {**example.kept, "id": example.id, "prompt": example.prompt, "completion": example.chosen}
             try:
                 answers.append(export.alpaca_eval(row, name))
             except ValueError:

@@ -174,10 +174,10 @@ async def start_pools(
         for i in range(shard[0], group.replicas, shard[1]):
             if group.role == "generator":
                 name, cls = f"generator-{i}{suffix}", cast(type, Generator)
-                args: tuple[Any, ...] = (run, base_dir, name, group.threads)
+                args: tuple[Any, ...] = (run, base_dir, name, group)
             else:
                 name, cls = f"scorer-{group.role}-{i}{suffix}", Scorer
-                args = (group.role, run.rewards[group.role], base_dir, run.prompts.keep, name, group.threads)
+                args = (group.role, run.rewards[group.role], base_dir, run.prompts.keep, name, group)
             bundle = (bundles or {}).get((group.role, i))
             replicas.append(RayReplica(name, cls, args, group, timeouts.startup, mask, bundle))
         decodes = group.role == "generator"

@@ -9,16 +9,19 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.placement import Group
 from aisp_dist.config import Run
 from aisp_dist.records import Calibration, Rollout, Round, Sampling
 
 
 class Generator:
     """One replica of the base model. An error of one request goes back to its caller. An error of a decoding step
-    concerns every row, so the process ends and the callers repeat their rounds elsewhere."""
+    concerns every row, so the process ends and the callers repeat their rounds elsewhere.
 
-    def __init__(self, run: Run, base_dir: Path, name: str, threads: int) -> None:
-        self.run, self.base_dir, self.name, self.threads = run, base_dir, name, threads
+    group: threads, and the share of its device's memory that this process may use."""
+
+    def __init__(self, run: Run, base_dir: Path, name: str, group: Group) -> None:
+        self.run, self.base_dir, self.name, self.group = run, base_dir, name, group
 
     def __repr__(self) -> str:
         return self.name
@@ -33,14 +36,17 @@ class Generator:
         from aisp_dist.rewards import stepwise
 
         settings = self.run.generator
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.group.threads)
+        if torch.cuda.is_available() and self.group.num_gpus:
+            torch.cuda.set_per_process_memory_fraction(self.group.memory)
         disable_progress_bar()  # noise in job logs
         lm = await asyncio.to_thread(model.load, settings)
         guide = await asyncio.to_thread(stepwise.load, self.run, self.base_dir, lm.device)
         sizes = settings.batch_rows, settings.max_new_tokens
         limit = self.run.runtime.timeouts.round
-        self.service = Service(decode.Engine(lm, *sizes, settings.stop, guide=guide), limit, _exit)
-        what = f"{settings.model}, {lm.dtype}, {len(self.service.engine.rows)} rows, {self.threads} threads"
+        engine = decode.Engine(lm, *sizes, settings.stop, guide=guide, memory_share=self.group.memory)
+        self.service = Service(engine, limit, _exit)
+        what = f"{settings.model}, {lm.dtype}, {len(engine.rows)} rows, {self.group.threads} threads"
         print(f"{self.name}: {what}, context {lm.context_length or 'unlimited'}", file=sys.stderr)
         return lm.context_length
 

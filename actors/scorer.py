@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.placement import Group
 from aisp_dist import rewards
 from aisp_dist.config import ModelReward, Reward
 from aisp_dist.records import Prompt, Score
@@ -19,10 +20,10 @@ class Scorer:
         base_dir: Path,
         columns: Sequence[str],
         name: str,
-        threads: int,
+        group: Group,
     ) -> None:
         self.reward, self.settings, self.base_dir, self.columns = reward, settings, base_dir, columns
-        self.name, self.threads = name, threads
+        self.name, self.group = name, group
         self.answered = 0
         self.busy_seconds = 0.0
         self.began = time.monotonic()
@@ -36,7 +37,9 @@ class Scorer:
             import torch
             from transformers.utils.logging import disable_progress_bar
 
-            torch.set_num_threads(self.threads)
+            torch.set_num_threads(self.group.threads)
+            if torch.cuda.is_available() and self.group.num_gpus:
+                torch.cuda.set_per_process_memory_fraction(self.group.memory)
             disable_progress_bar()  # noise in job logs
         self.scores = rewards.load(self.reward, self.settings, self.base_dir, columns=self.columns)
         self.began = time.monotonic()

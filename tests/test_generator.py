@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from actors.generator import Generator
+from actors.placement import Group
 from aisp_dist.config import Run, Runtime
 from aisp_dist.records import Late, Round, Sampling
 
@@ -32,7 +33,7 @@ def round_of(prompt: str, samples: int = 4) -> Round:
 
 
 async def loaded(settings) -> Generator:
-    generator = Generator(settings, Path(), "generator-0", 1)
+    generator = Generator(settings, Path(), "generator-0", Group("generator", 1, 1, 1.0, 0.0, None))
     assert await generator.load() == generator.service.engine.lm.context_length
     return generator
 

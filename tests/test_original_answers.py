@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 
 import finished
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from rows import at, prompt, result, store
@@ -14,11 +15,15 @@ from test_verify import RUN, edit
 
 import aisp_dist
 from aisp_dist.align import align
+from aisp_dist.analysis import summary
 from aisp_dist.config import ConfigError, Prompts, Run
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest, schema
+from aisp_dist.output.filesystem import Place
 from aisp_dist.output.verify import verify
 from aisp_dist.records import BadInput, Done, Original, Prompt, Rollout, Score, Trajectory
+from jobs import cli
+from jobs.rescore import _Scorer
 
 COLUMNS = {"original_completion": "original"}
 
@@ -167,30 +172,98 @@ def test_the_columns_are_there_with_the_key_alone():
     assert schema.column_types(("a",), [], True) == {"a": "json", "kept_as_json": "misfits"} | COLUMNS
     for name in ("original_completion", "original_reward", "original_rewards"):
         with pytest.raises(ConfigError, match=f"{name!r} is a column of the output itself"):
-            schema.schemas("chat", {name: "string"})
+            schema.check_kept([name])
 
 
-def test_a_run_compares_new_answers_with_those_that_were_there(tmp_path):
-    folder = finished.project(tmp_path)
-    lines(folder / "prompts.jsonl", [dialogue("What is it?", "aaaa"), dialogue("Why?", "bcd"), {"prompt": "How?"}])
-    values = {
-        "output": "out",
-        "prompts": {"source": str(folder / "prompts.jsonl"), "drop_last_answer": True},
-        "generator": {"model": str(folder / "model"), "max_new_tokens": 8, "batch_rows": 32},
-        "rewards": {
-            "main": {"kind": "function", "function": f"{folder}/rewards.py:vowels"},
-            "words": {"kind": "function", "function": f"{folder}/rewards.py:words", "use": "report"},
-        },
-        "method": finished.AISP,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    rows = list(aisp_dist.relabel(folder / "run.yaml"))
-    assert [row["original_completion"] for row in rows] == ["aaaa", "bcd", None]
-    scores = [{s["name"]: s["value"] for s in row["original_rewards"] or ()} for row in rows]
-    by_hand = {}
-    exec((folder / "rewards.py").read_text(), by_hand)
-    for row, found in zip(rows[:2], scores, strict=False):
+# After the search
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A project with a finished output: two dialogues that came with an answer, and a prompt without one."""
+    folder = finished.project(tmp_path_factory.mktemp("answers"))
+    lines(folder / "prompts.jsonl", [dialogue("What is it?", "aaaa"), dialogue("Why?", "b c d"), {"prompt": "How?"}])
+    finished.output(folder, "out", prompts=PROMPTS)
+    return folder
+
+
+PROMPTS = {"id_column": None, "keep": [], "drop_last_answer": True}
+
+
+def rewards(folder):
+    """The rewards of a project, by hand."""
+    names: dict = {}
+    exec((folder / "rewards.py").read_text(), names)
+    return {"main": names["vowels"], "words": names["words"]}
+
+
+def rows_of(output):
+    return pq.read_table(output / "data").to_pylist()
+
+
+def test_the_rows_have_the_scores_of_the_answers_that_were_there(folder):
+    rows = rows_of(folder / "out")
+    assert [row["original_completion"] for row in rows] == ["aaaa", "b c d", None]
+    for row in rows[:2]:
         answer = [[{"role": "assistant", "content": row["original_completion"]}]]
-        assert found == {"main": by_hand["vowels"](answer)[0], "words": by_hand["words"](answer)[0]}
+        found = {score["name"]: score["value"] for score in row["original_rewards"]}
+        assert found == {name: reward(answer)[0] for name, reward in rewards(folder).items()}
         assert row["original_reward"] == found["main"]
-    assert (rows[2]["original_reward"], scores[2]) == (None, {})
+    assert (rows[2]["original_reward"], rows[2]["original_rewards"]) == (None, None)
+
+
+def test_relabel_yields_the_same_rows(folder):
+    values = json.loads((folder / "out" / "run.json").read_text())["config"]
+    for reward in values["rewards"].values():
+        reward["function"] = f"{folder}/{reward['function']}"
+    found = list(aisp_dist.relabel(values))
+    same = [{key: value for key, value in row.items() if key not in ("run_id", "reason")} for row in found]
+    assert same == [{key: value for key, value in row.items() if key != "run_id"} for row in rows_of(folder / "out")]
+
+
+def test_rescoring_scores_them_too_and_asks_only_for_what_has_changed(folder, monkeypatch):
+    out = rows_of(folder / "out")
+    same = rescored(folder, "same", combine="weighted_sum")
+    assert [row | {"run_id": ""} for row in same] == [row | {"run_id": ""} for row in out]
+    held = {"kind": "function", "function": "rewards.py:vowels", "use": "report"}
+    turned = {"words": {"kind": "function", "function": "rewards.py:words"}, "main": held, "new": held}
+    asked = []
+    monkeypatch.setattr(_Scorer, "score", watch(_Scorer.score, asked))
+    for row, old in zip(rescored(folder, "turned", rewards=turned), out, strict=True):
+        scores = [{s["name"]: s["value"] for s in r["original_rewards"] or ()} for r in (row, old)]
+        assert row["original_reward"] == scores[1].get("words")
+        assert scores[0] == ({**scores[1], "new": scores[1]["main"]} if scores[1] else {})
+    originals = {"aaaa", "b c d"}
+    assert {name for name, texts in asked if originals & set(texts)} == {"new"}
+
+
+def watch(own, asked):
+    def score(self, name, prompt, texts):
+        asked.append((name, texts))
+        return own(self, name, prompt, texts)
+
+    return score
+
+
+def rescored(folder, out, **config):
+    (folder / f"{out}.yaml").write_text(yaml.safe_dump(config))
+    words = ["rescore", str(folder / "out"), "--config", str(folder / f"{out}.yaml"), "--out", str(folder / out)]
+    for verb, *args in (words, ["verify", str(folder / out)]):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(verb, args)
+        assert ended.value.code == 0
+    return rows_of(folder / out)
+
+
+def test_the_summary_says_whether_the_new_answers_are_better(folder):
+    said = summary.text(summary.read(Place.at(folder / "out")))
+    rows = rows_of(folder / "out")[:2]
+    better = sum(row["reward"] > row["original_reward"] for row in rows) / 2
+    equal = sum(row["reward"] == row["original_reward"] for row in rows) / 2
+    found = f"2 prompts came with an answer: the selected one is better for {better:.1%}, equal for {equal:.1%}"
+    assert found in said
+    mean = sum(row["original_reward"] for row in rows) / 2
+    table = said.split("original  ")[1]
+    assert table.splitlines()[1].split()[:2] == ["reward", f"{mean:.3f}"] and "held out: words" in table
+    plain = finished.output(folder, "plain", prompts={"id_column": None, "keep": []})
+    assert "original" not in summary.text(summary.read(Place.at(plain)))

@@ -24,7 +24,7 @@ from aisp_dist.analysis.metrics import diversity
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.output import manifest, parts, verify
 from aisp_dist.output.filesystem import Place
-from aisp_dist.output.schema import kept_columns
+from aisp_dist.output.schema import ORIGINAL, kept_columns
 from aisp_dist.records import Prompt
 
 _ABOUT = ["id", "source_index", "prompt", "finish_reason", "samples_spent", "quarantined", "curve"]
@@ -85,7 +85,8 @@ class Columns:
     """All done rows of an output as numbers, NaN where a row has none.
 
     rows: indexed by id. Its columns are pairs: ("selected", measure) and ("base", measure) for reward, nll, tokens,
-    `reward NAME` of every reward and the measures of texts that were asked for; and ("about", name) for source_index,
+    `reward NAME` of every reward and the measures of texts that were asked for; ("original", measure) for the rewards
+    of the answers that dialogues came with (prompts.drop_last_answer); and ("about", name) for source_index,
     prompt (a hash of what was asked), finish_reason, samples_spent, quarantined and area (the best reward so far,
     averaged over the iterations that the prompt may have). failed: ids without an answer.
     """
@@ -145,6 +146,7 @@ def read(
     measures = {"diversity": diversity} if texts is None else dict(texts)
     names = [*_ABOUT, *(["completion"] if measures else []), *_NUMBERS.values(), "rewards"]
     names += [f"base_{name}" for name in names[len(_ABOUT) :]]
+    names += ["original_reward", "original_rewards"] if ORIGINAL in output.record.get("columns", {}) else []
     frames = [
         _frame(batch, measures, output.most_iterations) for batch in batches(output.place, "data", names, batch_rows)
     ]
@@ -227,6 +229,10 @@ def _frame(batch: pa.RecordBatch, texts: Mapping[str, Measure], iterations: int)
         names = [score["name"] for score in scores[0].as_py()]  # every row lists all of them, in one order
         values = _floats(pc.struct_field(scores.flatten(), "value")).reshape(-1, len(names)).T
         found |= {(side, f"reward {name}"): column for name, column in zip(names, values, strict=True)}
+    if "original_reward" in batch.schema.names:
+        scores = [{s["name"]: s["value"] for s in row or ()} for row in batch["original_rewards"].to_pylist()]
+        found["original", "reward"] = _floats(batch["original_reward"])
+        found |= {("original", f"reward {n}"): np.array([s.get(n) for s in scores], np.float64) for n in names}
     for name in ("source_index", "finish_reason", "samples_spent", "quarantined"):
         found["about", name] = batch[name].to_pandas()
     found["about", "prompt"] = [_hash(prompt) for prompt in batch["prompt"].to_pylist()]

@@ -18,8 +18,9 @@ from itertools import groupby
 from typing import Any, Literal
 
 from aisp_dist.config import Run
+from aisp_dist.data import thinking
 from aisp_dist.data.thinking import UNFINISHED
-from aisp_dist.records import BASE_ITERATION, Candidate, Done, Failed, Iteration, Prompt, Result, Score
+from aisp_dist.records import BASE_ITERATION, Candidate, Done, Failed, Iteration, Original, Prompt, Result, Score
 from aisp_dist.rewards.combine import Frozen, combine
 
 Row = Mapping[str, Any]
@@ -126,7 +127,36 @@ def rescore(run: Run, prompt: Prompt, row: Row, kept: Row, known: Collection[str
         curve=tuple(_best(c for c in candidates if c.iteration <= k) for k in range(len(row["curve"]))),
         candidates=tuple(candidates),
         trace=tuple(_iteration(k, step, candidates) for k, step in enumerate(kept["trace"])),
+        original=_original(run, prompt, row, known, frozen, score),
     )
+
+
+def _original(
+    run: Run, prompt: Prompt, row: Row, known: Collection[str], frozen: Frozen, score: Scorer
+) -> Original | None:
+    """Scores of the answer that the prompt came with. A stored null of a reward that selects is asked for again, since
+    it does not say whether the reward is quarantined or does not apply."""
+    if prompt.original is None:
+        return None
+    stored, texts = _values(row["original_rewards"]), [prompt.original]
+    if run.generator.thinking == "strip":
+        try:
+            texts = [thinking.answer(prompt.original, run.generator.thinking_tags)]
+        except thinking.Unfinished:
+            texts = []
+
+    selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
+
+    def ask(name: str) -> Score:
+        if not texts:
+            return Score(None, UNFINISHED)
+        if name in known and name in stored and (stored[name] is not None or name not in selecting):
+            return Score(stored[name])
+        return score(name, texts)[0]
+
+    found = {name: ask(name) for name in (*selecting, *(name for name in run.rewards if name not in selecting))}
+    (total,), _ = combine(selecting, run.combine, {name: [found[name]] for name in selecting}, frozen)
+    return Original(total.value, tuple((name, one.value) for name, one in found.items()))
 
 
 def _no_answer(run: Run, row: Row, drawn: Sequence[Row]) -> list[Score | None]:

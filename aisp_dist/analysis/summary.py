@@ -28,7 +28,7 @@ def text(columns: Columns, seconds: float = 0.0, samples: int = 0, bounds: Guard
     if not done + failed:
         out.append("the input has no lines, so the table has no rows")
     if done:
-        out += [*_rewards(columns), *_search(columns)]
+        out += [*_rewards(columns), *_originals(columns), *_search(columns)]
         measures = tally(columns).measures()
         out += [str(measures), *(f"warning: {what}" for what in guard.broken(bounds or output.run.guard, measures))]
     out += _misfits(output)
@@ -56,14 +56,38 @@ def tally(columns: Columns) -> guard.Tally:
 
 
 def _rewards(columns: Columns) -> list[str]:
-    run, ids = columns.output.run, columns.rows.index
-    out = [f"{'':24}{'base':>28}{'selected':>28}{'difference':>28}"]
+    ids = columns.rows.index
+    out = _beside(columns, "base")
+    if unknown := int(np.isnan(columns.values("nll", ids)).sum()):
+        out.append(f"{unknown} rows without NLL: rescoring selected another answer, and the base model has not read it")
+    if quarantined := int(columns.about("quarantined", ids).sum()):
+        out.append(f"{quarantined} candidates without a finite reward were set aside")
+    return out
+
+
+def _originals(columns: Columns) -> list[str]:
+    """Whether the selected answers are better than those that the dialogues came with."""
+    if ("original", "reward") not in columns.rows:
+        return []
+    gains = (columns.rows["selected", "reward"] - columns.rows["original", "reward"]).dropna()
+    if gains.empty:
+        return ["no prompt came with an answer that has a reward"]
+    better, equal = (gains > 0).mean(), (gains == 0).mean()
+    found = (
+        f"{len(gains)} prompts came with an answer: the selected one is better for {better:.1%}, equal for {equal:.1%}"
+    )
+    return [*_beside(columns, "original"), found]
+
+
+def _beside(columns: Columns, side: str) -> list[str]:
+    """A table of the answers of that side and the selected ones: means over the prompts that have both."""
+    run, other, selected = columns.output.run, columns.rows[side], columns.rows["selected"]
+    out = [f"{'':24}{side:>28}{'selected':>28}{'difference':>28}"]
 
     def line(name: str, measure: str) -> None:
-        base, best = (columns.values(measure, ids, base) for base in (True, False))
-        both = np.isfinite(base) & np.isfinite(best)
-        if both.any():
-            cells = (interval(base[both]), interval(best[both]), interval((best - base)[both]))
+        if measure in other and (both := np.isfinite(other[measure]) & np.isfinite(selected[measure])).any():
+            before, after = other[measure][both].to_numpy(), selected[measure][both].to_numpy()
+            cells = (interval(before), interval(after), interval(after - before))
             out.append(f"{name:24}" + "".join(f"{cell!s:>28}" for cell in cells))
 
     line("reward", "reward")
@@ -73,10 +97,6 @@ def _rewards(columns: Columns) -> list[str]:
         elif len(run.rewards) - len(columns.output.held_out) > 1:
             line(f"  part {name}", f"reward {name}")
     line("base-model NLL / token", "nll")
-    if unknown := int(np.isnan(columns.values("nll", ids)).sum()):
-        out.append(f"{unknown} rows without NLL: rescoring selected another answer, and the base model has not read it")
-    if quarantined := int(columns.about("quarantined", ids).sum()):
-        out.append(f"{quarantined} candidates without a finite reward were set aside")
     return out
 
 

@@ -106,14 +106,16 @@ def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[
     located = fingerprint.locate(run, base_dir)
     sample = prompts.sample(located.prompts) if given is None else _inputs(located, given)
     columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
-    run_id = fingerprint.fingerprint(fingerprint.components(run, located, base_dir))[:12]
+    model = fingerprint.model_name(run)
+    first = None if given is None else prompts.first_digest(_inputs(located, given[:1]))
+    run_id = fingerprint.fingerprint(fingerprint.components(run, located, base_dir, first))[:12]
     kind: schema.Kind = "raw" if run.prompts.format == "raw" else "chat"
     empty = dict.fromkeys(schema.schemas(kind, columns).data.names)
 
     def row(result: Result) -> Row:
         if isinstance(result, Done):
-            return schema.done_row(result, kind, columns, run.generator.model, run_id) | {"reason": None}
-        return empty | schema.failed_row(result, kind, columns, run_id) | {"model": run.generator.model}
+            return schema.done_row(result, kind, columns, model, run_id) | {"reason": None}
+        return empty | schema.failed_row(result, kind, columns, run_id) | {"model": model}
 
     with _one_thread(), _backend(located, base_dir) as backend, _event_loop() as loop:
         searched: deque[Future[Result]] = deque()
@@ -135,7 +137,7 @@ def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[
 def _inputs(run: Run, given: Sequence[Given] | None) -> Iterator[Input]:
     if given is None:
         return prompts.read(run.prompts)
-    settings = run.prompts.model_copy(update={"skip": 0, "limit": None, "shuffle_seed": None})
+    settings = prompts.whole(run.prompts)
     rows = (dict(one) if isinstance(one, Mapping) else {settings.column: one} for one in given)
     return prompts.read(settings, Source(("prompts",), (Line(0, number, row) for number, row in enumerate(rows, 1))))
 

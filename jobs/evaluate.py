@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> int:
     against = outputs.open_output(Place.at(options.against)) if options.against else None
     trials.check(runs)
     for output in runs if against is None else [*runs, against]:
-        outputs.check_finished(output, inputs(dict(output.record)))
+        outputs.check_finished(output, inputs(output.place))
     wanted = _rewards(options, runs[0].run)
     generator = None if options.no_model else trials.generator(runs[0])
 
@@ -103,10 +103,10 @@ def _judge(options: Any) -> JudgeSettings | None:
     return judge
 
 
-def inputs(record: dict[str, Any]) -> int | None:
+def inputs(output: Place) -> int | None:
     """How many inputs a run has; None, said, where its source is gone."""
     try:
-        lines = verify.inputs(record)
+        lines = verify.inputs(output)
         return None if lines is None else sum(1 for _ in lines)
     except ConfigError as error:
         say(f"whether rows are missing cannot be told, the inputs are not there: {error}")

@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> int:
         say(f"left out, since trainers take these names for their own: {', '.join(left_out)}")
     for output in found:
         if not options.partial:
-            outputs.check_finished(output, evaluate.inputs(dict(output.record)))
+            outputs.check_finished(output, evaluate.inputs(output.place))
     staged = options.out.with_name(f".{options.out.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)  # of a command that was interrupted
     try:

@@ -32,14 +32,14 @@ class Prepared:
     output: Place
     components: dict[str, Any]
     columns: dict[str, schema.ColumnType]
+    model: str  # the base model as rows name it
 
     @property
     def fingerprint(self) -> str:
         return fingerprint.fingerprint(self.components)
 
     def table(self, retry_failed: bool = False) -> Table:
-        model = self.run.generator.model
-        return Table(self.located, self.output, self.columns, self.fingerprint, model, retry_failed=retry_failed)
+        return Table(self.located, self.output, self.columns, self.fingerprint, self.model, retry_failed=retry_failed)
 
     def record(self) -> dict[str, Any]:
         """run.json. No environment variables: they hold secrets."""
@@ -50,6 +50,7 @@ class Prepared:
             "components": self.components,
             "rows_per_file": self.run.save.rows_per_file,
             "columns": self.columns,
+            "model": self.model,
             "base_dir": str(self.base_dir),
             "directory": str(Path.cwd()),
             "command": [self._without_secrets(word) for word in sys.argv],
@@ -141,7 +142,9 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
     else:
         sample = prompts.sample(located.prompts)
         columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
-    prepared = Prepared(run, located, base_dir, output, fingerprint.components(run, located, base_dir), columns)
+    model = before["model"] if before and "model" in before else fingerprint.model_name(run)
+    components = fingerprint.components(run, located, base_dir)
+    prepared = Prepared(run, located, base_dir, output, components, columns, model)
     if before:
         manifest.check_resume(before, prepared.record())
     for owner in lease.read_owners(output):

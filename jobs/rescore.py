@@ -85,7 +85,7 @@ def main(args: Sequence[str]) -> int:
 def _check_whole(parent: Output) -> None:
     """Raise ConfigError unless every input has its row, computed from the input that is there now."""
     record = parent.record
-    table = Table(parent.run, parent.place, record["columns"], record["fingerprint"], parent.run.generator.model)
+    table = Table(parent.run, parent.place, record["columns"], record["fingerprint"], parent.model_name)
     store = table.store()
     missing = next(store.plan(_inputs(parent)), None)
     if missing is not None or not store.settled():
@@ -93,7 +93,7 @@ def _check_whole(parent: Output) -> None:
 
 
 def _inputs(parent: Output) -> Iterator[Input]:
-    lines = verify.inputs(dict(parent.record))
+    lines = verify.inputs(parent.place)
     assert lines is not None
     return lines
 
@@ -138,14 +138,15 @@ def _prepare(parent: Output, file: Path, out: str) -> Prepared:
     located = {name: fingerprint.locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()}
     was, now = parent.record["components"], run.row_settings()
     of_base = {key: value for key, value in was["digests"].items() if not key.startswith("rewards.")}
-    components = was | {"rewards": now["rewards"], "combine": now["combine"], "engine": engine.VERSION}
+    new = {name: fingerprint.reward_settings(reward) for name, reward in now["rewards"].items()}
+    components = was | {"rewards": new, "combine": now["combine"], "engine": engine.VERSION}
     components["parent"] = parent.record["fingerprint"]
     components["digests"] = of_base | fingerprint.reward_digests(located, base_dir)
     if template := run.generator.chat_template:  # relative to the parent's configuration, not to this one
         template = str(Path(parent.record["base_dir"], template))
         run = run.model_copy(update={"generator": run.generator.model_copy(update={"chat_template": template})})
     here = run.model_copy(update={"rewards": located})
-    return Prepared(run, here, base_dir, output, components, parent.record["columns"])
+    return Prepared(run, here, base_dir, output, components, parent.record["columns"], parent.model_name)
 
 
 @dataclass

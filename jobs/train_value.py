@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> int:
     after = run.prompts.model_copy(update={"skip": run.prompts.skip + run.compare.prompts, "limit": options.prompts})
     run = run.model_copy(update={"prompts": after, "method": BestOfN(num_samples=1, num_iterations=1)})
     located = prepare.check(run, base_dir)
-    parts = fingerprint.components(run, located, base_dir)
+    parts = fingerprint.components(run, located, base_dir) | {"model": fingerprint.model_name(run)}
     lines = itertools.islice(prompts.read(located.prompts), options.prompts)
     asked = [line for line in lines if isinstance(line, Prompt)]
     if len(asked) < 10:
@@ -85,8 +85,7 @@ def _train(options: Any, run: Run, base_dir: Path, parts: dict[str, Any], asked:
     except ValueError as error:
         raise cli.Exit(1, str(error)) from None
     about = {
-        **{n: parts[n] for n in ("seed", "generator", "rewards", "combine", "prompts", "digests")},
-        "model": parts["generator"]["model"],
+        **{n: parts[n] for n in ("seed", "generator", "rewards", "combine", "prompts", "digests", "model")},
         "responses": len(responses),
         "hidden_size": responses[0].ends.shape[1],
         "reward_mean": scale[0],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
 
 from aisp_dist.config import ConfigError, load
 from aisp_dist.data import prompts
-from aisp_dist.output import fingerprint, manifest, verify
+from aisp_dist.data.sources import exists, is_local
+from aisp_dist.output import manifest, verify
 from aisp_dist.output.filesystem import Place
 from aisp_dist.records import Input
 from jobs import cli, settings
@@ -21,7 +22,7 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument("--without-inputs", action="store_true", help="check the tables only, not against the prompts")
     options = parse.parse_args(args)
     output = Place.at(options.output)
-    verdict = verify.verify(output, None if options.without_inputs else inputs(manifest.read_run(output)))
+    verdict = verify.verify(output, None if options.without_inputs else inputs(output))
     for violation in verdict.violations:
         print(f"violation: {violation}")
     found = f"{verdict.done} done, {verdict.failed} failed, {verdict.staged} staged, {verdict.parts} parts"
@@ -32,22 +33,35 @@ def main(args: Sequence[str]) -> int:
     return 1 if verdict.violations else 0
 
 
-def inputs(run: dict[str, Any] | None) -> Iterator[Input] | None:
-    """The inputs of a run again, from where it read them. Raises ConfigError where they are gone."""
+def inputs(output: Place) -> Iterator[Input] | None:
+    """The inputs of an output's run again, from where it read them; None where there is no run. A relative source is
+    looked for beside a copy of the whole project first, then where the run was started. Raises ConfigError where it is
+    gone."""
+    run = manifest.read_run(output)
     if run is None:
         return None  # verify says that there is no run
-    here = os.getcwd()
-    try:
-        os.chdir(run["directory"])  # relative sources are relative to where the run was started
-        located = fingerprint.locate_prompts(load.check(run["config"]).prompts)
-    except OSError:
+    settings = load.check(run["config"]).prompts
+    source = Path(settings.source).expanduser()
+    if settings.source == "demo" or source.is_absolute():
+        return prompts.read(settings)
+    homes = [home for home in (_home(output, run["config"]["output"]), Path(run["directory"])) if home is not None]
+    for home in homes:
+        if exists(str(home / source)):
+            return prompts.read(settings.model_copy(update={"source": str(home / source)}))
+    if is_local(settings.source):
         raise ConfigError(
-            f"the directory {run['directory']!r}, where the run was started, is gone, and with it relative prompt "
-            "files; --without-inputs checks the tables alone"
-        ) from None
-    finally:
-        os.chdir(here)
-    return prompts.read(located)
+            f"prompts.source: {settings.source!r} is gone from {' and from '.join(map(str, homes))}, where the run "
+            "read it; --without-inputs checks the tables alone"
+        )
+    return prompts.read(settings)
+
+
+def _home(output: Place, name: str) -> Path | None:
+    """The directory from which `name`, the output's relative path when the run was started, leads to the output."""
+    place, parts = Path(output.uri), Path(os.path.normpath(name)).parts
+    if output.remote or "://" in name or Path(name).is_absolute() or place.parts[-len(parts) :] != parts:
+        return None
+    return place.parents[len(parts) - 1]
 
 
 if __name__ == "__main__":

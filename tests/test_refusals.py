@@ -115,7 +115,7 @@ def test_an_output_of_another_fingerprint_names_the_keys(project, capsys):
     said = refused_with_output(capsys, "--method.sigma2", "0.9", "--seed", "4")
     assert "method.sigma2" in said and "seed" in said
     (project / "rewards.py").write_text("def words(completions, **_):\n    return [2.0 for _ in completions]\n")
-    assert "digests.rewards.words" in refused_with_output(capsys)
+    assert "differs in rewards.words;" in refused_with_output(capsys)
 
 
 def test_other_part_sizes_are_refused(project, capsys):

@@ -57,6 +57,11 @@ class Output:
         return manifest.method_name(self.record["config"])
 
     @property
+    def model_name(self) -> str:
+        """The base model as the rows name it."""
+        return str(self.record.get("model", self.run.generator.model))
+
+    @property
     def held_out(self) -> tuple[str, ...]:
         """The rewards that never select."""
         return tuple(name for name, reward in self.run.rewards.items() if reward.use == "report")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from aisp_dist.config import Run
 from aisp_dist.data import thinking
 from aisp_dist.data.thinking import UNFINISHED
+from aisp_dist.output import fingerprint
 from aisp_dist.records import BASE_ITERATION, Candidate, Done, Failed, Iteration, Original, Prompt, Result, Score
 from aisp_dist.rewards.combine import Frozen, combine
 
@@ -32,7 +33,8 @@ def unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> frozenset[str]:
     new: the components of the fingerprints."""
 
     def identity(components: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-        settings = {key: value for key, value in components["rewards"][name].items() if key not in ("weight", "use")}
+        known = fingerprint.reward_settings(components["rewards"][name])  # 0.1.0 has names of files there too
+        settings = {key: value for key, value in known.items() if key not in ("weight", "use")}
         keys = (f"rewards.{name}", f"rewards.{name}.chat_template")
         return settings, [components["digests"].get(key) for key in keys]
 

@@ -55,6 +55,18 @@ def check(settings: Prompts) -> None:
     sources.check(settings)
 
 
+def whole(settings: Prompts) -> Prompts:
+    """The section for all lines of its source, in their order."""
+    return settings.model_copy(update={"skip": 0, "limit": None, "shuffle_seed": None})
+
+
+def first_digest(inputs: Iterator[Input]) -> str:
+    """The digest of a whole source's first input, or of none: what tells one source from another, while lines that are
+    added leave it alone. Whether the lines of a part are those that it was computed from, its own digest says."""
+    first = next(inputs, None)
+    return _hash() if first is None else first.digest
+
+
 def count(settings: Prompts) -> int:
     """How many inputs `read` yields, at the cost of the lines alone. Raises ConfigError as `read` does."""
     lines = sources.open_source(settings.model_copy(update={"shuffle_seed": None})).lines

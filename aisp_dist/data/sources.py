@@ -75,6 +75,11 @@ def is_local(name: str) -> bool:
     return path.exists() or glob.has_magic(name) or reader(path) is not None or name.startswith((".", "/", "~"))
 
 
+def exists(name: str) -> bool:
+    """Whether a path is there, or a pattern matches a file."""
+    return Path(name).exists() or (glob.has_magic(name) and next(glob.iglob(name, recursive=True), None) is not None)
+
+
 def _columns(settings: Prompts, several: bool = False) -> Columns:
     """Of several files, some may lack a kept column that others have."""
     required = dict.fromkeys([settings.column, *([settings.id_column] if settings.id_column else [])])

@@ -1,5 +1,6 @@
-"""Everything that can change a row, in one hash: the row settings of the configuration, the digests of model weights
-and of the functions' source. Two runs with the same fingerprint write the same rows.
+"""Everything that can change a row, in one hash: the row settings of the configuration, and the digests of what they
+name: model weights, templates, functions' source, the input. Two runs with the same fingerprint write the same rows.
+How a path is spelled, and where its files lie, is not part of it.
 
     run -> pin (revisions) -> locate (paths) -> components -> fingerprint
 """
@@ -14,9 +15,12 @@ from typing import Any
 
 from aisp_dist import engine
 from aisp_dist.config import ConfigError, FunctionReward, Method, ModelReward, Prompts, ReControl, Reward, Run
+from aisp_dist.data import prompts
 from aisp_dist.data.sources import is_local
 from aisp_dist.engine import checkpoints
 from aisp_dist.rewards import function, templates
+
+_OF_MODEL = ("model", "revision", "chat_template")  # settings of a model that digests stand for
 
 
 def pin(run: Run, before: Mapping[str, Any]) -> Run:
@@ -92,8 +96,9 @@ def locate_prompts(settings: Prompts) -> Prompts:
     return settings.model_copy(update={"source": str(Path(settings.source).expanduser().absolute())})
 
 
-def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
-    """What the fingerprint is taken of, as nested JSON values, kept in run.json so that a refusal can name keys."""
+def components(run: Run, located: Run, base_dir: Path, first_input: str | None = None) -> dict[str, Any]:
+    """What the fingerprint is taken of, as nested JSON values, kept in run.json so that a refusal can name keys.
+    first_input: prompts.first_digest of inputs that are read in place of prompts.source."""
     base = located.generator
     digests = {"generator.model": checkpoints.digest("generator.model", base.model, base.revision)}
     if base.chat_template:
@@ -107,7 +112,30 @@ def components(run: Run, located: Run, base_dir: Path) -> dict[str, Any]:
                 f"not those of {run.generator.model!r}; train one for it by `aisp train-value`"
             )
         digests["method.value"] = checkpoints.digest("method.value", method.value, None)
-    return run.row_settings() | {"engine": engine.VERSION, "digests": digests}
+    settings = run.row_settings()
+    settings["rewards"] = {name: reward_settings(reward) for name, reward in settings["rewards"].items()}
+    for name in _OF_MODEL:
+        del settings["generator"][name]
+    settings["method"].pop("value", None)
+    if first_input is None and (run.prompts.source == "demo" or is_local(located.prompts.source)):
+        first_input = prompts.first_digest(prompts.read(prompts.whole(located.prompts)))
+    if first_input is not None:
+        del settings["prompts"]["source"]
+        digests["prompts.source"] = first_input
+    return settings | {"engine": engine.VERSION, "digests": digests}
+
+
+def reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A reward's settings without those whose content is among the digests."""
+    named = {"model": _OF_MODEL, "function": ("function",), "http": ()}[settings["kind"]]
+    return {name: value for name, value in settings.items() if name not in named}
+
+
+def model_name(run: Run) -> str:
+    """The base model as rows name it: no path."""
+    name = run.generator.model
+    embedded = ("generator", name) in checkpoints.EMBEDDED
+    return name if embedded or not Path(name).expanduser().is_dir() else Path(name).expanduser().resolve().name
 
 
 def reward_digests(located: Mapping[str, Reward], base_dir: Path) -> dict[str, str]:

@@ -98,7 +98,7 @@ def check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:
             f"give another output, or resume it with that version: pip install aisp-dist=={made}"
         )
     if old["fingerprint"] != new["fingerprint"]:
-        keys = differing_keys(old["components"], new["components"])
+        keys = [key.removeprefix("digests.") for key in differing_keys(old["components"], new["components"])]
         raise ConfigError(
             f"output: it holds rows of another run, which differs in {', '.join(keys)}; "
             "give another output, or set these back"

@@ -1,4 +1,4 @@
-"""What the engine must reproduce, written the slow way: transformers' own `generate` on the repeated prompt, with the
+"""What the engine must reproduce, computed the slow way: transformers' own `generate` on the repeated prompt, with the
 controlled noise added to what enters the output layer, and the noise made from its covariance matrix over time.
 
 Shapes: N samples, T steps, D hidden size.

@@ -110,11 +110,11 @@ def test_the_first_iteration_costs_nothing(lm: model.LM) -> None:
 
 @kinds
 @pytest.mark.parametrize("after_eos", ["full", "marginal"])
-def test_what_is_given_teaches_nothing_where_its_noise_has_done_nothing(
+def test_given_tokens_whose_noise_changed_nothing_leave_the_control_alone(
     lm: model.LM, kind: tuple[str, float], after_eos: str
 ) -> None:
-    """Independent noise: the steps of given tokens keep the mean that they had and cost nothing, the others do as
-    without. Other kinds: their noise acts later, and counts."""
+    """Independent noise: steps of given tokens keep their mean and cost nothing; other steps do not change. In other
+    kinds the noise of given tokens acts on later steps, so it counts."""
     plain = request(kind, after_eos, 1)
     first = 3
     taught = tuple(dataclasses.replace(w, given=(first,) * SAMPLES) for w in plain.trace)

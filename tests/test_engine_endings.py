@@ -124,8 +124,8 @@ def test_the_token_that_closes_a_turn_in_the_template_ends_a_response(
 
 
 def test_the_text_goes_on_where_the_prompt_ends() -> None:
-    """Prompt and text are what all tokens say, in a tokenizer whose first words lose their space; and a cut leaves no
-    half of a character."""
+    """Prompt and text together are the text of all tokens, in a tokenizer whose first words lose their space; and a cut
+    leaves no half of a character."""
     tokenizer = chat_models.tokenizer("sentencepiece", None)
     made = tiny.causal("llama", vocab_size=len(tokenizer))
     made.generation_config.eos_token_id = made.config.eos_token_id = tokenizer.eos_token = None
@@ -169,7 +169,7 @@ def test_what_cannot_be_decoded_is_refused() -> None:
             {"prompt_tokens": (5,) * (40 - STEPS + 2)},
             "26 prompt tokens . 16 new tokens exceed the model's 40 positions",
         ),
-        ({"prompt_tokens": (260,)}, "260 to 260 leave the model's vocabulary of 260"),
+        ({"prompt_tokens": (260,)}, "260 to 260 exceed the model's vocabulary of 260"),
         ({"stop": 0}, "start must be below stop"),
         ({"sampling": Sampling(0.5)}, "iteration -1"),
     ):

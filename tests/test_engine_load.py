@@ -1,4 +1,4 @@
-"""What is loaded, and what is refused before it could decode wrongly."""
+"""Loading a model: what works, and what is refused before it decodes wrongly."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_dtype_and_template_can_be_chosen(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["falcon", "bloom"])
-def test_a_family_beside_the_attention_interface_is_refused(family: str, tmp_path: Path) -> None:
+def test_a_family_that_bypasses_the_attention_interface_is_refused(family: str, tmp_path: Path) -> None:
     path = tiny.save(family, tmp_path)
     with pytest.raises(ConfigError, match=rf"generator.model: .*{path.name}.*0 of its 2 layers attend"):
         model.load(Generator(model=str(path)))
 
 
 def test_a_wrong_attention_is_caught_by_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Argmax agreement can be blind to it; hidden states are not."""
+    """Hidden states show it even where every argmax agrees."""
     merge = kv.merge
     monkeypatch.setattr(kv, "merge", lambda first, second: merge((first[0] * 0.9, first[1]), second))
     with pytest.raises(model.Unsupported, match="hidden states differ"):
@@ -59,7 +59,7 @@ def test_a_wrong_attention_is_caught_by_the_numbers(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_window_that_layers_do_not_report_is_refused() -> None:
-    """The probe's tokens are fewer than the window, so its numbers could not tell."""
+    """The check at load uses fewer tokens than the window, so its numbers cannot show it."""
     made = tiny.causal("gemma3", sliding_window=100)
     made.model.layers[2].self_attn.sliding_window = None
     with pytest.raises(model.Unsupported, match="layer 2"):

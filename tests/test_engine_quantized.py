@@ -1,4 +1,4 @@
-"""Quantised models: loaded as they were saved or quantised while loading, each row's bits its own; others refused.
+"""Quantised models, loaded as saved or quantised while loading: a row's bits do not depend on others; else refused.
 
 Backends are packages of their own (the extra `quantized`): a case whose package is not installed is skipped.
 """
@@ -106,7 +106,7 @@ def decode(lm: model.LM, together: bool = True) -> schedule.Bits:
 
 
 @pytest.mark.parametrize("kind", SAVED)
-def test_a_saved_one_gives_the_same_bits_alone_and_in_company(kind: str, plain: Path, tmp_path: Path) -> None:
+def test_a_saved_model_gives_the_same_bits_alone_and_in_company(kind: str, plain: Path, tmp_path: Path) -> None:
     lm = model.load(Generator(model=str(SAVED[kind](plain, tmp_path)), dtype="float32"))
     rollouts, _ = alone = decode(lm, together=False)
     schedule.assert_same(decode(lm), alone)
@@ -114,7 +114,7 @@ def test_a_saved_one_gives_the_same_bits_alone_and_in_company(kind: str, plain: 
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_while_loading_is_as_saved(kind: Any, plain: Path, tmp_path: Path) -> None:
+def test_quantising_while_loading_gives_the_saved_model(kind: Any, plain: Path, tmp_path: Path) -> None:
     path = SAVED[kind](plain, tmp_path)
     schedule.assert_same(
         decode(model.load(Generator(model=str(plain), quantization=kind))),
@@ -132,7 +132,7 @@ def test_a_model_without_layers_to_quantise_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", SHARED)
 def test_inputs_scaled_over_the_batch_are_refused(kind: str, plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"generator.model: .*layers.0.*q_proj by what the whole batch holds"):
+    with pytest.raises(ConfigError, match=r"generator.model: .*layers.0.*q_proj by a scale of the whole batch"):
         model.load(Generator(model=str(SHARED[kind](plain, tmp_path))))
 
 

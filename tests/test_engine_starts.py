@@ -1,4 +1,4 @@
-"""Tokens that are given, likelihoods of answers, and what a flip rate is."""
+"""Given tokens, likelihoods of answers, and the meaning of a flip rate."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def engine(lm: model.LM) -> Engine:
 
 
 @samplings
-def test_what_continues_an_answer_as_it_was_drawn_is_that_answer(lm: model.LM, sampling: Sampling) -> None:
-    """Noise and uniforms are keyed by step and sample, so a sample's own first tokens change nothing of it."""
+def test_continuing_an_answer_with_its_own_noise_gives_that_answer(lm: model.LM, sampling: Sampling) -> None:
+    """Noise and uniforms are keyed by step and sample, so giving a sample its own first tokens changes nothing."""
     round = Round(5, "p", PROMPT, 1, 0, 6, sampling, slow_path.trace(1, 6, STEPS) if sampling.sigma2 else ())
     (free,) = engine(lm).run([round])
     assert len({len(t.token_ids) for t in free.trajectories}) > 1  # some end, some do not
@@ -47,7 +47,7 @@ def test_what_continues_an_answer_as_it_was_drawn_is_that_answer(lm: model.LM, s
     starts = tuple(t.token_ids[:cut] for t, cut in zip(free.trajectories, cuts, strict=True))
     assert max(cuts) > 2
     (again,) = engine(lm).run([dataclasses.replace(round, starts=starts)])
-    if sampling.noise == "independent":  # costs leave out the noise that has chosen nothing (test_engine_control.py)
+    if sampling.noise == "independent":  # costs leave out noise that changed nothing (test_engine_control.py)
         blank = {"control_cost": 0.0, "control_sq": 0.0}
         again, free = (
             dataclasses.replace(r, trajectories=tuple(dataclasses.replace(t, **blank) for t in r.trajectories))
@@ -88,7 +88,7 @@ def test_the_likelihood_is_the_base_models_whatever_drew_the_tokens(lm: model.LM
         (((-1,), ()), "a start holds -1"),
     ],
 )
-def test_starts_that_cannot_be_are_refused(lm: model.LM, starts: tuple[tuple[int, ...], ...], said: str) -> None:
+def test_impossible_starts_are_refused(lm: model.LM, starts: tuple[tuple[int, ...], ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         engine(lm).submit(Round(5, "p", PROMPT, 0, 0, 2, Sampling(0.4), starts=starts))
 
@@ -118,10 +118,10 @@ def test_the_variance_of_a_flip_rate_is_where_that_share_of_the_answer_changes(l
 
 
 def test_the_nucleus_of_a_flip_rate_is_where_draws_differ_that_often() -> None:
-    """Draws at the base answer's own prefixes: the next token of each, from its nucleus, is another so often."""
+    """At every prefix of the base answer, the next token is drawn from its nucleus; that share of the draws differs."""
     made = tiny.causal("llama")
     with torch.no_grad():
-        made.lm_head.weight *= 4  # else it is far from certain of anything
+        made.lm_head.weight *= 4  # a random model is otherwise far from certain of any token
     lm = model.adapt(made, tiny.tokenizer())
     answer, rate = base_answer(lm), 0.35
     p = found(lm, answer, drawing=rate).decode.p
@@ -132,11 +132,11 @@ def test_the_nucleus_of_a_flip_rate_is_where_draws_differ_that_often() -> None:
         shares.append(sum(t.token_ids[0] != answer[at] for t in rollout.trajectories) / 400)
     assert sum(shares) / len(shares) == pytest.approx(rate, abs=0.04) and 0.5 < p < 0.95
     ps = [found(lm, answer, drawing=rate).decode.p for rate in (1e-6, rate, 0.9999)]
-    assert ps == [0.5, p, 0.95]  # ends that hold where none reaches
+    assert ps == [0.5, p, 0.95]  # the least and the largest value, where the rate is out of reach
 
 
 def test_a_flip_rate_has_no_unit(lm: model.LM) -> None:
-    """Another scale of the output layer changes nothing; of the states, the variance by its square."""
+    """Scaling the output layer changes nothing; scaling the states by s scales the variance by s^2."""
 
     class Scaled:
         hidden_size, device = lm.hidden_size, lm.device

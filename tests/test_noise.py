@@ -47,8 +47,8 @@ def rows(count: int, step: int = 1, iteration: int = 0, seed: int = 0, dim: int 
     return noise.white(key, torch.full((count,), step), word, dim)
 
 
-def test_noise_is_pinned_for_ever():
-    """Tables that users hold were drawn from these bits."""
+def test_the_bits_of_noise_never_change():
+    """Outputs that users have were drawn from these bits."""
     drawn = rows(4, step=3, iteration=2, seed=7, dim=20)
     assert hashlib.blake2b(drawn.numpy().tobytes(), digest_size=8).hexdigest() == "1a1e4b374cf33a45"
     assert prompt_key(7, "p") == (423232560, 265607245)
@@ -97,7 +97,7 @@ def test_samples_beyond_the_word_are_refused():
 
 @pytest.mark.parametrize("sampling", KINDS, ids=lambda s: f"{s.noise}{s.parameter}")
 def test_the_filter_is_the_cholesky_factor_of_the_covariance(sampling):
-    """Driving the recursion with unit impulses gives L; L L' must be the kind's covariance, and L lower triangular."""
+    """Unit impulses through the recursion give L. It is lower triangular, and L L' is the kind's covariance."""
     steps = 9
     filt = noise.time_filter(sampling, steps)
     state = torch.zeros(steps, 1)

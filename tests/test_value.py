@@ -102,7 +102,7 @@ def test_rows_climb_before_they_choose_and_others_keep_their_bits(lm):
 
 
 def test_an_engine_without_a_network_refuses_the_round(lm):
-    with pytest.raises(ValueError, match="made without what it needs"):
+    with pytest.raises(ValueError, match="made without a guide for it"):
         decode.Engine(lm, 32, 8).submit(climbing(1.0))
 
 

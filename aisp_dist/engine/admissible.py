@@ -1,4 +1,4 @@
-"""Which rounds an engine can decode: those that fit the model, its memory and what the engine was made with."""
+"""Which rounds an engine can decode: those that fit the model, its memory and the guides that the engine has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from aisp_dist.records import Ascent, Round, TokenReward
 
 
 def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], own: Guide, capacity: int) -> None:
-    """Raises ValueError for a round that cannot be decoded. own: what the engine has for guides. capacity: tokens of
-    prompts that it can hold."""
+    """Raises ValueError for a round that cannot be decoded. own: the engine's guides; capacity: tokens of all prompts
+    that its KV cache can hold."""
     length, context = len(round.prompt_tokens), lm.context_length
     if not length:
         raise ValueError("the prompt has no tokens; it needs at least one to decode from")
@@ -21,26 +21,26 @@ def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], ow
         )
     low, high, vocab = min(round.prompt_tokens), max(round.prompt_tokens), lm.vocab_size
     if low < 0 or high >= vocab:
-        raise ValueError(f"prompt tokens {low} to {high} leave the model's vocabulary of {vocab}; use its tokenizer")
+        raise ValueError(f"prompt tokens {low} to {high} exceed the model's vocabulary of {vocab}; use its tokenizer")
     guide = round.sampling.guide
     if (isinstance(guide, Ascent) and not own.value) or (isinstance(guide, TokenReward) and not own.judge):
-        raise ValueError(f"the round asks for {guide}, and the engine was made without what it needs")
+        raise ValueError(f"the round asks for {guide}, but the engine was made without a guide for it")
     if not 0 <= round.start < round.stop:
         raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")
     if round.sampling.sigma2 or round.sampling.decode:
         noise.sample_word(round.iteration, round.stop - 1)
     if length > capacity:
         raise ValueError(
-            f"{length} prompt tokens take {length * lm.token_bytes / 1e9:.2f} GB of keys and values, beside "
-            f"the rows' there are {capacity * lm.token_bytes / 1e9:.2f} GB; lower "
+            f"{length} prompt tokens take {length * lm.token_bytes / 1e9:.2f} GB of keys and values, but beside "
+            f"those of the rows only {capacity * lm.token_bytes / 1e9:.2f} GB are left; lower "
             "prompts.max_tokens, generator.batch_rows or generator.max_new_tokens"
         )
     if round.starts:
         if len(round.starts) != round.stop - round.start:
-            raise ValueError(f"{len(round.starts)} starts for {round.stop - round.start} samples; give one for each")
+            raise ValueError(f"{len(round.starts)} starts for {round.stop - round.start} samples; give one each")
         if max(map(len, round.starts)) >= max_new_tokens:
-            raise ValueError(f"a start has {max(map(len, round.starts))} tokens; max_new_tokens must be more")
+            raise ValueError(f"a start has {max(map(len, round.starts))} tokens; the limit is {max_new_tokens - 1}")
         if odd := {t for start in round.starts for t in start if not 0 <= t < vocab or t in end_ids}:
-            raise ValueError(f"a start holds {min(odd)}, an end token or none of the vocabulary's {vocab}")
+            raise ValueError(f"a start holds {min(odd)}, an end token or outside the vocabulary of {vocab}")
     if any(len(w.weights) != len(w.lengths) or (w.given and len(w.given) != len(w.weights)) for w in round.trace):
-        raise ValueError("an iteration of the trace has not one length, and one start, per weight")
+        raise ValueError("an iteration of the trace must have as many lengths, and as many starts or none, as weights")

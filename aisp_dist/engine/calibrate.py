@@ -1,5 +1,8 @@
-"""A sampling by what it does: the share of a prompt's own answer that would come out differently. Free of the unit that
-pre-logits have and of how sure of itself a model is, both of which are others for every model."""
+"""The sampling that has a wanted effect on a prompt: the share of the tokens of its base answer that would come out
+differently. Such a rate means the same for every model, whatever the scale of its pre-logits and its confidence.
+
+Shapes: T tokens of the base answer, D hidden size, V vocabulary, N = T times a number of noise draws.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from aisp_dist.engine import noise, nucleus
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Rates, Sampling, TopP
 
-_POSITIONS = 256  # noise vectors looked at, so a prompt's rate is known to about .02; positions of a head product
-_ITERATION = (1 << 16) - 1  # whose noise no search draws: a configuration has fewer
+_POSITIONS = 256  # noise vectors, by which a rate is known to about .02; also positions of a head product
+_ITERATION = (1 << 16) - 1  # its noise is drawn by no search, since a configuration has fewer iterations
 _VARIANCES = [2.0 ** (half / 2) for half in range(-120, 121)]
-_NUCLEI = [round(0.5 + step / 40, 3) for step in range(19)]  # .5 to .95; beyond lie tokens that no model means
+_NUCLEI = [round(0.5 + step / 40, 3) for step in range(19)]  # .5 to .95; a larger one holds tokens that no model means
 
 
 @torch.inference_mode()
@@ -28,8 +31,8 @@ def calibrate(
     prompt_tokens: Sequence[int],
     answer: Sequence[int],
 ) -> Sampling:
-    """The sampling with what the rates ask for, from one pass over the base answer: the least sigma^2 and the least
-    top_p, of a fixed set each, that reach their rate; the largest where none does."""
+    """The sampling whose sigma^2 and top_p have the wanted rates, from one pass over the base answer. Each is the least
+    of a fixed set of values that reaches its rate, or the largest value if none does. key: of the prompt's noise."""
     z_TD, _ = lm.dense((*prompt_tokens, *answer[:-1]))
     z_TD = z_TD[len(prompt_tokens) - 1 :].float()
     if rates.noise is not None:
@@ -40,7 +43,7 @@ def calibrate(
 
 
 def _least(values: Sequence[float], share: Callable[[float], float], rate: float) -> float:
-    """The least value whose share, which grows with it, reaches the rate; the last where none does."""
+    """The least value whose share reaches the rate, the last one if none does. The share grows with the value."""
     low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high) // 2
@@ -49,8 +52,8 @@ def _least(values: Sequence[float], share: Callable[[float], float], rate: float
 
 
 def _flips(lm: LM, key: tuple[int, int], z_TD: torch.Tensor) -> Callable[[float], float]:
-    """By sigma^2: the share of steps at which argmax W (z_t + e), e ~ N(0, sigma^2 I), is not argmax W z_t. The noise
-    is keyed, one draw a step for answers of 256 tokens and more, several for shorter ones."""
+    """As a function of sigma^2, the share of steps at which argmax W (z_t + e), e ~ N(0, sigma^2 I), is not
+    argmax W z_t. The noise is keyed: one draw a step for answers of 256 tokens and more, several for shorter ones."""
     draws = math.ceil(_POSITIONS / len(z_TD))
     z_ND = z_TD.repeat(draws, 1)
     place = torch.arange(len(z_ND), device=lm.device)
@@ -65,7 +68,8 @@ def _flips(lm: LM, key: tuple[int, int], z_TD: torch.Tensor) -> Callable[[float]
 
 
 def _draws(lm: LM, z_TD: torch.Tensor) -> Callable[[float], float]:
-    """By p: the mean probability that a draw from the nucleus at temperature 1 is not the likeliest token."""
+    """As a function of p, the mean probability that a draw from the nucleus at temperature 1 is not the likeliest
+    token."""
     p_P = torch.tensor(_NUCLEI, dtype=torch.float64, device=z_TD.device)
     found = [nucleus.masses(lm.logits(part), p_P) for part in torch.split(z_TD, _POSITIONS)]
     first_T, mass_TP = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -1,5 +1,5 @@
-"""Model names to checkpoints: the embedded ones, local directories, hub ids; and what identifies their weights.
-No torch, so that a configuration can be checked before anything heavy is imported."""
+"""Finds the checkpoint that a model's name stands for (embedded, a local directory, a hub id) and the digest of its
+files. No torch, so that a configuration can be checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EMBEDDED: dict[tuple[Role, str], str] = {
 
 
 def locate(key: str, name: str, role: Role) -> str:
-    """A configured model name to the absolute directory or the hub id that transformers loads.
+    """The absolute directory or the hub id that transformers loads for a configured model name.
 
-    `key`: the configuration's, for messages. Raises ConfigError for a directory that is missing, holds no checkpoint,
-    or holds pickled weights only.
+    key: the configuration's, for messages. Raises ConfigError for a directory that is missing, holds no checkpoint, or
+    holds pickled weights only.
     """
     if embedded := EMBEDDED.get((role, name)):
         return str(demo.path(embedded))
@@ -44,7 +44,7 @@ def locate(key: str, name: str, role: Role) -> str:
 
 
 def value_network(key: str, name: str) -> dict[str, Any]:
-    """value.json of a directory that `aisp train-value` wrote. Raises ConfigError."""
+    """value.json of a directory that `aisp train-value` wrote. Raises ConfigError if there is none."""
     file = Path(name).expanduser() / "value.json"
     try:
         about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -57,23 +57,24 @@ def value_network(key: str, name: str) -> dict[str, Any]:
 
 
 def cached(place: str, revision: str | None) -> Path | None:
-    """The directory of what `locate` answered; of a hub id only if the local cache has it. No network."""
+    """The directory of what `locate` answered. For a hub id, the one in the local cache, None if it is not there. No
+    network."""
     if Path(place).is_dir():
         return Path(place)
     from huggingface_hub import try_to_load_from_cache
 
     try:
         config = try_to_load_from_cache(place, "config.json", revision=revision)
-    except ValueError:  # no hub id
+    except ValueError:  # not a hub id
         return None
     return Path(config).parent if isinstance(config, str) else None
 
 
 @functools.cache
 def digest(key: str, place: str, revision: str | None) -> str:
-    """128 bits over every file of a local checkpoint; of a hub checkpoint its commit, which is a digest already.
+    """128 bits over every file of a local checkpoint; for a hub checkpoint its commit, which is a digest already.
 
-    `place`: what `locate` answered.
+    place: what `locate` answered. Raises ConfigError for a hub id that cannot be resolved.
     """
     if not Path(place).is_dir():
         return commit(key, place, revision)
@@ -87,7 +88,8 @@ def digest(key: str, place: str, revision: str | None) -> str:
 
 
 def commit(key: str, repo: str, revision: str | None) -> str:
-    """The commit that a hub id stands for now, from the hub or, where it cannot be reached, from the local cache."""
+    """The commit that a hub id stands for, from the hub or, if that cannot be reached, from the local cache. Raises
+    ConfigError if neither knows it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 

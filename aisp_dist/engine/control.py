@@ -1,5 +1,6 @@
-"""The control of a round, rebuilt from its trace, and what it costs a trajectory; all in whitened coordinates
-(noise.py). Owns the fold over past iterations. Knows no model but its hidden size.
+"""The control of a round, rebuilt from its trace, and what it costs a trajectory, in whitened coordinates (noise.py).
+Owns the update over past iterations. Of the model it knows only the hidden size. Equation numbers: Kanai et al., arXiv
+2510.26219.
 
 Shapes: T steps (max_new_tokens), D hidden size.
 """
@@ -17,7 +18,7 @@ from aisp_dist.records import Round, Sampling, Weights
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """The control m [T, D] that a trace of iterations leads to, and |m_t|^2 by step."""
+    """The control m [T, D] after a trace of iterations. squares: |m_t|^2 by step."""
 
     sampling: Sampling
     trace: tuple[Weights, ...]
@@ -32,8 +33,8 @@ class Control:
 
 
 def rebuild(round: Round, num_steps: int, dim: int, device: torch.device, known: Control | None = None) -> Control:
-    """The control of a round: m^1 = 0, then the update (14) once per entry of the trace, in order. Continues from
-    `known` where the trace extends it; the bits are the same either way."""
+    """The control of a round: m^1 = 0, then the update (14) for each entry of the trace, in order. Continues from
+    `known` if the trace extends that one's; the bits are the same either way."""
     if known is None or known.sampling != round.sampling or known.trace != round.trace[: len(known.trace)]:
         time_filter = noise.time_filter(round.sampling, num_steps, device)
         known = Control(round.sampling, (), time_filter, torch.zeros(num_steps, dim, device=device), (0.0,) * num_steps)
@@ -46,9 +47,11 @@ def rebuild(round: Round, num_steps: int, dim: int, device: torch.device, known:
 
 
 def cost(control: Control, round: Round, sample: int, dots: list[float]) -> tuple[float, float]:
-    """(sum_t m_t . e_t, sum_t |m_t|^2) of a trajectory, from m_t . e_t of its own steps: over all steps for `full`, the
-    noise after its end drawn for that; over its own for `marginal`. Steps whose token was given count where their noise
-    acts on later ones, and else not: what changes nothing is integrated out."""
+    """(sum_t m_t . e_t, sum_t |m_t|^2) of a trajectory. dots: m_t . e_t of its own steps.
+
+    The sums run over all T steps for `full`, for which the noise after the end is drawn here, and over the trajectory's
+    own steps for `marginal`. Steps whose token was given count only if their noise acts on later steps; otherwise it
+    changed nothing and is integrated out."""
     length, steps = len(dots), len(control.squares)
     first = len(round.starts[sample - round.start]) if round.starts and _memoryless(control.filter) else 0
     dots = dots[first:]
@@ -64,7 +67,8 @@ def cost(control: Control, round: Round, sample: int, dots: list[float]) -> tupl
 
 
 def moves(control: Control, round: Round, sample: int | None) -> torch.Tensor:
-    """v_t = (L (m + e))_t [T, D] of a sample of the round, (3): what moved its pre-logits. None: u_t = (L m)_t."""
+    """v [T, D], v_t = (L (m + e))_t, by which a sample of the round moved its pre-logits, (3). For sample None, without
+    noise: u_t = (L m)_t."""
     x_TD, made = control.m_TD, control.filter
     if sample is not None:
         x_TD = x_TD + _noise(round, made, round.iteration, sample, x_TD.shape[1])
@@ -78,10 +82,12 @@ def moves(control: Control, round: Round, sample: int | None) -> torch.Tensor:
 
 
 def _update(m_TD: torch.Tensor, time_filter: noise.Filter, round: Round, iteration: int) -> torch.Tensor:
-    """m^{k+1} from m^k and the weights of iteration k. `full`: m + sum_i w_i e_i, since the weights sum to one.
-    `marginal`: after a sample's end its v is replaced by its mean alpha m. Where the noise of given tokens acts on no
-    other step, their v stays at m. One order, i ascending, multiplication and
-    addition rounded apart; a weight of zero contributes nothing, so an iteration with none leaves m as it was."""
+    """m^{k+1} from m^k and the weights of iteration k.
+
+    `full`: m + sum_i w_i e_i, since the weights sum to one. `marginal`: after a sample's end, its v is replaced by its
+    mean alpha m. For given tokens whose noise acts on no other step, v stays at m. Samples are added in ascending
+    order, each product rounded before its sum, so that the bits are fixed. A weight of zero contributes nothing, and an
+    iteration without any other weight leaves m as it was."""
     sampling, entry = round.sampling, round.trace[iteration]
     if not any(entry.weights):
         return m_TD
@@ -102,7 +108,7 @@ def _update(m_TD: torch.Tensor, time_filter: noise.Filter, round: Round, iterati
 def _noise(
     round: Round, time_filter: noise.Filter, iteration: int, sample: int, dim: int, after: int = 0
 ) -> torch.Tensor:
-    """e [T - after, D] of one trajectory from step `after` + 1 on, zero where its kind has no white coordinate."""
+    """e [T - after, D] of one trajectory from step `after` + 1 on, zero where the kind has no white coordinate."""
     gain, device = time_filter.gain[after:], time_filter.gain.device
     steps = torch.arange(after + 1, after + 1 + len(gain), device=device)
     key = torch.tensor(noise.prompt_key(round.seed, round.prompt_id), device=device)
@@ -112,11 +118,11 @@ def _noise(
 
 
 def _memoryless(time_filter: noise.Filter) -> bool:
-    """Whether the noise of a step acts at that step alone."""
+    """Whether the noise of a step acts at that step only."""
     return not time_filter.feed.any()
 
 
 def _dots(a_TD: torch.Tensor, b_TD: torch.Tensor) -> list[float]:
-    """a_t . b_t by step, in fp64. Summed over steps by fsum: exact, so the same for any number of threads."""
+    """a_t . b_t by step, in fp64. Callers add them up by fsum, which is exact and so the same on any device."""
     dots: list[float] = (a_TD.double() * b_TD.double()).sum(-1).tolist()
     return dots

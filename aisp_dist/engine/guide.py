@@ -1,5 +1,8 @@
-"""What moves a step besides noise: the ascent of RE-Control, which the device does for all rows at once, and the choice
-of ARGS, which asks reward models row by row on the host. Knows no rows, only what it is handed of one."""
+"""What changes a step besides noise: RE-Control moves the states of all rows at once on the device (methods/value.py);
+ARGS chooses the token of one row by asking reward models on the host. Knows nothing of slots or batches.
+
+Shapes: V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from aisp_dist.engine.lm import LM
 from aisp_dist.methods.value import Value
 from aisp_dist.records import Prompt, Round, TokenReward
 
-# The trajectory's name, its prompt, its text with each candidate -> one reward each, None where there is none. Raises
-# Unscored.
+# Trajectory (prompt id, sample), its prompt, its text with each candidate token -> a reward for each text, None for one
+# that has no reward. Raises Unscored.
 Judge = Callable[[tuple[str, int], Prompt, Sequence[str]], list[float | None]]
 
 
 class Unscored(RuntimeError):
-    """A step has no candidate with a finite reward."""
+    """No candidate of a step has a finite reward."""
 
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """value: of RE-Control. judge: of ARGS."""
+    """value: the value network of RE-Control. judge: what scores texts for ARGS."""
 
     value: Value | None = None
     judge: Judge | None = None
@@ -33,9 +36,9 @@ class Guide:
 def choose(
     judge: Judge, lm: LM, end_ids: frozenset[int], round: Round, sample: int, tokens: list[int], logits_V: torch.Tensor
 ) -> int:
-    """ARGS-greedy (Khanov et al. 2024, algorithm 1): of the likeliest tokens the one with the largest logit + weight *
-    reward of the text that it ends, the likelier of equals. A token that ends the response adds nothing to its text.
-    Raises Unscored."""
+    """The next token by ARGS-greedy (Khanov et al. 2024, algorithm 1): of the likeliest tokens, the one with the
+    largest logit + weight * reward of the text that ends with it; of equal ones the likelier. tokens: those so far. A
+    token that ends the response adds nothing to its text. Raises Unscored."""
     guide = round.sampling.guide
     assert isinstance(guide, TokenReward) and round.prompt is not None
     logits, ids = logits_V.topk(min(guide.candidates, len(logits_V)))

@@ -1,8 +1,10 @@
-"""The base model: found, loaded, adapted to the engine's attention and probed. Owns what the engine knows of a model
-(LM). Knows nothing of prompts, noise or scheduling.
+"""Loads the base model, switches its attention to the engine's, and checks that the engine decodes it correctly. Knows
+nothing of prompts, noise or scheduling.
 
 No family has code of its own here. A family works if its layers attend through transformers' AttentionInterface with
-`layer_idx` and keyword `sliding_window`; `adapt` runs the model both ways and refuses it otherwise.
+`layer_idx` and keyword `sliding_window`. `adapt` runs the model both ways and refuses one that differs.
+
+Shapes: T tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Unsupported(ValueError):
 
 @dataclass
 class _DecoderOutput(ModelOutput):  # type: ignore[misc]
-    """A decoder's output with everything but the hidden states None."""
+    """A decoder's output of which everything but the hidden states is None."""
 
     last_hidden_state: torch.Tensor
 
@@ -44,7 +46,7 @@ class _DecoderOutput(ModelOutput):  # type: ignore[misc]
 
 
 class _Identity(nn.Module):
-    """Stands where the decoder was, so that the model's own forward maps given hidden states to logits."""
+    """Replaces the decoder, so that the model's own forward pass maps given hidden states to logits."""
 
     def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> _DecoderOutput:
         return _DecoderOutput(last_hidden_state=inputs_embeds)
@@ -57,17 +59,17 @@ def _source(settings: Generator) -> dict[str, Any]:
 def _refusal(settings: Generator, error: Exception) -> ConfigError:
     fix = "name a local directory, or a hub id that this machine can reach"
     if isinstance(error, ImportError):
-        fix = "install the package that it needs; for quantised weights pip install 'aisp-dist[quantized]'"
+        fix = "install the package that it needs (for quantised weights: pip install 'aisp-dist[quantized]')"
     elif isinstance(error, RuntimeError):
         fix = "name one that transformers itself loads"
     elif "trust_remote_code" in str(error):
-        fix = "it brings code of its own; set generator.trust_remote_code: true if you trust it"
+        fix = "it needs code of its own; set generator.trust_remote_code: true if you trust that code"
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return ConfigError(f"generator.model: {settings.model!r} cannot be loaded: {fix} ({reason[0]})")
 
 
 def tokenizer(settings: Generator) -> Any:
-    """The generator's tokenizer, with generator.chat_template for its own if that is set. Raises ConfigError."""
+    """The generator's tokenizer, with generator.chat_template instead of its own if that is set. Raises ConfigError."""
     from transformers import AutoTokenizer
 
     checkpoint = locate("generator.model", settings.model, "generator")
@@ -103,7 +105,7 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
             checkpoint,
             dtype=dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # to name them below
+            ignore_mismatched_sizes=True,  # the error below names them
             output_loading_info=True,
             **quantisation,
             **_source(settings),
@@ -114,7 +116,7 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
         raise _refusal(settings, error) from error
     if wrong := sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}):
         raise ConfigError(
-            f"generator.model: {settings.model!r} lacks the weights {wrong[:4]} in the shape of its config, and they "
+            f"generator.model: {settings.model!r} lacks the weights {wrong[:4]} in the shape of its config, so they "
             "would be random; name a complete causal language model"
         )
     if quantisation:
@@ -136,8 +138,8 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
 
 
 def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
-    """Takes over a causal language model (its attention is switched for good) and probes it. fp32_head: logits by a
-    copy of the output layer in fp32. Raises Unsupported."""
+    """Takes over a causal language model, whose attention stays switched to the engine's, and checks it. fp32_head: a
+    copy of the output layer in fp32 computes the logits. Raises Unsupported for one that the engine decodes wrongly."""
     model.eval().requires_grad_(False)
     config = model.config.get_text_config(decoder=True)
     decoder = model.get_decoder()
@@ -166,12 +168,12 @@ def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
 
 
 def _context_length(config: Any) -> int | None:
-    """Positions that the model has. Raises Unsupported where a row's rotary angles depend on the longest row beside it;
-    where that begins at some length, the context ends there."""
+    """Number of positions that the model can use. Raises Unsupported if a row's rotary angles depend on the longest row
+    of its batch; if they do so only from some length on, the context ends there."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {one.get("rope_type"): one for one in [rope, *rope.values()] if isinstance(one, dict)}
     if "dynamic" in kinds:
-        raise Unsupported("its rotary embedding is scaled by the longest row of a batch; use a checkpoint without")
+        raise Unsupported("its rotary embedding is scaled by the longest row of a batch; use a checkpoint without that")
     length: int | None = getattr(config, "max_position_embeddings", None)
     if "longrope" in kinds:
         length = kinds["longrope"].get("original_max_position_embeddings") or length
@@ -179,7 +181,7 @@ def _context_length(config: Any) -> int | None:
 
 
 def _with(model: Any, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The model with one of its modules replaced; weights and everything else are shared."""
+    """The model with one of its modules replaced; all else, weights included, is shared with the original."""
     path = next((name for name, module in model.named_modules() if module is old), "")
     if not path:
         raise Unsupported("its decoder and head cannot be told apart (get_decoder); use another model")
@@ -195,8 +197,8 @@ def _with(model: Any, old: nn.Module, new: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def _probe(model: Any, lm: LM, config: Any) -> LM:
-    """The model with the shapes of its attention. Decodes a few tokens both ways, transformers' and ours, and raises
-    Unsupported unless the hidden states and logits agree and every layer attends as attention.misfit asks for."""
+    """The model with the shapes of its attention. Decodes a few tokens by transformers' attention and by the engine's;
+    raises Unsupported unless hidden states and logits agree and every layer attends as its config says (misfit)."""
     length = min(_PROBE_TOKENS, lm.context_length or _PROBE_TOKENS)
     tokens = tuple((7919 * i + 13) % lm.vocab_size for i in range(length))
     advice = "the engine would decode it wrongly; use a family that attends through transformers' AttentionInterface"
@@ -220,7 +222,7 @@ def _probe(model: Any, lm: LM, config: Any) -> LM:
 
 
 def _heads(lm: LM, tokens: tuple[int, ...], config: Any, advice: str) -> tuple[Heads, ...]:
-    """What the layers ask of attention, in the order in which they do."""
+    """The heads of every layer, in the order in which the layers attend."""
     found: list[tuple[attention.Layer, Heads]] = []
     dense = attention.Dense(len(tokens))
 
@@ -236,7 +238,7 @@ def _heads(lm: LM, tokens: tuple[int, ...], config: Any, advice: str) -> tuple[H
 
 
 def _in_parts(lm: LM, tokens: tuple[int, ...]) -> torch.Tensor:
-    """z [T, D], the first half of the tokens prefilled, the others one by one as a suffix of it."""
+    """z [T, D] by the engine: the first half of the tokens prefilled, the others one by one as a suffix."""
     first = len(tokens) // 2
     z_TD, dense = lm.dense(tokens[:first], keep=True)
     kv = KVCache(attention.TILE, len(tokens), len(tokens))

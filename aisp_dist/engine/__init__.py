@@ -3,7 +3,7 @@
 model.py, lm.py, quantized.py   load a language model and check that the engine decodes it correctly
 checkpoints.py, sizes.py        find a checkpoint, read its size and quantisation from its files
 attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
-step.py                         one token for every row, on the model's device
+step.py, nucleus.py             one token for every row on the model's device; draws from the nucleus
 control.py, noise.py            the control of a round from its trace, keyed noise
 memory.py, admissible.py        what fits, which rounds can be decoded
 calibrate.py, guide.py          a sampling by its effect, what ARGS and RE-Control add to a step

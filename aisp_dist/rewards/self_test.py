@@ -1,6 +1,6 @@
-"""What is looked at when a reward model is loaded, before any row: known ways for scores to be wrong without a sign.
-Each defect stops the run; a pair judged the wrong way round is a warning. `aisp doctor` (doctor/scoring.py) looks
-longer, and takes its questions and its reading of BOS from here."""
+"""The self-test of a reward model when it is loaded, before any row: known defects that make scores wrong without a
+sign. A defect stops the run; a preference for the worse answer of a plain question is a warning. `aisp doctor` runs the
+self-test too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aisp_dist.records import Message, Prompt, Score
 from aisp_dist.rewards.prefix import Classifier, Ids, alike
 
 _log = logging.getLogger("aisp")
-_FEW = 4  # pairs that a load looks at
+_FEW = 4  # pairs that the self-test scores
 PAIRS = [  # question, better answer, worse answer
     ("How do I boil an egg?", "Put it into boiling water for eight minutes, then cool it.", "sdkfj wpeoi banana the"),
     ("What is the capital of France?", "The capital of France is Paris.", "No idea, find out yourself."),
@@ -34,7 +34,7 @@ PAIRS = [  # question, better answer, worse answer
 
 
 class Defect(ConfigError):
-    """What the self-test found."""
+    """A defect that the self-test found."""
 
 
 def examine(
@@ -46,12 +46,12 @@ def examine(
     batch_rows: int,
     max_length: int,
 ) -> None:
-    """Raises Defect, the first that there is. encode: a whole chat; tokens: what the model is given of a prompt and a
-    response, at most max_length of them."""
+    """Raises the first Defect found. encode: the tokens of a whole chat; tokens: those that the model is given of a
+    prompt and a response, at most max_length."""
 
     def fail(finding: str) -> Defect:
         return Defect(
-            f"rewards.{name}: its self-test found that {finding}; mend the model's files or chat_template "
+            f"rewards.{name}: its self-test found that {finding}; fix the model's files or chat_template "
             "(self_test: false runs it as it is)"
         )
 
@@ -61,7 +61,7 @@ def examine(
     pairs = [(good, bad) for good, bad in found if isinstance(good, tuple) and isinstance(bad, tuple)]
     rows = sorted({row for pair in pairs for row in pair}, key=lambda row: (len(row), row))
     if not rows:
-        return  # max_tokens has no room for any; what is too long is quarantined
+        return  # no text fits into max_tokens; responses that are too long are quarantined
     counts = bos_counts(tokenizer, rows)
     if not counts <= bos_wanted(tokenizer):
         raise fail(f"its texts begin with {' or '.join(map(str, sorted(counts)))} BOS tokens")
@@ -80,7 +80,7 @@ def examine(
 
 
 def bos_counts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> set[int]:
-    """How many BOS tokens rows begin with."""
+    """The numbers of BOS tokens with which the rows begin."""
     return {sum(1 for _ in takewhile(lambda token: token == tokenizer.bos_token_id, row)) for row in rows}
 
 
@@ -92,7 +92,7 @@ def bos_wanted(tokenizer: Any) -> set[int]:
 def _cut(
     encode: Callable[[Sequence[Message]], list[int]], tokens: Callable[[Prompt, str], Ids | Score], max_length: int
 ) -> str | None:
-    """Whether a prompt that is too long costs the response any token."""
+    """The finding if cutting a prompt that is too long takes tokens from the response, None if all is well."""
     question, answer, other = " ".join(["why"] * max_length), PAIRS[0][1], "? " + PAIRS[1][1]
     whole, beside = (encode((("user", question), ("assistant", text))) for text in (answer, other))
     own = whole[alike(whole, beside) :]

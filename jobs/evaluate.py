@@ -36,9 +36,9 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument("--judge", metavar="URL", help="OpenAI-compatible API of a judge, for the win rate")
     parse.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
     parse.add_argument("--judge-key-env", metavar="VAR", help="environment variable with its API key")
-    parse.add_argument("--sample", type=int, default=64, help="prompts that measures by models use (64)")
-    parse.add_argument("--seed", type=int, default=0, help="decides the sample and random axes (0)")
-    parse.add_argument("--no-model", action="store_true", help="without the base model: no KL, flips, projections")
+    parse.add_argument("--sample", type=int, default=64, help="prompts that the measures which ask a model take (64)")
+    parse.add_argument("--seed", type=int, default=0, help="decides the sample (0)")
+    parse.add_argument("--no-model", action="store_true", help="without the base model: no KL, no flips")
     options = parse.parse_args(args)
     if options.sample < 1 or options.seed < 0:
         raise ConfigError(f"--sample {options.sample}, --seed {options.seed}: at least 1 and at least 0")
@@ -75,8 +75,8 @@ def main(args: Sequence[str]) -> int:
         asked = document.Asked(options.sample, options.seed, generator, embed, loaded, ask)
         found = document.evaluate(runs, asked, against)
     except client.Unavailable as error:
-        kept = f"; what the judge has said is kept in {cache}" if cache else ""
-        raise cli.Exit(1, f"{error}{kept}; once that is mended give the same command") from None
+        kept = f"; its replies so far are in {cache}" if cache else ""
+        raise cli.Exit(1, f"{error}{kept}; once it answers, the same command resumes") from None
     data = (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()
     for output in runs:
         output.place.write("evaluation.json", data)
@@ -86,7 +86,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _judge(options: Any) -> JudgeSettings | None:
-    """The judge, its key looked for at once. Raises ConfigError."""
+    """The judge; its API key is looked up at once. Raises ConfigError."""
     given = {"url": options.judge, "model": options.judge_model, "api_key_env": options.judge_key_env}
     if not any(given.values()):
         return None
@@ -104,12 +104,12 @@ def _judge(options: Any) -> JudgeSettings | None:
 
 
 def inputs(output: Place) -> int | None:
-    """How many inputs a run has; None, said, where its source is gone."""
+    """How many inputs a run has; None, with a message, where its source is gone."""
     try:
         lines = verify.inputs(output)
         return None if lines is None else sum(1 for _ in lines)
     except ConfigError as error:
-        say(f"whether rows are missing cannot be told, the inputs are not there: {error}")
+        say(f"whether rows are missing cannot be told, since the inputs are not there: {error}")
         return None
 
 

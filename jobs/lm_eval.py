@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError("--gold-column: none of the rewards is a function, which alone could read it; leave it out")
     if "://" in run.output:
         raise ConfigError(f"output: {run.output} is no directory, and prompts are read from one; give a local output")
-    schema.schemas("raw", {options.gold_column: "string"} if options.gold_column else {})
+    schema.check_kept([options.gold_column] if options.gold_column else [])
     prepare.check(run.model_copy(update={"prompts": Prompts()}), base_dir)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval needs lm-evaluation-harness: pip install 'aisp-dist[tasks]'")

@@ -1,4 +1,4 @@
-"""`aisp status OUTPUT`: how far a running or dead run is, from its files alone."""
+"""`aisp status OUTPUT`: how far a running or dead run is, from its files."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_all_measures_of_one_output(here, capsys):
     assert all(0 < one["rate"][0] < 1 for one in found["flips"])
     assert found["kl"]["exact"][1] > 0 and found["kl"]["control"][0] > 0
     assert math.isfinite(found["kl"]["estimate"][0])
-    assert set(found["omitted"]) <= {"coherence", "win_rate", "projections"} and "coherence" in found["omitted"]
+    assert set(found["omitted"]) == {"coherence", "win_rate"}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     with pytest.raises(SystemExit) as left:
         cli.run("verify", ["one"])
@@ -151,23 +151,11 @@ def test_best_of_n_has_no_kl_and_its_noise_flips(here, capsys):
 
 def test_what_the_output_does_not_keep_is_left_out_with_the_setting_that_keeps_it(here, capsys):
     bare, tokenless = document(capsys, "bare"), document(capsys, "tokenless")
-    assert bare["kl"] is bare["flips"] is bare["projections"] is None
-    assert all("save.trace: true" in bare["omitted"][name] for name in ("kl", "flips", "projections"))
+    assert bare["kl"] is bare["flips"] is None
+    assert all("save.trace: true" in bare["omitted"][name] for name in ("kl", "flips"))
     assert tokenless["kl"]["exact"][0] > 0 and tokenless["flips"] is None
     assert "save.candidates: {top_bottom: 1}" in tokenless["omitted"]["flips"]
     assert "--no-model" in document(capsys, "one", "--no-model")["omitted"]["kl"]
-
-
-def test_the_projected_token_is_the_most_frequent(here, capsys):
-    found = document(capsys, "best")
-    output = outputs.open_output(Place.at(here / "best"))
-    rows = trials.rows(outputs.read(output), [f"p{i}" for i in range(6)])
-    tokens, counts = np.unique(np.concatenate([row["tokens"] for row in rows]), return_counts=True)
-    most = counts[tokens != 2].max()
-    if most < 8:
-        assert found["projections"] is None and "8 times" in found["omitted"]["projections"]
-    else:
-        assert {one["positions"] for one in found["projections"]} == {most}
 
 
 def test_further_rewards_score_both_answers(here, project, capsys):

@@ -1,4 +1,4 @@
-"""Laws of the single measures: texts, KL and flips against the slow way, projections."""
+"""Laws of the single measures: texts, KL and flips against the slow way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import slow_path
 import tiny
 import torch
 
-from aisp_dist.analysis.evaluate import projections, states, texts
+from aisp_dist.analysis.evaluate import states, texts
 from aisp_dist.config import ConfigError
 from aisp_dist.engine import control, model
 from aisp_dist.engine.decode import Engine
@@ -189,30 +189,3 @@ def test_an_answer_that_cannot_be_drawn_has_a_reason_and_the_others_are_there(lm
     good, wild = searched(), dataclasses.replace(searched(sigma2=1e77), prompt_id="wild")
     found = states.drawn(lm, [wild, good], STEPS, ())
     assert "not finite" in found["wild"] and isinstance(found["p"], tuple)
-
-
-def test_axes_are_unit_vectors_and_components_come_in_order_of_variance():
-    z_MD = np.random.default_rng(1).normal(size=(200, 12)) * np.arange(12, 0, -1)
-    axes = projections.axes(z_MD, 3)
-    assert len(axes) == 6 and all(np.linalg.norm(axis) == pytest.approx(1) for axis in axes.values())
-    assert sorted(np.count_nonzero(axes[name]) for name in ("random axis", "mixed axis")) == [1, 2]
-    one, three, six = (axes[f"principal component {i}"] for i in (1, 3, 6))
-    assert np.var(z_MD @ one) > np.var(z_MD @ three) > np.var(z_MD @ six)
-    assert abs(one @ three) < 1e-9 and abs(three @ six) < 1e-9
-
-
-def test_the_distance_from_normal_is_scipys():
-    for x in (np.random.default_rng(2).normal(3, 2, size=100), np.random.default_rng(2).exponential(size=100)):
-        expected = scipy.stats.kstest(x, "norm", args=(x.mean(), x.std(ddof=1))).statistic
-        assert projections.normality(x) == pytest.approx(expected)
-    assert projections.normality(np.random.default_rng(2).exponential(size=500)) > 0.1
-
-
-def test_projections_count_every_position_and_see_no_move_where_there_is_none():
-    z_MD = np.random.default_rng(4).normal(size=(50, 8)).astype(np.float32)
-    for one in projections.project(z_MD, z_MD, "the", 0):
-        assert one["base"] == one["moved"] and sum(one["base"]["counts"]) == one["positions"] == 50
-    assert all(one["base"]["ks"] == 0 for one in projections.project(0 * z_MD, z_MD, "the", 0))
-    moved = projections.project(z_MD, z_MD + 1, "the", 0)[0]
-    assert moved["moved"]["mean"] == pytest.approx(moved["base"]["mean"] + 1, abs=1e-5)
-    assert moved["base"]["edges"] == moved["moved"]["edges"] and sum(moved["moved"]["counts"]) == 50

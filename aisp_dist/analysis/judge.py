@@ -1,5 +1,5 @@
-"""Pairwise win rate: a chat model scores two answers to a prompt, in both orders. Owns the question, the reading of the
-answers and their cache; knows no runs and no files of theirs."""
+"""Pairwise win rate by a judge: a chat model scores two answers to a prompt, in both orders. Owns the question, the
+parsing of the replies and their cache; knows no outputs."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the judge says of a pair. ours, theirs: scores with ours first, then with theirs first; None if unparsed,
-    and then `reason` says which reply it was."""
+    """The judge's scores of a pair. ours, theirs: with ours shown first, then with theirs shown first; None where the
+    reply could not be parsed, and `reason` says which."""
 
     id: str
     outcome: Literal["win", "tie", "loss", "unparsed"]
@@ -55,7 +55,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """Shares of the judged pairs, each with its 95 % bootstrap interval over pairs."""
+    """Shares of the pairs whose replies could be parsed, each with its 95 % bootstrap interval over pairs."""
 
     win: Interval
     tie: Interval
@@ -65,10 +65,10 @@ class WinRate:
 
 
 def compare_answers(settings: JudgeSettings, pairs: Sequence[Pair], cache: Path | None = None) -> list[Verdict]:
-    """One verdict for each pair, in order: two requests each, ours first and theirs first; a win or loss only where
-    both agree. cache: a JSON-lines file of answers, written as they come; what it holds is not asked again.
+    """One verdict for each pair, in order, by two requests: ours first and theirs first. A win or loss needs both to
+    agree. cache: a JSON-lines file of replies, written as they come; a request in it is not sent again.
 
-    Raises ConfigError for a missing API key, endpoint.Unavailable where the server does not answer.
+    Raises ConfigError for a missing API key, client.Unavailable where the server does not answer.
     """
     client = Client("judge", settings)
     answers = _Answers(cache)
@@ -91,18 +91,18 @@ def compare_answers(settings: JudgeSettings, pairs: Sequence[Pair], cache: Path 
 
 
 def messages(prompt: str, a: str, b: str) -> list[dict[str, str]]:
-    """What the judge is sent."""
-    # Not str.format twice over: answers may hold braces.
+    """The request's messages."""
+    # Not str.format: answers may hold braces.
     fields = {"{prompt}": prompt, "{a}": a, "{b}": b}
     question = re.sub(r"\{(prompt|a|b)\}", lambda match: fields[match[0]], _QUESTION)
     return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
 
 
 def win_rate(verdicts: Sequence[Verdict], seed: int = 0) -> WinRate:
-    """Shares over the pairs that were judged; the unparsed are counted apart. Raises ValueError where none was."""
+    """Shares over the pairs that could be parsed; the others are counted. Raises ValueError where there is none."""
     outcomes = [verdict.outcome for verdict in verdicts if verdict.outcome != "unparsed"]
     if not outcomes:
-        raise ValueError(f"none of {len(verdicts)} comparisons could be read; look at the judge's replies")
+        raise ValueError(f"none of {len(verdicts)} comparisons could be parsed; look at the judge's replies")
     win, tie, loss = (interval([float(o == which) for o in outcomes], seed) for which in ("win", "tie", "loss"))
     return WinRate(win, tie, loss, len(outcomes), len(verdicts) - len(outcomes))
 
@@ -134,7 +134,7 @@ def _key(url: str, body: object) -> str:
 
 
 class _Answers:
-    """A JSON-lines file of answers by key. A line torn by a kill is as if it were not there."""
+    """A JSON-lines file of replies by key. A line that a kill has torn is ignored."""
 
     def __init__(self, file: Path | None) -> None:
         self.file, self._lock = file, threading.Lock()

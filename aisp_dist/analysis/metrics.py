@@ -12,7 +12,7 @@ from aisp_dist.methods.limit import diversity
 __all__ = ["Interval", "diversity", "interval", "repetition", "spread"]
 
 _RESAMPLES = 2000
-_LARGE = 20_000  # beyond this many prompts the bootstrap of a mean is its normal approximation
+_LARGE = 20_000  # above this many prompts the normal approximation replaces the bootstrap
 
 
 class Interval(NamedTuple):
@@ -27,8 +27,8 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
-    """Mean and 95 % percentile bootstrap interval (2000 resamples of prompts). For paired differences give the
-    differences. Raises ValueError for no values."""
+    """Mean and 95 % percentile bootstrap interval (2000 resamples of prompts). Pass the differences for a paired
+    interval. Raises ValueError where there are no values."""
     x = np.asarray(values, dtype=np.float64)
     if not x.size:
         raise ValueError("no values to average; an interval needs at least one")
@@ -42,14 +42,13 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
 
 
 def spread(values: np.ndarray) -> Interval | None:
-    """`interval` of the values that there are; None where there is none: no NLL of answers that were selected again, no
-    reward of a base answer."""
+    """`interval` of the finite values; None where there is none, as for the NLL of rescored answers."""
     there = values[np.isfinite(values)]
     return interval(there) if there.size else None
 
 
 def repetition(text: str) -> float:
-    """Share of 4-grams that have come before in the text: 1 - unique / all (rep-4 of Welleck et al. 2020, arXiv
+    """Share of 4-grams of words that occurred before in the text: 1 - unique / all (rep-4 of Welleck et al. 2020, arXiv
     1908.04319); 0 where there are none."""
     words = text.split()
     grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))

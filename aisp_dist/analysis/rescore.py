@@ -83,21 +83,10 @@ def rescore(run: Run, prompt: Prompt, row: Row, kept: Row, known: Collection[str
     def raws(i: int) -> tuple[tuple[str, float | None], ...]:
         return tuple((name, values[i].value) for name, values in raw.items())
 
-    candidates = [
-        Candidate(
-            iteration=c["iteration"],
-            sample=c["sample"],
-            text=c["text"],
-            token_ids=tuple(c["token_ids"]),
-            finish_reason=c["finish_reason"],
-            reward=total.value,
-            rewards=raws(i),
-            reason=total.reason,
-            nll=c["nll"],
-            within=c["within"],
-        )
-        for i, (c, total) in enumerate(zip(drawn, combined, strict=True))
-    ]
+    candidates = []
+    for i, (c, total) in enumerate(zip(drawn, combined, strict=True)):
+        new = {"token_ids": tuple(c["token_ids"]), "reward": total.value, "rewards": raws(i), "reason": total.reason}
+        candidates.append(Candidate(**{**c, **new}))
     finite = [(reward, -i) for i, c in enumerate(candidates) if (reward := c.eligible_reward) is not None]
     if not finite and any(c.reward is not None for c in candidates):
         return Failed(prompt, "no candidate that was kept is within method.limit")
@@ -209,18 +198,9 @@ def _iteration(k: int, step: Row, candidates: Sequence[Candidate]) -> Iteration:
     drawn = [c for c in candidates if c.iteration == k]
     whole = len(drawn) == len(step["lengths"])
     finite = [reward for c in drawn if (reward := c.eligible_reward) is not None] if whole else []
-    return Iteration(
-        weights=tuple(step["weights"]),
-        lengths=tuple(step["lengths"]),
-        ess=step["ess"],
-        kl=step["kl"],
-        mean_reward=sum(finite) / len(finite) if finite else None,
-        best_reward=max(finite, default=None),
-        sigma2=step["sigma2"],
-        top_p=step["top_p"],
-        parents=tuple(step["parents"]),
-        given=tuple(step["given"]),
-    )
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in step.items()}
+    values |= {"mean_reward": sum(finite) / len(finite) if finite else None, "best_reward": max(finite, default=None)}
+    return Iteration(**values)
 
 
 def _best(candidates: Iterable[Candidate]) -> float | None:

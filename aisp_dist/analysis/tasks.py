@@ -1,5 +1,6 @@
-"""Tasks of lm-evaluation-harness (EleutherAI) as prompts of a run: which can be asked, how their requests become input
-lines of one generation setting each, how answers become lm-eval's figures. Needs the extra `tasks`; knows no Ray."""
+"""Tasks of lm-evaluation-harness (EleutherAI) as prompts of a run: which tasks can be asked, how their requests become
+input lines grouped by generation setting, how answers become lm-eval's results. Needs the extra `tasks`; knows no Ray.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from lm_eval.tasks import TaskManager
 
 from aisp_dist.config import ConfigError
 
-_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing, by lm-eval's aliases
+_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's aliases of one setting
 _KEPT = ("results", "groups", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Requests of one generation setting. lines: {id, prompt} and the gold column, if any; at: each one's place among
-    all requests. An id is task/document/repeat, so that a document's noise does not depend on what else is asked."""
+    """Requests of one generation setting. lines: {id, prompt} and the gold column, if any; at: each line's place among
+    all requests. An id is task/document/repeat, so a document's noise does not depend on the other requests."""
 
     stop: tuple[str, ...]
     max_new_tokens: int
@@ -38,16 +39,16 @@ class Group:
 
     @property
     def name(self) -> str:
-        """A hash of everything that is asked: the same requests are found again under the same name."""
+        """A hash of all requests and settings: the same requests have the same name."""
         settings = json.dumps([self.stop, self.max_new_tokens, self.chat]).encode()
         return hashlib.blake2b(settings + self.jsonl, digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How requests become lines. max_new_tokens: for tasks that name no max_gen_toks, and, with `capped`, the most for
-    all. gold_column: where the task's target is handed to function rewards, else nowhere. say: told what a task asks
-    for that an arm decides itself."""
+    """How requests become lines. max_new_tokens: for tasks without max_gen_toks and, with `capped`, the upper limit for
+    all. gold_column: the column in which function rewards get the task's target; None: not at all. say: is told which
+    settings of a task are not used."""
 
     max_new_tokens: int
     capped: bool = False
@@ -58,7 +59,7 @@ class Asking:
 
     def groups(self, requests: Sequence[Any], tasks: Mapping[str, Any]) -> list[Group]:
         """Every request of lm-eval (`Instance`) in exactly one group. Raises ConfigError for a task that asks for no
-        tokens, or for an answer that is begun already."""
+        tokens."""
         found: dict[tuple[tuple[str, ...], int], list[tuple[int, dict[str, Any]]]] = {}
         repeats: dict[str, int] = {}
         for at, request in enumerate(requests):
@@ -93,7 +94,7 @@ class Asking:
 
 
 class Answering(LM):  # type: ignore[misc]
-    """lm-eval's model whose answers come from elsewhere: `answer` has one text for each line of a group, in order."""
+    """lm-eval's model. `answer` gives one text for each line of a group, in order."""
 
     def __init__(self, asking: Asking, tasks: Mapping[str, Any], answer: Callable[[Group], Sequence[str]]) -> None:
         super().__init__()
@@ -106,9 +107,9 @@ class Answering(LM):  # type: ignore[misc]
         return [found[at] for at in range(len(requests))]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages as they are: the run's own generator renders them."""
+        """The messages as JSON: the run's own generator renders them."""
         if not add_generation_prompt:
-            raise ConfigError("--apply-chat-template: a task begins the answer itself (gen_prefix); ask it without")
+            raise ConfigError("--apply-chat-template: a task begins the answer itself (gen_prefix); leave the flag out")
         return json.dumps(chat_history)
 
     @property
@@ -116,14 +117,14 @@ class Answering(LM):  # type: ignore[misc]
         return "messages"
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
-        raise ConfigError("--tasks: AISP defines no likelihood of a given text")
+        raise ConfigError("--tasks: a search has no likelihood of a given text")
 
     loglikelihood_rolling = loglikelihood
 
 
 def load(names: Sequence[str], include_path: str | None, unsafe_code: bool) -> list[Any]:
-    """Tasks and groups as lm-eval's objects. Everything that their YAML can tell is refused before a dataset is
-    touched. Raises ConfigError."""
+    """Tasks and groups as lm-eval's objects. What their YAML shows to be impossible is refused before a dataset is
+    opened. Raises ConfigError."""
     manager = TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.task_index:
@@ -132,17 +133,17 @@ def load(names: Sequence[str], include_path: str | None, unsafe_code: bool) -> l
     leaves = {task: config for name in names for task, config in _leaves(manager.task_index, name)}
     _refuse({task: str(c.get("output_type", "generate_until")) for task, c in leaves.items() if "class" not in c})
     if seeing := [task for task, config in leaves.items() if config.keys() & {"doc_to_image", "doc_to_audio"}]:
-        raise ConfigError(f"--tasks: {', '.join(seeing)} shows images or plays sound; prompts are text")
+        raise ConfigError(f"--tasks: {', '.join(seeing)} shows images or plays sound; prompts are text only")
     if unsafe := [task for task, config in leaves.items() if config.get("unsafe_code") and not unsafe_code]:
         raise ConfigError(
             f"--tasks: {', '.join(unsafe)} is scored by running what the model wrote, on this machine and as this "
-            "user; in a sandbox, allow that by --unsafe-code"
+            "user; in a sandbox, allow that with --unsafe-code"
         )
     built: list[Any] = []
     for name in names:
         try:
             loaded = manager.load([name])
-        except Exception as error:  # whatever the task's own code and its dataset's place raise
+        except Exception as error:  # anything that the task's code or its dataset's host raises
             paths = {
                 str(config["dataset_path"])
                 for _, config in _leaves(manager.task_index, name)
@@ -166,13 +167,13 @@ def _refuse(types: Mapping[str, str]) -> None:
         told = ", ".join(f"{task} ({type_})" for task, type_ in list(other.items())[:4])
         told += f" and {len(other) - 4} more" if len(other) > 4 else ""
         raise ConfigError(
-            f"--tasks: {told}: AISP chooses among generated answers and defines no likelihood of a given one; only "
+            f"--tasks: {told}: a search selects among generated answers and has no likelihood of a given one; only "
             "generate_until tasks can be asked"
         )
 
 
 def _leaves(index: Mapping[str, Any], spec: str | Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The tasks below a name, or below a member of a group, with what their YAML says."""
+    """The tasks below a name, or below a member of a group, with their YAML settings."""
     changes = {} if isinstance(spec, str) else spec
     name = spec if isinstance(spec, str) else spec.get("group", spec.get("task"))
     entry = index.get(name) if isinstance(name, str) else None
@@ -189,13 +190,13 @@ def _leaves(index: Mapping[str, Any], spec: str | Mapping[str, Any]) -> Iterator
 
 
 def by_name(built: Sequence[Any]) -> dict[str, Any]:
-    """The single tasks of what `load` built, by name."""
+    """The single tasks that `load` returned, by name."""
     tasks = [task for item in built for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
     return {task.task_name: task for task in tasks}
 
 
 def evaluate(built: Sequence[Any], lm: Answering, **options: Any) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """lm-eval's results of one arm, less what names the machine and the day, and its samples by task."""
+    """lm-eval's results of one arm, without machine and date, and its samples by task."""
     found = evaluator.simple_evaluate(lm, tasks=list(built), apply_chat_template=lm.asking.chat, **options)
     return {key: found[key] for key in _KEPT if key in found}, found.get("samples", {})
 

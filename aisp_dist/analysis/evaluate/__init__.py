@@ -5,6 +5,5 @@ trials.py       what evaluation asks of the outputs it is given
 texts.py        measures of an answer's text
 states.py       measures of one answer by the base model: KL, flips
 search.py       those over sampled rows, from the trace of their search
-projections.py  pre-logits of one token on a few axes
 document.py     all of it as evaluation.json and as a table
 """

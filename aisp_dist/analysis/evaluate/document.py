@@ -61,7 +61,7 @@ def evaluate(runs: Sequence[Output], asked: Asked, against: Output | None = None
         "reward_std_over_trials": _deviation(tables, shared),
         "finish_reasons": {reason: count / ends.total() for reason, count in sorted(ends.items())},
         "against": None,
-        **dict.fromkeys(("kl", "flips", "win_rate", "projections")),
+        **dict.fromkeys(("kl", "flips", "win_rate")),
         "omitted": {},
     }
     other = None if against is None else outputs.read(against, TEXTS)
@@ -80,11 +80,11 @@ def evaluate(runs: Sequence[Output], asked: Asked, against: Output | None = None
         theirs = {row["id"]: outputs.answer(row["completion"]) for row in both}
     _add_win_rate(document, runs[0], sampled[0], theirs, "base" if against is None else str(against), asked)
     if asked.generator is None:
-        document["omitted"] |= dict.fromkeys(("kl", "flips", "projections"), "they ask the base model: --no-model")
+        document["omitted"] |= dict.fromkeys(("kl", "flips"), "they ask the base model: --no-model")
     else:
         from aisp_dist.analysis.evaluate import search  # the base model's part, with torch
 
-        found, omitted = search.measures(runs, sampled, asked.generator, asked.seed)
+        found, omitted = search.measures(runs, sampled, asked.generator)
         document |= found
         document["omitted"] |= omitted
     return document
@@ -223,7 +223,4 @@ def text(document: Mapping[str, Any]) -> str:
         out.append("KL in nats: " + ", ".join(f"{name} {Interval(*found)}" for name, found in kl.items()))
     if flips := document["flips"]:
         out.append("flip rate by iteration: " + ", ".join(f"{one['rate'][0]:.3f}" for one in flips))
-    if found := document["projections"]:
-        out.append(f"pre-logits of {found[0]['token']!r}, {found[0]['positions']} positions, distance from normal:")
-        out += [f"  {one['name']}: base {one['base']['ks']:.3f}, moved {one['moved']['ks']:.3f}" for one in found]
     return "\n".join([*out, *(f"left out: {name}: {why}" for name, why in document["omitted"].items())])

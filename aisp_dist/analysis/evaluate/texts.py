@@ -1,4 +1,4 @@
-"""Measures of an answer's text. Words are what stands between white space, as for metrics.diversity."""
+"""Measures of an answer's text. Words are separated by white space, as in metrics.diversity."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Embed = Callable[[Sequence[str]], np.ndarray]  # N texts to [N, E] unit vectors
 
 
 def immediate_repeat(text: str) -> int:
-    """Words of the longest stretch that says the block before it again, once or more often (ours): `a b a b a b` has 4,
-    `no, no no` has 1."""
+    """Length in words of the longest stretch that repeats the block before it, once or more often (ours): `a b a b a b`
+    has 4, `no, no no` has 1."""
     _, words = np.unique(np.array(text.split(), dtype=str), return_inverse=True)
     longest = 0
     for period in range(1, len(words) // 2 + 1):
@@ -29,16 +29,16 @@ def immediate_repeat(text: str) -> int:
 
 
 def embedder(model: str) -> Embed:
-    """A sentence-transformers model by directory or hub id. One without pooling of its own, as SimCSE's checkpoint, is
-    averaged over its tokens, not pooled as SimCSE's own package does. Raises ConfigError where it, or
-    sentence-transformers, is missing."""
+    """A sentence-transformers model by directory or hub id. A checkpoint without pooling, such as SimCSE's, is averaged
+    over its tokens; SimCSE's own package pools differently. Raises ConfigError where the model or
+    sentence-transformers is missing."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ConfigError(
             "--embeddings needs sentence-transformers, which is not installed; pip install 'aisp-dist[evaluate]'"
         ) from None
-    fix = f"name a directory or a hub id that this machine can reach, as {SIMCSE}"
+    fix = f"name a directory or a hub id that this machine can reach, such as {SIMCSE}"
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise ConfigError(f"--embeddings: {model!r} is not a directory; {fix}")
     try:
@@ -55,14 +55,14 @@ def embedder(model: str) -> Embed:
 
 
 def coherence(embed: Embed, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """[N] cosine of the sentence embeddings of a prompt and its answer (Su et al. 2022, arXiv 2202.06417, as ARGS and
-    RE-Control measure it, there with SIMCSE)."""
+    """[N] cosine of the sentence embeddings of a prompt and its answer (Su et al. 2022, arXiv 2202.06417; ARGS and
+    RE-Control use it with SIMCSE)."""
     cosine: np.ndarray = (embed(prompts).astype(np.float64) * embed(answers)).sum(-1)
     return cosine
 
 
 def correlations(*pairs: tuple[np.ndarray, np.ndarray], seed: int = 0) -> list[Interval | None]:
-    """Pearson's r of each pair (x [P], y [P]), and for two pairs their difference too, first minus second; with 95 %
+    """Pearson's r of each pair (x [P], y [P]), and of two pairs also the difference, first minus second, with 95 %
     percentile bootstrap intervals (500 resamples of prompts, the same for all). None where x or y does not vary."""
     values = np.array(pairs)
     values = values[:, :, np.isfinite(values).all(axis=(0, 1))]
@@ -79,7 +79,7 @@ def correlations(*pairs: tuple[np.ndarray, np.ndarray], seed: int = 0) -> list[I
     drawn = np.array([r(values[:, :, rng.integers(0, count, count)]) for _ in range(_RESAMPLES)])
     found: list[Interval | None] = []
     for mean, resampled in zip(r(values), drawn.T, strict=True):
-        finite = resampled[np.isfinite(resampled)]  # a resample of few prompts may not vary
+        finite = resampled[np.isfinite(resampled)]  # few prompts resampled may not vary
         found.append(Interval(mean, *np.quantile(finite, [0.025, 0.975])) if np.isfinite(mean) else None)
     return found
 

@@ -332,6 +332,7 @@ def connect(run: Run, say: Callable[[str], None]) -> None:
     everything = [run.runtime.generators, *(run.replicas(name) for name in run.rewards)]
     wanted = sum((1 if each.replicas == "auto" else each.replicas) * each.num_cpus for each in everything)
     cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))  # Ray's CPUs are tokens; on one machine they may be shared
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves actors beside any other process
     context = _init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
     board = f", dashboard at http://{context.dashboard_url}" if context.dashboard_url else ""
     say(f"started a local Ray with {cpus} CPU{board}")

@@ -91,7 +91,8 @@ def test_what_templates_take_away_from_texts_is_allowed():
 def test_a_role_that_the_template_drops_is_refused_by_its_number(role):
     template = QWEN3.replace("m.role == 'tool'", "false")
     with pytest.raises(
-        Unrenderable, match=rf"does not show message 3 of 3 \(role '{role}'\); set prompts.format: raw, or generator"
+        Unrenderable,
+        match=rf"does not show message 3 of 3 \(role '{role}'\); rename that role, or set prompts.format: raw",
     ):
         render(Prompt("p", 0, (*ALTERNATING[:2], (role, "x"))), Prompts(), tokenizer("byte-level", template), 100)
     if role == "tool":

@@ -70,7 +70,7 @@ def chat_text(
     if whole:
         shown = _shown(tokenizer, template, roles, pickle.dumps(dict(template_kwargs)), add_generation_prompt)
         if shown.reason:
-            raise Unrenderable(f"{shown.reason}; {fix}")
+            raise Unrenderable(f"{shown.reason} {fix}")
         parts = shown.parts
     return _render(tokenizer, template, messages, parts, template_kwargs, add_generation_prompt)
 
@@ -90,7 +90,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 class _Shown(NamedTuple):
     """How a template shows chats of one shape. parts: the messages whose content it takes as a list of parts. reason:
-    why it cannot show such a chat."""
+    why it cannot show such a chat, to be followed by what to do."""
 
     parts: frozenset[int] = frozenset()
     reason: str | None = None
@@ -114,11 +114,11 @@ def _shown(
         at = positions(parts)
     for i, place in enumerate(at):
         if place < 0:
-            return _Shown(parts, f"the chat template does not show {_named(i, roles)}")
+            return _Shown(parts, f"the chat template does not show {_named(i, roles)}; rename that role, or")
     turns = [i for i, role in enumerate(roles) if role not in _INSTRUCTIONS]
     for earlier, later in pairwise(turns):
         if at[later] < at[earlier]:
-            return _Shown(parts, f"the chat template shows {_named(later, roles)} before {_named(earlier, roles)}")
+            return _Shown(parts, f"the chat template shows {_named(later, roles)} before {_named(earlier, roles)};")
     return _Shown(parts)
 
 

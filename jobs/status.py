@@ -32,7 +32,8 @@ def main(args: Sequence[str]) -> int:
     if last := now["metrics"]:
         ago = time.time() - last["time"]
         total = "?" if last["total"] is None else last["total"]
-        print(f"{ago:.0f} s ago: {last['done'] + last['failed']}/{total} prompts, {last['in_flight']} in flight")
+        of = f" of shards {', '.join(map(str, last['shards']))}" if "shards" in last else ""
+        print(f"{ago:.0f} s ago: {last['done'] + last['failed']}/{total} prompts{of}, {last['in_flight']} in flight")
     return 0
 
 

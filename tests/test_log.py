@@ -69,5 +69,7 @@ def test_the_shards_of_an_output_add_up(tmp_path):
     assert found["time"] == T0 + 91.0
     waiting = place(tmp_path, ahead, command(1.0, 90.0, "b", (1, 2), **done | {"total": None}))
     assert log.latest(waiting)["total"] is None
+    alone = log.latest(place(tmp_path, ahead))
+    assert (alone["total"], alone["done"], alone["shards"]) == (None, 7, [0]), "the other has not begun"
     again = place(tmp_path, ahead, command(200.0, 10.0, "c", **done | {"total": 16, "done": 15}))
     assert log.latest(again) == log.read(again)[-1], "a command over the whole output speaks for all of it"

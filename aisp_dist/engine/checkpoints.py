@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from aisp_dist import demo
 from aisp_dist.config import ConfigError
+from aisp_dist.engine import intact
 
 Role = Literal["generator", "reward"]
 EMBEDDED: dict[tuple[Role, str], str] = {
@@ -23,23 +24,21 @@ EMBEDDED: dict[tuple[Role, str], str] = {
 def locate(key: str, name: str, role: Role) -> str:
     """The absolute directory or the hub id that transformers loads for a configured model name.
 
-    key: the configuration's, for messages. Raises ConfigError for a directory that is missing, holds no checkpoint, or
-    holds pickled weights only.
+    key: the configuration's, for messages. Raises ConfigError for what is missing, is no transformers checkpoint with
+    all of its weights, or has pickled weights only.
     """
     if embedded := EMBEDDED.get((role, name)):
         return str(demo.path(embedded))
     path = Path(name).expanduser()
+    if path.is_file():
+        what = "a GGUF file" if path.suffix == ".gguf" else "a file"
+        raise ConfigError(f"{key}: {name!r} is {what}; {intact.CHECKPOINT}")
     if not path.is_dir():
         if path.is_absolute() or path.exists() or name.startswith((".", "~")) or name.count("/") > 1:
             raise ConfigError(f"{key}: {name!r} is not a directory; name one that holds a transformers checkpoint")
         return name
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{key}: {name!r} holds no config.json; name a transformers checkpoint directory")
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(
-            f"{key}: {name!r} has no *.safetensors; pickled weights can run code and are refused: "
-            "convert it with save_pretrained"
-        )
+    if fault := intact.fault(path):
+        raise ConfigError(f"{key}: {name!r} {fault}")
     return str(path.resolve())
 
 

@@ -59,7 +59,7 @@ def seconds(place: Place) -> float | None:
 
 def latest(place: Place) -> Line | None:
     """Where the output stands: its last line, or the sum over the last lines of all shards where `--shard` split it
-    (`total` is None while one shard has not counted its inputs). None without metrics."""
+    (`total` is None while one of them has not counted its inputs). None without metrics."""
     lines = read(place)
     if not lines:
         return None
@@ -69,6 +69,8 @@ def latest(place: Place) -> Line | None:
         return lines[-1]
     values: dict[str, list[Any]] = {name: [line.get(name) for line in shards.values()] for name in _SUMMED}
     sums = {name: None if None in found else sum(found) for name, found in values.items()}
+    if len(shards) < count:
+        sums["total"] = None  # the others have not counted theirs
     return lines[-1] | sums | {"shard": [0, 1], "shards": sorted(shards)}
 
 

@@ -1,0 +1,75 @@
+"""Whether a directory holds a whole transformers checkpoint, from its small files and the headers of the others. Names
+what else it holds: an adapter, GGUF, pickles, files that were never or only half downloaded. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT = "name a directory with a transformers checkpoint (config.json, *.safetensors), or a checkpoint on the hub"
+
+
+def fault(path: Path) -> str | None:
+    """Why a directory cannot be loaded, and what to do, or None. Reads the small files and the headers of the others."""
+    files = {file.name: file for file in path.iterdir() if file.is_file()}
+    for file in files.values():
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            return f"holds a Git LFS pointer in place of {file.name}; download it with `git lfs pull`"
+    weights = [
+        file for name, file in files.items() if name.endswith(".safetensors") and not name.startswith("adapter_")
+    ]
+    if "adapter_config.json" in files:
+        about = _json(files["adapter_config.json"]) or {}
+        adapter = f"a PEFT adapter ({about.get('peft_type')}) of {about.get('base_model_name_or_path')!r}"
+        if weights:
+            return (
+                f"holds a whole model and beside it {adapter}; move adapter_config.json and adapter_model.safetensors "
+                "away to load the model without the adapter, or merge them (merge_and_unload)"
+            )
+        return (
+            f"is {adapter}, not a model; merge it (peft: AutoPeftModelForCausalLM.from_pretrained(...)."
+            "merge_and_unload().save_pretrained(DIR), and the tokenizer's save_pretrained) and name that directory"
+        )
+    if any(name.endswith(".gguf") for name in files) and not weights:
+        return f"holds GGUF weights; {CHECKPOINT}"
+    if "config.json" not in files:
+        below = sorted(config.parent.name for config in path.glob("*/config.json"))
+        return f"holds no config.json; {f'did you mean its {below[-1]}/?' if below else CHECKPOINT}"
+    if _json(files["config.json"]) is None:
+        return "holds a config.json that is no JSON object; download it again"
+    if not weights:
+        if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
+            return "has no *.safetensors; pickled weights can run code and are refused: convert it with save_pretrained"
+        return f"has no weights (*.safetensors); download it again, or {CHECKPOINT}"
+    if "model.safetensors" not in files and (index := files.get("model.safetensors.index.json")):
+        parts = set(((_json(index) or {}).get("weight_map") or {}).values())
+        if missing := sorted(parts - files.keys()):
+            return f"lacks {len(missing)} of {len(parts)} files of weights, {missing[0]} first; download it again"
+    return next((torn for file in sorted(weights) if (torn := _torn(file))), None)
+
+
+def _torn(file: Path) -> str | None:
+    """Why a safetensors file cannot be read: its header gives its length
+    (https://huggingface.co/docs/safetensors/en/index)."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= 100_000_000:  # the format's own limit
+            return f"holds {file.name}, which is no safetensors file; download it again"
+        if size < 8 + length:
+            return f"holds {file.name}, cut off after {size:,} bytes; download it again"
+        try:
+            header = json.loads(stream.read(length))
+            end = 8 + length + max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError):
+            return f"holds {file.name}, whose header is damaged; download it again"
+    return None if size >= end else f"holds {file.name}, cut off after {size:,} of {end:,} bytes; download it again"
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

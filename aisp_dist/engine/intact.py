@@ -11,7 +11,7 @@ CHECKPOINT = "name a directory with a transformers checkpoint (config.json, *.sa
 
 
 def fault(path: Path) -> str | None:
-    """Why a directory cannot be loaded, and what to do, or None. Reads the small files and the headers of the others."""
+    """Why a directory cannot be loaded, and what to do, or None. Reads small files and the headers of large ones."""
     files = {file.name: file for file in path.iterdir() if file.is_file()}
     for file in files.values():
         if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):

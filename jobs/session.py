@@ -1,12 +1,13 @@
-"""A cluster with this run's actors on it, and an output filled while a human watches."""
+"""A run's actors on a Ray cluster, and outputs filled by them while a human watches.
+
+Session -> Connection (Ray) -> coordinators -> generators, scorers
+        -> relabel: lease, run.json, coordinator.relabel -> progress, until every shard is done
+"""
 
 from __future__ import annotations
 
 import math
-import os
 import signal
-import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,31 +21,34 @@ from actors.counts import Counts, share
 from actors.table import Table
 from aisp_dist.align import window
 from aisp_dist.analysis.guard import GuardStop
-from aisp_dist.config import ConfigError, Run
+from aisp_dist.config import ConfigError
 from aisp_dist.output import lease, manifest
 from aisp_dist.output.filesystem import Place
 from jobs import cost, prepare
 from jobs.cli import Exit
+from jobs.connection import ClusterLost, Connection
 from jobs.prepare import Prepared
 from jobs.progress import Progress
 
-_POLL = 0.5  # seconds between looks at the run, and at whether somebody wants it to stop
-_PATIENCE = 30.0  # seconds of waiting without a word
+_POLL = 0.5  # seconds between looks at the run, the cluster and signals
+_PATIENCE = 30.0  # seconds of waiting without a message
+_SETTLE = 3.0  # seconds after which an actor's end is not the first sign of its machine's
 _STOP = 60.0  # seconds that the last flush may take
 
 
 class Interrupted(Exit):
-    """SIGINT or SIGTERM came; what is finished is to be written."""
+    """SIGINT or SIGTERM came. What is finished is written before the command ends."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
-        super().__init__(128 + number, f"{name}: stopped; the same command goes on from what is written")
+        super().__init__(128 + number, f"{name}: stopped; the same command resumes from what is written")
 
 
 @dataclass
 class _Shard:
-    """A coordinator and what it has been asked. share: its one of so many; carried: figures of those that died before
-    it; deaths: since rows were last committed."""
+    """A coordinator and what it was asked. share: (i, n), its parts are the k with k % n == i. deaths: since rows were
+    last committed. run: the call to wait for. asked: the call for figures, and since when. carried: figures of the
+    coordinators that died before it."""
 
     index: int
     share: tuple[int, int]
@@ -52,16 +56,17 @@ class _Shard:
     starts: int = 0
     deaths: int = 0
     run: Any = None
-    asked: Any = None  # for figures, and since when
+    asked: Any = None
     since: float = 0.0
     figures: Counts = field(default_factory=Counts)
     carried: Counts = field(default_factory=Counts)
 
 
 class Session:
-    """`with Session(...)` starts Ray, coordinators, generators and scorers, and ends with all of them gone.
+    """`with Session(...)` connects to Ray and starts coordinators, generators and scorers; at the end all are gone. A
+    cluster of our own that is lost is started again, and the run resumes.
 
-    share: this session's one of so many shards; None: all of runtime.shards, with a coordinator each."""
+    share: (i, n), one shard of many, with one coordinator; None: all runtime.shards, with a coordinator each."""
 
     def __init__(self, prepared: Prepared, say: Callable[[str], None], share: tuple[int, int] | None = None) -> None:
         self.prepared, self.say = prepared, say
@@ -70,43 +75,85 @@ class Session:
         self.shards = [_Shard(0, share)] if share else [_Shard(i, (i, count)) for i in range(count)]
         self.first_prompt = ""
         self.signal: int | None = None
+        self.connection: Connection | None = None
+        self.losses = 0  # of the cluster, since rows were last committed
 
     def __enter__(self) -> Session:
-        import ray
-
-        from actors import cluster, placement
-
-        connect(self.prepared.run, self.say)
-        # Set after ray.init, whose own handler ends the process; only noted, since an exception raised inside Ray's
-        # compiled code comes out as SystemError.
-        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            run = self.prepared.located
-            pilot = Place.at(run.output, run.runtime.storage_options) / "compare"
-            self.plan = placement.plan(run, machines, len(self.shards), prepare.model_sizes(run), cost.measured(pilot))
-            for line in self.plan.lines():
-                self.say(line)
-            self.bundles = cluster.reserve(self.plan, run.runtime.timeouts.startup)
-            self.say(f"loading models, for at most {self.prepared.run.runtime.timeouts.startup:g} s")
-            for shard in self.shards:
-                self._start(shard)
-            for shard in self.shards:
-                self._up(shard)
+            self._open()
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        import ray
-
-        ray.shutdown()
+        self._close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def _open(self) -> None:
+        """Connect and start everything. Raises ClusterLost, Exit, ConfigError."""
+        while True:
+            try:
+                return self._start_all()
+            except ClusterLost as error:
+                self._lost(error)
+
+    def _start_all(self) -> None:
+        self.connection = Connection(self.prepared.run, self.say)
+
+        import ray  # after the settings that a Connection makes
+
+        from actors import cluster, placement
+
+        # Set after ray.init, whose own handler ends the process. The handler only notes the signal, since an exception
+        # raised inside Ray's compiled code becomes a SystemError.
+        for number in self.handlers:
+            signal.signal(number, self._note)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        run = self.prepared.located
+        pilot = Place.at(run.output, run.runtime.storage_options) / "compare"
+        self.plan = placement.plan(run, machines, len(self.shards), prepare.model_sizes(run), cost.measured(pilot))
+        for line in self.plan.lines():
+            self.say(line)
+        self.bundles = cluster.reserve(self.plan, run.runtime.timeouts.startup)
+        self.say(f"loading models, for at most {run.runtime.timeouts.startup:g} s")
+        for shard in self.shards:
+            self._start(shard)
+        for shard in self.shards:
+            self._up(shard)
+
+    def _close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = None
+        for shard in self.shards:
+            shard.carried += shard.figures.grown()
+            shard.figures, shard.coordinator, shard.starts = Counts(), None, 0
+
+    def _lost(self, error: ClusterLost) -> None:
+        """Leave a cluster that is lost. Raises its error where it was not ours to start, or was lost too often."""
+        retries = self.prepared.run.runtime.retries
+        self.losses += 1
+        if self.connection is None or not self.connection.own or self.losses > retries:
+            raise error
+        self.say(f"{error.why}; starting Ray again ({self.losses} of at most {retries} times without a committed row)")
+        self._close()
+
     def relabel(self, prepared: Prepared, table: Table, progress: Progress) -> None:
-        """Fill one output: take it, describe it, run, and leave it resumable. Raises Exit, ConfigError."""
+        """Fill one output and leave it resumable. Raises Exit, ConfigError."""
+        for shard in self.shards:
+            shard.figures = shard.carried = Counts()
+        while True:
+            try:
+                return self._relabel(prepared, table, progress)
+            except ClusterLost as error:
+                self._lost(error)
+            self._open()
+
+    def _relabel(self, prepared: Prepared, table: Table, progress: Progress) -> None:
+        """Take the output, describe it, and run. A lease of its own: what is left of a lost cluster cannot write."""
         from actors.cluster import differing_nodes
 
         with lease.Lease.take(prepared.output, say=self.say, shard=self.owned).beating() as mine:
@@ -119,12 +166,13 @@ class Session:
             self._fill([replace(table, lease=mine, shard=shard.share) for shard in self.shards], progress)
 
     def trial(self, table: Table, prompts: int) -> tuple[Counts, float, int]:
-        """Search the first prompts for real, into a directory that is gone afterwards: figures, seconds, bytes. By the
-        first coordinator alone."""
+        """Search the first prompts for real, by the first coordinator alone, into a directory that is removed at the
+        end. Returns figures, seconds and bytes."""
         with tempfile.TemporaryDirectory(prefix="aisp-trial-") as folder:
             output = Place.at(folder)
             few = table.run.prompts.model_copy(update={"limit": min(prompts, table.run.prompts.limit or prompts)})
             run = table.run.model_copy(update={"output": folder, "prompts": few})
+            self.shards[0].figures = self.shards[0].carried = Counts()
             with lease.Lease.take(output).beating() as mine, Progress(output, run, "trial: ") as progress:
                 manifest.write_run(output, self.prepared.record())
                 self._fill([replace(table, run=run, output=output, lease=mine, shard=(0, 1))], progress)
@@ -132,13 +180,12 @@ class Session:
             return progress.now, progress.seconds, sum(file.stat().st_size for file in Path(folder).glob("*/*.parquet"))
 
     def _fill(self, tables: Sequence[Table], progress: Progress) -> None:
-        """Every table by its coordinator. One that dies or freezes is started again from what is written."""
+        """Have every table filled by its coordinator. One that dies or freezes is started again and resumes."""
         import ray
         from ray.exceptions import RayActorError
 
         shards = self.shards[: len(tables)]
         for shard, table in zip(shards, tables, strict=True):
-            shard.figures = shard.carried = Counts()
             shard.asked, shard.run = None, shard.coordinator.relabel.remote(table)
         running = list(shards)
         try:
@@ -157,6 +204,8 @@ class Session:
                             self._up(shard)
                             shard.run = shard.coordinator.relabel.remote(tables[shard.index])
                 progress(_sum(shards))
+        except ClusterLost:
+            raise
         except (Exit, ConfigError) as error:  # of one shard, or a signal: the others write what they have
             if isinstance(error, Interrupted):
                 self.say("stopping: writing what is finished")
@@ -186,7 +235,7 @@ class Session:
             asked, shard.asked = shard.asked, None
             now: Counts = self._value(asked)
             if now.committed > shard.figures.committed:
-                shard.deaths = 0
+                shard.deaths = self.losses = 0
             shard.figures = now
         elif time.monotonic() - shard.since > self.prepared.run.runtime.timeouts.stall:
             self._kill(shard)
@@ -228,8 +277,8 @@ class Session:
         shard.asked, shard.run = None, shard.coordinator.load.remote()
 
     def _up(self, shard: _Shard) -> None:
-        """Wait until a coordinator and its actors are there, and say now and then what for; another one where it dies
-        or freezes meanwhile."""
+        """Wait until a coordinator and its actors are up, with a message now and then. One that dies or freezes
+        meanwhile is started again."""
         import ray
         from ray.exceptions import RayActorError
 
@@ -250,32 +299,42 @@ class Session:
                 self._died(shard, error)
 
     def _died(self, shard: _Shard, error: Exception) -> None:
-        """Start another. Raises Exit where too many died without a row committed between."""
+        """Start another. Raises Exit where too many died without a row committed, ClusterLost where it is the cluster
+        that is gone."""
+        deadline = time.monotonic() + (_SETTLE if self.connection and self.connection.own else 0.0)
+        while time.monotonic() < deadline:
+            self._check()
+            time.sleep(_POLL)
         shard.deaths += 1
         if shard.deaths > self.prepared.run.runtime.retries:
-            raise Exit(1, f"coordinator {shard.index} died {shard.deaths} times; the same command goes on") from error
-        self.say("the coordinator died; starting it again from what is written")
+            raise Exit(1, f"coordinator {shard.index} died {shard.deaths} times; the same command resumes") from error
+        self.say(f"coordinator {shard.index} died; starting it again from what is written")
         shard.carried += shard.figures.grown()
         shard.figures = Counts()
         self._start(shard)
 
     def _await(self, refs: list[Any], limit: float) -> bool:
-        """Whether all are there within so many seconds. Raises Interrupted."""
+        """Whether all answers are there within so many seconds. Raises Interrupted, ClusterLost."""
         import ray
 
         deadline = time.monotonic() + limit
         while True:
-            if self.signal is not None:
-                number, self.signal = self.signal, None  # one signal interrupts one wait: what follows is the way out
-                raise Interrupted(number)
+            self._check()
             left = max(0.0, min(_POLL, deadline - time.monotonic()))
             if len(ray.wait(refs, num_returns=len(refs), timeout=left)[0]) == len(refs):
                 return True
             if time.monotonic() >= deadline:
                 return False
 
+    def _check(self) -> None:
+        if self.signal is not None:
+            number, self.signal = self.signal, None  # one signal interrupts one wait: what follows is the way out
+            raise Interrupted(number)
+        if self.connection is not None:
+            self.connection.check()
+
     def _value(self, ref: Any) -> Any:
-        """What a call that has ended answered. Raises what the coordinator raised as ConfigError or Exit; RayActorError
+        """The answer of a call that has ended. Raises what the coordinator raised as ConfigError or Exit, RayActorError
         where the coordinator is gone."""
         import ray
         from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -294,9 +353,9 @@ class Session:
                 raise Exit(3, str(cause)) from None
             if isinstance(cause, GuardStop):
                 raise Exit(1, str(cause)) from None
-            raise Exit(1, f"{type(cause).__name__}: {cause}; the same command goes on from what is finished") from error
+            raise Exit(1, f"{type(cause).__name__}: {cause}; the same command resumes from what is written") from error
         except RayError as error:
-            raise Exit(1, f"{type(error).__name__}: {error}; the same command goes on") from error
+            raise Exit(1, f"{type(error).__name__}: {error}; the same command resumes") from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -304,58 +363,3 @@ class Session:
 
 def _sum(shards: Sequence[_Shard]) -> Counts:
     return sum((shard.carried + shard.figures for shard in shards), Counts())
-
-
-def connect(run: Run, say: Callable[[str], None]) -> None:
-    """Join the cluster at RAY_ADDRESS, or start a local one that is large enough for the run's actors."""
-    import ray
-
-    # Not in a checkout of ours, installed from it or not: there the folders are the packages.
-    hidden = [name for name in ("actors", "jobs") if (Path.cwd() / name).is_dir()]
-    if hidden and not Path("aisp_dist", "align.py").is_file() and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        raise ConfigError(
-            f"the current directory has a folder {hidden[0]!r}, which Ray's workers would import in place of ours; "
-            "start from another directory"
-        )
-    if not sys.stderr.isatty():
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    about = ray.job_config.JobConfig(metadata={"job_name": f"aisp {Path(run.output).name}", "output": run.output})
-    quiet = {"log_to_driver": True, "logging_level": "error", "namespace": f"aisp-{os.getpid()}", "job_config": about}
-    if "RAY_ADDRESS" in os.environ:
-        _reach(os.environ["RAY_ADDRESS"])
-        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # then the working directory has our modules
-        here = Path(__file__).parent.parent
-        modules = [] if in_job else [str(here / name) for name in ("aisp_dist", "actors", "jobs")]
-        _init(runtime_env={"py_modules": modules} if modules else None, **quiet)
-        say(f"joined the Ray cluster at {os.environ['RAY_ADDRESS']}")
-        return
-    everything = [run.runtime.generators, *(run.replicas(name) for name in run.rewards)]
-    wanted = sum((1 if each.replicas == "auto" else each.replicas) * each.num_cpus for each in everything)
-    cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))  # Ray's CPUs are tokens; on one machine they may be shared
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves actors beside any other process
-    context = _init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
-    board = f", dashboard at http://{context.dashboard_url}" if context.dashboard_url else ""
-    say(f"started a local Ray with {cpus} CPU{board}")
-
-
-def _init(**options: Any) -> Any:
-    """ray.init, of which what goes wrong in starting or joining is one readable line. Raises Exit."""
-    import ray
-
-    try:
-        return ray.init(**options)
-    except Exception as error:
-        raise Exit(1, f"Ray did not start, or cannot be joined: {' '.join(str(error).split())[:500]}") from error
-
-
-def _reach(address: str) -> None:
-    """Raise ConfigError where nobody listens at host:port; Ray itself would try for minutes without a word."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return  # `auto`, or what Ray will explain
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise ConfigError(
-            f"RAY_ADDRESS: nobody answers at {address} ({error}); start the cluster, or unset it for a local one"
-        ) from None

@@ -124,18 +124,24 @@ def made(folder, tok=None, **more):
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
+def test_a_template_that_begins_texts_twice(tmp_path):
+    tok = tokenizer(TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" * 2))
+    with pytest.raises(ConfigError, match="rewards.main: its self-test found that .* begin with 2 BOS"):
+        made(tmp_path, tok)
+    made(tmp_path, tok, self_test=False)
+
+
+@pytest.mark.parametrize("self_test", [True, False])
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "number"),
     [
-        (TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" * 2), "its self-test found that .* begin with 2 BOS"),
-        (PLAIN.replace("m.content", "m.content if m.role == 'user' else ''"), "does not show message 2 of 2"),
-        (PLAIN.replace("in messages", "in messages[-1:]"), "does not show message 1 of 2"),
+        (PLAIN.replace("m.content", "m.content if m.role == 'user' else ''"), 2),
+        (PLAIN.replace("in messages", "in messages[-1:]"), 1),
     ],
 )
-def test_templates_with_defects(tmp_path, template, words):
-    with pytest.raises(ConfigError, match=f"rewards.main: .*{words}.*self_test: false runs it as it is"):
-        made(tmp_path, tokenizer(template))
-    made(tmp_path, tokenizer(template), self_test=False)
+def test_a_template_that_does_not_show_question_and_answer(tmp_path, template, number, self_test):
+    with pytest.raises(ConfigError, match=f"rewards.main: .* does not show message {number} of 2 .*chat_template"):
+        made(tmp_path, tokenizer(template), self_test=self_test)
 
 
 def test_a_text_that_depends_on_its_company(tmp_path, monkeypatch):

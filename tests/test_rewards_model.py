@@ -177,8 +177,7 @@ def test_a_message_that_the_template_does_not_show_quarantines(tmp_path):
     (refused,) = score(prompt, ["yes"])
     assert refused.value is None and "does not show message 3 of 4 (role 'tool')" in refused.reason
     assert score(PROMPT, ["yes"])[0].value is not None
-    as_it_is = load("main", settings(folder, self_test=False), device="cpu")
-    assert as_it_is(prompt, ["yes"]) == as_it_is(PROMPT, ["yes"])
+    assert load("main", settings(folder, self_test=False), device="cpu")(prompt, ["yes"]) == [refused]
 
 
 def test_special_tokens_in_texts_are_text(loaded):

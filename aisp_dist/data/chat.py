@@ -35,20 +35,18 @@ def encode_chat(
     add_generation_prompt: bool,
     fix: str,
     special_tokens: bool = False,
-    whole: bool = True,
 ) -> list[int]:
     """Token ids of a chat under the tokenizer's template. The template decides every token but BOS, which is put before
     them if the tokenizer begins its texts with it and the template did not.
 
-    special_tokens: special tokens in the texts of messages are special tokens, not text. whole: a template that does
-    not show every message is refused. fix: what to do where there is no template.
-    Raises Unrenderable (this chat) or ConfigError (every chat: no template, or one that cannot be read).
+    special_tokens: special tokens in the texts of messages are special tokens, not text. fix: what to do about a
+    template that does not serve.
+    Raises Unrenderable (this chat; also where the template does not show every message) or ConfigError (every chat: no
+    template, or one that cannot be read).
     """
 
     def text_of(messages: Sequence[Message]) -> str:
-        return chat_text(
-            tokenizer, messages, template_kwargs, add_generation_prompt=add_generation_prompt, fix=fix, whole=whole
-        )
+        return chat_text(tokenizer, messages, template_kwargs, add_generation_prompt=add_generation_prompt, fix=fix)
 
     literal = None if special_tokens else _controls(tokenizer, _template(tokenizer, fix))
     return after_bos(tokenizer, encode_messages(tokenizer, messages, text_of, literal))
@@ -61,18 +59,14 @@ def chat_text(
     *,
     add_generation_prompt: bool,
     fix: str,
-    whole: bool = True,
 ) -> str:
     """The text of a chat under the tokenizer's template, special tokens spelled out; arguments as in encode_chat."""
     template = _template(tokenizer, fix)
     roles = tuple(role for role, _ in messages)
-    parts: frozenset[int] = frozenset()
-    if whole:
-        shown = _shown(tokenizer, template, roles, pickle.dumps(dict(template_kwargs)), add_generation_prompt)
-        if shown.reason:
-            raise Unrenderable(f"{shown.reason} {fix}")
-        parts = shown.parts
-    return _render(tokenizer, template, messages, parts, template_kwargs, add_generation_prompt)
+    shown = _shown(tokenizer, template, roles, pickle.dumps(dict(template_kwargs)), add_generation_prompt)
+    if shown.reason:
+        raise Unrenderable(f"{shown.reason} {fix}")
+    return _render(tokenizer, template, messages, shown.parts, template_kwargs, add_generation_prompt)
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:

@@ -29,14 +29,16 @@ _CHAINS = 64  # texts that grow at a time; one that was let go is read again
 
 
 def load(name: str, settings: ModelReward, device: str | None = None) -> Callable[[Prompt, Sequence[str]], list[Score]]:
-    """The model behind its name, as a function from a prompt and its responses to the model's logits.
+    """A function from a prompt and its responses to the model's logits.
 
-    The text is the chat template, the tokenizer's own or settings.chat_template, over the prompt's messages (a plain
-    text is one user message) and the response. Input longer than max_tokens, or than the model's positions, loses
-    tokens from the left of the prompt, BOS aside; a response that does not fit by itself is quarantined, and so is NaN.
+    The model reads the prompt's messages (a plain text is one user message) and the response under a chat template:
+    settings.chat_template, or the tokenizer's own. Special tokens in their texts are text. Input longer than
+    max_tokens, or than the model's positions, loses tokens from the left of the prompt but not BOS. A response is
+    quarantined that does not fit by itself, whose prompt has messages that the template does not show, or whose logit
+    is NaN.
     Micro-batches follow from the set of responses in the call alone, so the same call gives the same bits and a
     permuted call permuted ones. Raises ConfigError: not loadable, not exactly one output, weights of the head missing,
-    no chat template, or a defect that the self-test finds.
+    no chat template or one that does not show question and answer, or a defect that the self-test finds.
     """
     key = f"rewards.{name}.model"
     tokenizer, model = _checkpoint(key, settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -47,7 +49,7 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
 
     def encode(messages: Sequence[Message]) -> list[int]:
         fix = f"set rewards.{name}.chat_template to another template, or wrap the model in a function reward"
-        return encode_chat(tokenizer, messages, {}, add_generation_prompt=False, fix=fix, whole=settings.self_test)
+        return encode_chat(tokenizer, messages, {}, add_generation_prompt=False, fix=fix)
 
     def tokens(prompt: Prompt, response: str) -> Ids | Score:
         *messages, _ = whole = chat(settings, prompt, response)
@@ -71,7 +73,7 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
     try:  # a missing template, or one that shows no question or no answer, shows before any prompt is spent
         encode((("user", "a"), ("assistant", "b")))
     except Unrenderable as error:
-        raise ConfigError(f"rewards.{name}: {error} (self_test: false runs it as it is)") from None
+        raise ConfigError(f"rewards.{name}: {error}") from None
     if settings.self_test:
         self_test.examine(name, tokenizer, encode, tokens, classifier, settings.batch_rows, max_length)
 

@@ -17,7 +17,7 @@ import pandas as pd
 from aisp_dist.analysis import outputs
 from aisp_dist.analysis.arms import BASE, TOP_P
 from aisp_dist.analysis.metrics import Interval, interval, spread
-from aisp_dist.analysis.outputs import Columns
+from aisp_dist.analysis.outputs import Columns, Row
 from aisp_dist.analysis.summary import one_line
 from aisp_dist.config import Args, ConfigError
 from aisp_dist.output import log
@@ -112,8 +112,8 @@ def compare(arms: Mapping[str, Sequence[Columns]], main: str) -> Comparison:
                 **(dict.fromkeys(_COST) if base else _cost(seeds, shared)),
             )
         )
-    seen = len(set().union(*(set(c.rows.index) | set(c.failed) for c in everything)))
-    return Comparison(main, tuple(found), _loss(arms, shared, main), seen - len(shared))
+    seen = outputs.in_any([ids for columns in everything for ids in (columns.rows.index, columns.failed)])
+    return Comparison(main, tuple(found), _loss(arms, shared, main), len(seen) - len(shared))
 
 
 def _cost(seeds: Sequence[Columns], shared: Any) -> dict[str, float | None]:
@@ -130,13 +130,16 @@ def _cost(seeds: Sequence[Columns], shared: Any) -> dict[str, float | None]:
 
 def _drawn_tokens(columns: Columns) -> Any:
     """By id, tokens that the base model generated for a prompt's samples; only prompts whose trace is kept."""
+
+    def of(step: Row) -> int:
+        return sum(step["lengths"]) - sum(step["given"])
+
     names = ["id", "trace.list.element.lengths", "trace.list.element.given"]
-    found: dict[str, int] = {}
+    found = [pd.Series(dtype="float64")]
     for batch in outputs.batches(columns.output.place, "candidates", names):
-        for row in batch.to_pylist():
-            if row["trace"]:
-                found[row["id"]] = sum(sum(step["lengths"]) - sum(step["given"]) for step in row["trace"])
-    return pd.Series(found, dtype="float64")
+        rows = [row for row in batch.to_pylist() if row["trace"]]
+        found.append(pd.Series([sum(map(of, r["trace"])) for r in rows], [r["id"] for r in rows], "float64"))
+    return pd.concat(found)
 
 
 def _reward_calls(columns: Columns, shared: Any, drawn_tokens: float) -> float:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -216,6 +216,11 @@ def in_all(columns: Sequence[Columns]) -> Any:
     for other in columns[1:]:
         found = found[found.isin(other.rows.index)]
     return found
+
+
+def in_any(ids: Sequence[Any]) -> Any:
+    """The union of several pandas.Index."""
+    return reduce(lambda a, b: a.union(b), ids)
 
 
 def joined(columns: Sequence[Columns]) -> Columns:

@@ -55,7 +55,7 @@ def evaluate(runs: Sequence[Output], asked: Asked, against: Output | None = None
     ends = sum((Counter(table.rows["about", "finish_reason"]) for table in tables), start=Counter[str]())
     document: dict[str, Any] = {
         "prompts": len(shared),
-        "left_out": len(set().union(*(table.rows.index for table in tables))) - len(shared),
+        "left_out": len(outputs.in_any([table.rows.index for table in tables])) - len(shared),
         "trials": len(runs),
         "measures": _measures(tables, shared, asked.seed),
         "reward_std_over_trials": _deviation(tables, shared),

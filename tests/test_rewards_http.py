@@ -70,7 +70,7 @@ def test_one_number_is_a_score(server, reply):
 def test_what_is_not_one_number_on_the_scale_is_quarantined(server, reply):
     server.answer = lambda path, body: chat(reply if text_of(body).endswith("bad") else "7")
     good, bad = made(server)(PROMPT, ["good", "bad"])
-    assert good == Score(7.0) and bad.value is None and "the judge's" in bad.reason
+    assert good == Score(7.0) and bad.value is None and "the server's" in bad.reason
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,10 @@ def number(text: str, scale: tuple[float, float]) -> float | Refused:
     """The one number of a reply, if it is on the scale."""
     match = _NUMBER.fullmatch(text)
     if match is None or (match[2] and float(match[2]) != scale[1]):
-        return Refused(f"the judge's reply is not one number: {text[:200]!r}")
+        return Refused(f"the server's reply is not one number: {text[:200]!r}")
     value = float(match[1])
     if not scale[0] <= value <= scale[1]:
-        return Refused(f"the judge's {value:g} is not from {scale[0]:g} to {scale[1]:g}")
+        return Refused(f"the server's {value:g} is not from {scale[0]:g} to {scale[1]:g}")
     return value
 
 

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from aisp_dist import methods
-from aisp_dist.config import BatchedAisp, ConfigError, FunctionReward, Run, Search
+from aisp_dist.config import ConfigError, FunctionReward, Run
 from aisp_dist.data import render, thinking
 from aisp_dist.methods.limit import within
 from aisp_dist.philox import prompt_key
@@ -78,11 +78,9 @@ def reason(error: BaseException) -> str:
 
 
 def window(run: Run) -> int:
-    """How many prompts one generator searches at a time: twice what fills its rows, so that scoring overlaps decoding.
-    For Batched AISP the batch."""
-    if isinstance(run.method, BatchedAisp):
-        return run.method.num_prompts
-    return max(2, -(-2 * run.generator.batch_rows // run.method.num_samples))
+    """How many prompts one generator searches at a time: as the method says, else twice what fills the rows, so that
+    scoring overlaps decoding."""
+    return run.method.prompts_together or max(2, -(-2 * run.generator.batch_rows // run.method.num_samples))
 
 
 def tokens_of(run: Run, prompt: Prompt, tokenizer: render.Tokenizer, context_length: int | None) -> Tokens:
@@ -152,8 +150,7 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
     key = prompt_key(run.seed, prompt.id)
     selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
     held_out = [name for name in run.rewards if name not in selecting]
-    sampling, limit = run.method.sampling(), run.method.limit
-    rates = run.method.rates() if isinstance(run.method, Search) else Rates()
+    (sampling, rates), limit = run.method.draws(), run.method.limit
     base_nll: float | None = None
 
     async def scored(

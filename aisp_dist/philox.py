@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-NOISE, UNIFORM, SHUFFLE, BRANCH = range(4)  # streams
+NOISE, UNIFORM, SHUFFLE, PARENT = range(4)  # streams
 _MASK = 0xFFFFFFFF
 _MUL0, _MUL1, _WEYL0, _WEYL1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 

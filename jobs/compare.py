@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.counts import Counts
 from aisp_dist.analysis import arms, compare, outputs
-from aisp_dist.config import Args, ConfigError, Method, ReControl, Run
+from aisp_dist.config import ConfigError, Method, Run
 from aisp_dist.output import manifest
 from aisp_dist.output.filesystem import Place
 from jobs import cli, cost, prepare, session, settings
@@ -22,9 +22,9 @@ from jobs.progress import Progress, Total, say
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("compare", cli.VERBS["compare"])
-    parse.add_argument("--prompts", type=int, help="compare on the first so many prompts (compare.prompts, 64)")
-    parse.add_argument("--seeds", type=int, help="repeat every arm with so many seeds (compare.seeds, 1)")
-    parse.add_argument("--case", action="append", help="only this one of compare.cases; may be repeated")
+    parse.add_argument("--prompts", type=int, help="prompts, from the first on (compare.prompts, 64)")
+    parse.add_argument("--seeds", type=int, help="seeds that every arm is repeated with (compare.seeds, 1)")
+    parse.add_argument("--case", action="append", help="run only this one of compare.cases; may be repeated")
     options, run, base_dir = settings.read(parse, args)
     for name in ("prompts", "seeds"):
         if (value := getattr(options, name)) is not None:
@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError(f"--case {unknown[0]!r} is not among compare.cases ({', '.join(cases) or 'none'})")
     wanted = {name: case for name, case in cases.items() if not options.case or name in options.case}
     taken: dict[str, str] = {}
-    for name, case in wanted.items():  # all that can be refused is, before the first is run
+    for name, case in wanted.items():  # refuse whatever can be refused before the first run
         prepare.check(case, base_dir)
         for arm in arms.arms(case):
             for seed in range(case.compare.seeds):
@@ -111,9 +111,9 @@ def _output(arm: str, seed: int) -> str:
 
 
 class Filling:
-    """Fills outputs one after the other on one session, which starts when it is needed: all have the same models.
-    A method that brings something of its own into the generators starts another. counts, seconds, actors: of what was
-    drawn by this command."""
+    """Fills outputs one after the other on one session, since all have the same models. The session starts when it is
+    first needed; a method that brings something of its own into the generators needs another one. counts, seconds,
+    actors: of what this object drew."""
 
     def __init__(self) -> None:
         self.counts, self.seconds, self.actors = Counts(), 0.0, 1
@@ -128,10 +128,10 @@ class Filling:
         self.stack.__exit__(*error)
 
     def fill(self, title: str, prepared: Prepared) -> None:
-        """An output that is whole already costs nothing. Raises Exit, ConfigError."""
+        """Fill one output; one that is whole already costs nothing. Raises Exit, ConfigError."""
         if manifest.read_run(prepared.output) is not None and prepared.table().whole():
             return
-        brings = _brings(prepared.located.method)
+        brings = prepared.located.method.brings
         if self.session is None or (brings and brings != self.brought):
             self.stack.close()
             self.session, self.brought = self.stack.enter_context(session.Session(prepared, say)), brings
@@ -146,11 +146,6 @@ class Filling:
         """Seconds that one replica of each role worked for a sample; empty where nothing was drawn."""
         samples = self.counts.samples
         return {role: seconds / samples for role, seconds in self.counts.busy.items()} if samples else {}
-
-
-def _brings(method: Method) -> str | None:
-    """What generators load beside the base model for this method."""
-    return method.value if isinstance(method, ReControl) else "rewards" if isinstance(method, Args) else None
 
 
 def folder(name: str) -> str:

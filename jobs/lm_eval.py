@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     parse.add_argument("--apply-chat-template", action="store_true", help="ask as a chat, examples as its turns")
     parse.add_argument(
         "--arms",
-        default="base,best-of-n,aisp",
-        help="base (greedy), best-of-n (of top-p samples), aisp, or others of `aisp compare`, as its folders name them",
+        help="base (greedy), best-of-n (of top-p samples), and arms of `aisp compare` as its folders name them, with "
+        "commas between; default: base, best-of-n and the configured method",
     )
     parse.add_argument(
         "--cap-new-tokens",
@@ -107,12 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     return parse
 
 
-def _wanted(run: Run, names: str) -> dict[str, Method | None]:
-    """The arms asked for, base without a method of its own. Raises ConfigError for one that there is not."""
-    found = {arms.BASE: None} | arms.arms(run)
+def _wanted(run: Run, names: str | None) -> dict[str, Method | None]:
+    """The arms asked for; base has no method of its own. Raises ConfigError for an unknown arm."""
+    methods = arms.arms(run)
+    found = {arms.BASE: None} | methods
     short = {folder(arm): arm for arm in found} | ({"best-of-n": arms.TOP_P} if arms.TOP_P in found else {})
+    usual = [arms.BASE, *(name for name in ("best-of-n", folder(arms.main_arm(run, methods))) if name in short)]
     wanted: dict[str, Method | None] = {}
-    for name in filter(None, names.split(",")):
+    for name in usual if names is None else filter(None, names.split(",")):
         if name not in short:
             raise ConfigError(f"--arms: {name!r} is not among {', '.join(short)}")
         wanted[short[name]] = found[short[name]]
@@ -145,7 +147,7 @@ class Answers:
         self.run, self.base_dir, self.options = run, base_dir, options
         drawn = {arm: method for arm, method in wanted.items() if method is not None}
         self.drawn: dict[str, Method] = drawn or {arms.BASE: BestOfN(num_samples=1, num_iterations=1)}
-        self.greedy = arms.AISP if arms.AISP in self.drawn else next(iter(self.drawn))
+        self.greedy = next(iter(self.drawn))
         self.output = Place.at(run.output, run.runtime.storage_options) / "lm-eval"
         self.columns: dict[str, dict[str, Columns]] = {}  # by group and arm
         self.texts: dict[tuple[str, str], dict[str, Row]] = {}  # by group and arm, rows by id

@@ -1,7 +1,7 @@
 """From files and flags to a Run: YAML, then later --config files, then dotted flags. Imports no torch and no Ray.
 
-Sections merge key by key. Unions (the method, a reward, lambda, noise, decode, sampling, candidates) are replaced
-whole, never merged; only a scalar flag such as --method.num_iterations reaches into the method or reward that is there.
+Sections merge key by key. A choice between kinds or shapes (the method, a reward, `lambda`, `candidates`) is replaced
+whole, never merged; only a flag such as --method.num_iterations reaches into the method or reward that is there.
 """
 
 from __future__ import annotations
@@ -9,27 +9,41 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import create_model
+from pydantic import BaseModel, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from aisp_dist.config import (
     ConfigError,
     FunctionReward,
+    Method,
     ModelReward,
     Reward,
     RewardReplicas,
     Run,
     Runtime,
+    Save,
     Section,
 )
 from aisp_dist.config.load import check, read_yaml
 from aisp_dist.rewards import templates
 
 _KINDS = ("method", "rewards.*", "compare.arms.*")  # discriminated by `kind`
-_UNIONS = ("method.sigma2", "method.lambda", "method.noise", "method.decode", "method.sampling", "save.candidates")
+
+
+def _shapes(at: str, section: type[BaseModel]) -> set[str]:
+    """The keys of a section that take one of several shapes, as a number or {ess: 0.1}."""
+    found = set()
+    for name, field in section.model_fields.items():
+        shapes = set(get_args(field.annotation)) - {type(None)}
+        if len(shapes) > 1 and any(isinstance(shape, type) and issubclass(shape, Section) for shape in shapes):
+            found.add(f"{at}.{field.alias or name}")
+    return found
+
+
+_UNIONS = _shapes("save", Save).union(*(_shapes("method", method) for method in get_args(get_args(Method)[0])))
 
 
 def parser(verb: str, about: str, config: bool = True) -> argparse.ArgumentParser:
@@ -53,7 +67,7 @@ def read(parse: argparse.ArgumentParser, args: Sequence[str]) -> tuple[argparse.
         _flags({}, ["--help"])
     if not files:
         raise ConfigError(f"no configuration: give a YAML file, as in `{parse.prog} configs/quickstart.yaml`")
-    values: dict[str, Any] = {"method": {"kind": "aisp"}}
+    values: dict[str, Any] = {}
     for file in files:
         values = merge(values, read_yaml(file))
     values = merge(values, _flags(values, flags), flags=True)

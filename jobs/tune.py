@@ -1,5 +1,5 @@
-"""`aisp tune CONFIG`: search every method's settings on a few prompts, with the same budget for each, and write a
-configuration with what was found. Every trial is an ordinary output under tune/, so the same command resumes."""
+"""`aisp tune CONFIG`: search the settings of every method on a few prompts, with the same budget for each, and write a
+configuration with the best ones. Every trial is an ordinary output under tune/, so the same command resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from aisp_dist.analysis import arms, metrics, tune
-from aisp_dist.config import Aisp, BestOfN, ConfigError, Method, Run, load
+from aisp_dist.config import ConfigError, Method, Run, load
 from aisp_dist.data import prompts
 from aisp_dist.output.filesystem import Place
 from jobs import cli, compare, prepare, settings
@@ -23,10 +23,10 @@ from jobs.progress import say
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("tune", cli.VERBS["tune"])
-    for name, about in (("prompts", "of a trial"), ("trials", "of each arm")):
+    for name, about in (("prompts", "prompts of a trial"), ("trials", "trials of each arm")):
         parse.add_argument(f"--{name}", type=int, help=f"{about} (tune.{name})")
-    parse.add_argument("--search", choices=("grid", "tpe"), help="tune.search")
-    parse.add_argument("--arm", action="append", help="an arm to tune, may be repeated (all of compare's)")
+    parse.add_argument("--search", choices=("grid", "tpe"), help="how to search (tune.search)")
+    parse.add_argument("--arm", action="append", help="an arm to tune; may be repeated (default: every arm of compare)")
     options, run, base_dir = settings.read(parse, args)
     given = {n: v for n in ("prompts", "trials", "search") if (v := getattr(options, n)) is not None}
     secrets = {"runtime": {"storage_options"}}
@@ -35,8 +35,10 @@ def main(args: Sequence[str]) -> int:
     if run.compare.cases:
         raise ConfigError("compare.cases: one case is tuned at a time; give a configuration without cases")
     wanted = _arms(run, options.arm)
-    for method in wanted.values():
-        for point, _ in tune.grid_points(tune.grids(method, run.tune), run.tune.trials, run.seed):
+    if unknown := sorted(set(run.tune.grids) - set(arms.arms(run))):
+        raise ConfigError(f"tune.grids: {unknown[0]!r} is no arm; the arms are {'; '.join(arms.arms(run))}")
+    for arm, method in wanted.items():
+        for point, _ in tune.grid_points(tune.spaces(arm, method, run.tune), run.tune.trials, run.seed):
             tune.placed(method, point)
     run = _tuning_prompts(run, base_dir)
     output = Place.at(run.output, run.runtime.storage_options) / "tune"
@@ -53,8 +55,8 @@ def main(args: Sequence[str]) -> int:
 
 
 def _arms(run: Run, names: Sequence[str] | None) -> dict[str, Method]:
-    found = {arm: m for arm, m in arms.arms(run).items() if not (isinstance(m, Aisp) and m.shuffle_rewards)}
-    found = {arm: m for arm, m in found.items() if arm != arms.RANDOM}
+    """The arms to tune by name. Controls and the random pick follow the arms that they belong to."""
+    found = {arm: m for arm, m in arms.arms(run).items() if not m.is_control and arm != arms.RANDOM}
     chosen = names or list(found)
     if unknown := [name for name in chosen if name not in found]:
         raise ConfigError(f"--arm: {unknown[0]!r} is not among {'; '.join(found)}")
@@ -74,11 +76,11 @@ def _tuning_prompts(run: Run, base_dir: Path) -> Run:
 
 
 def _search(run: Run, base_dir: Path, output: Place, arm: str, method: Method, filling: compare.Filling) -> tune.Search:
-    search = tune.Search(method, run.tune, run.seed)
+    search = tune.Search(tune.spaces(arm, method, run.tune), run.tune, run.seed)
     for k, (point, seed) in enumerate(search):
         trial = run.model_copy(update={"seed": run.seed + seed})
         told = json.dumps([point, seed, run.prompts.skip, run.tune.prompts], sort_keys=True)
-        name = f"{arm}-{hashlib.blake2b(told.encode(), digest_size=4).hexdigest()}"  # whatever the search that asks
+        name = f"{arm}-{hashlib.blake2b(told.encode(), digest_size=4).hexdigest()}"  # the same for every kind of search
         plans = compare.prepare_all(trial, base_dir, output, {name: tune.placed(method, point)}, run.tune.prompts, 1)
         (prepared,) = plans[name]
         filling.fill(f"{arm} {k + 1}/{run.tune.trials}", prepared)
@@ -102,9 +104,9 @@ def _write(
     run: Run,
     found: Mapping[str, tune.Search],
 ) -> None:
-    """trials.json and tuned.yaml: the configuration with every tuned arm in its place, for `aisp compare` into an
-    output of its own. What was not tuned, or left out by a null, stays so; arms that an earlier call tuned in the same
-    way stay tuned."""
+    """Write trials.json, and tuned.yaml: the configuration with every tuned arm in its place, for `aisp compare` into
+    an output of its own. Other arms stay as they are, null too; arms that an earlier call tuned by the same section
+    `tune` stay tuned."""
     way = run.tune.model_dump(mode="json", by_alias=True)
     before = json.loads(output.read("trials.json") or "{}")
     kept = [one for one in before.get("arms", ()) if before["tune"] == way and one["arm"] not in found]
@@ -119,11 +121,12 @@ def _write(
     method = next((tuned[arm] for arm in tuned if there[arm] == run.method), run.method)
     named: dict[str, Method | None] = {arm: None for arm, method in run.compare.arms.items() if method is None}
     named |= there | tuned
-    for arm, control in there.items():  # controls follow what they are the control of
-        if isinstance(control, Aisp) and control.shuffle_rewards and isinstance(method, Aisp):
-            named[arm] = method.model_copy(update={"shuffle_rewards": True})
-        if arm == arms.RANDOM and isinstance(nucleus := tuned.get(arms.TOP_P), BestOfN):
-            named[arm] = nucleus.model_copy(update={"num_samples": 1, "num_iterations": 1, "spend": None})
+    for arm, control in there.items():
+        true = next((tuned[name] for name in tuned if there[name] == control.shuffled(False)), None)
+        if control.is_control and true is not None:
+            named[arm] = true.shuffled(True)
+    if arms.RANDOM in there and arms.TOP_P in tuned:
+        named[arms.RANDOM] = arms.one_answer(tuned[arms.TOP_P])
     dumped = {arm: m and m.model_dump(mode="json", by_alias=True) for arm, m in named.items()}
     changed = {
         "output": f"{run.output}/tuned",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from aisp_dist.config import ConfigError, load
+from aisp_dist.config import ConfigError, Prompts
 from aisp_dist.data import prompts
 from aisp_dist.data.sources import exists, is_local
 from aisp_dist.output import manifest, verify
@@ -40,7 +40,7 @@ def inputs(output: Place) -> Iterator[Input] | None:
     run = manifest.read_run(output)
     if run is None:
         return None  # verify says that there is no run
-    settings = load.check(run["config"]).prompts
+    settings = Prompts.model_validate(run["config"]["prompts"])
     source = Path(settings.source).expanduser()
     if settings.source == "demo" or source.is_absolute():
         return prompts.read(settings)

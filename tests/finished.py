@@ -26,7 +26,7 @@ def vowels(completions, **_):
 def words(completions, **_):
     return [float(len(text.split())) for text in texts(completions)]
 """
-AISP = {"kind": "aisp", "num_samples": 4, "num_iterations": 3, "sigma2": 0.3}
+AISP = {"kind": "aisp", "num_samples": 4, "num_iterations": 3, "sigma2": 0.3, "lambda": {"ess": 0.1}}
 BEST_OF_N = {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "sampling": {"gaussian": 0.3}}
 
 

@@ -253,7 +253,7 @@ class Job:
             "prompts": {"source": "prompts.jsonl", "keep": ["n"], "max_tokens": 64},
             "generator": {"model": "demo", "max_new_tokens": 24, "batch_rows": 16},
             "rewards": {"words": {"kind": "function", "function": "rewards.py:words"}},
-            "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2},
+            "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2, "lambda": {"ess": 0.1}},
             "save": {"rows_per_file": ROWS, "flush_seconds": 0.2, "candidates": "all"},
             "runtime": {"retries": 50, "timeouts": TIMEOUTS},
         }

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from aisp_dist.analysis import arms, compare, outputs
-from aisp_dist.analysis.arms import AISP, GAUSSIAN, RANDOM, SHUFFLED, TOP_P
-from aisp_dist.config import Aisp, BestOfN, ConfigError, Gaussian, Nucleus, Run
+from aisp_dist.analysis.arms import AISP, GAUSSIAN, POPULATION, RANDOM, TOP_P
+from aisp_dist.config import Aisp, ConfigError, Ess, Gaussian, Nucleus, Population, Run
 from aisp_dist.output.filesystem import Place
 
 CONFIG = {
@@ -65,7 +65,7 @@ def test_paired_differences_are_over_the_prompts_that_every_arm_finished(tmp_pat
         TOP_P: [write(tmp_path / "p", {"x": 1.0, "y": 2.0, "z": 9.0})],
         GAUSSIAN: [write(tmp_path / "g", {"x": 0.0, "y": 0.0, "z": 0.0})],
         AISP: [write(tmp_path / "a", {"x": 3.0, "y": 1.5})],
-        SHUFFLED: [write(tmp_path / "s", {"x": 1.0, "y": 1.0, "z": 1.0})],
+        "aisp, rewards shuffled": [write(tmp_path / "s", {"x": 1.0, "y": 1.0, "z": 1.0})],
     }
     found = compared(found)
     arms = {arm.name: arm for arm in found.arms}
@@ -100,7 +100,7 @@ def test_seeds_are_averaged_before_prompts(tmp_path):
         TOP_P: two("p", 0.0, 2.0),
         GAUSSIAN: two("g", 1.0, 1.0),
         AISP: two("a", 2.0, 4.0),
-        SHUFFLED: two("s", 0.0, 0.0),
+        "aisp, rewards shuffled": two("s", 0.0, 0.0),
     }
     arms = {arm.name: arm for arm in compared(found).arms}
     assert arms[AISP].reward == (3, 3, 3) and arms[TOP_P].versus == (2, 2, 2)
@@ -141,22 +141,49 @@ def run(method) -> Run:
     return Run.model_validate({"output": "o", "generator": {"model": "m"}, "rewards": rewards, "method": method})
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"kind": "aisp", "num_samples": 4, "num_iterations": 3, "sigma2": 0.7},
-        {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "sampling": {"top_p": 0.8}},
-        {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "sampling": {"gaussian": 0.2}},
-    ],
-)
-def test_all_arms_have_the_same_samples_and_keep_what_the_configuration_says(method):
-    found = arms.arms(run(method))
+SIZE = {"num_samples": 4, "num_iterations": 3}
+OWN = [
+    {"kind": "aisp", "sigma2": 0.7, "lambda": 0.3},
+    {"kind": "aisp", "sigma2": 0.7, "lambda": 0.3, "shuffle_rewards": True},
+    {"kind": "population", "ess": 4.0},
+    {"kind": "best_of_n", "sampling": {"top_p": 0.8}},
+    {"kind": "best_of_n", "sampling": {"gaussian": 0.2}},
+]
+
+
+@pytest.mark.parametrize("own", OWN, ids=str)
+def test_the_usual_arms_have_the_same_samples_and_keep_what_the_configuration_says(own):
+    made = run(own | SIZE)
+    found = arms.arms(made)
     assert {(m.num_samples, m.num_iterations) for name, m in found.items() if name != RANDOM} == {(4, 3)}
-    assert isinstance(found[AISP], Aisp) and not found[AISP].shuffle_rewards and found[SHUFFLED].shuffle_rewards
-    assert isinstance(found[TOP_P], BestOfN) and isinstance(found[TOP_P].sampling_, Nucleus)
-    assert isinstance(found[GAUSSIAN].sampling_, Gaussian)
+    assert {TOP_P, GAUSSIAN, AISP, POPULATION} < set(found)
+    for name, method in found.items():
+        assert name in (method.name, RANDOM), "an arm is called what runs there"
     assert found[RANDOM] == found[TOP_P].model_copy(update={"num_samples": 1, "num_iterations": 1})
-    assert run(method).method in found.values()
+    assert made.method in found.values()
+    main = arms.main_arm(made, found)
+    assert found[main] == made.method.shuffled(False), "the main arm is the configuration's own method"
+    (control,) = [m for m in found.values() if m.is_control]
+    learns = main if main in (AISP, POPULATION) else AISP
+    assert control == found[learns].model_copy(update={"shuffle_rewards": True})
+
+
+def test_usual_arms_that_the_configuration_does_not_name_have_documented_defaults():
+    found = arms.arms(run({"kind": "args"}))
+    assert found[AISP] == Aisp(num_samples=1, num_iterations=1, lambda_=Ess(ess=0.1))
+    assert found[POPULATION] == Population(num_samples=1, num_iterations=1)
+    assert found[GAUSSIAN].sampling == Gaussian(gaussian=0.5) and found[TOP_P].sampling == Nucleus(top_p=0.95)
+    assert arms.main_arm(run({"kind": "args"}), found) == "args"
+
+
+def test_named_arms_replace_usual_ones_and_their_control_follows():
+    mine = {"kind": "aisp", "sigma2": 2.0, "lambda": {"ess": 0.2}} | SIZE
+    made = run({"kind": "best_of_n"} | SIZE)
+    given = made.compare.model_validate({"arms": {AISP: mine, POPULATION: None, "own name": mine}})
+    found = arms.arms(made.model_copy(update={"compare": given}))
+    assert found[AISP] == found["own name"] == Aisp.model_validate(mine) and POPULATION not in found
+    assert found["aisp, rewards shuffled"] == found[AISP].shuffled(True)
+    assert found[GAUSSIAN].sampling == Gaussian(gaussian=2.0), "best-of-n has the noise of AISP's first iteration"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +191,7 @@ def test_all_arms_have_the_same_samples_and_keep_what_the_configuration_says(met
     [
         (
             {"base": {"kind": "best_of_n", "num_samples": 1, "num_iterations": 1}},
-            "'base' is what the greedy answers are",
+            "'base' is the name of the greedy answers",
         ),
         (
             {"b": {"kind": "best_of_n", "num_samples": 4, "num_iterations": 3, "spend": {"plateau": 1}}},
@@ -173,7 +200,7 @@ def test_all_arms_have_the_same_samples_and_keep_what_the_configuration_says(met
     ],
 )
 def test_arms_that_would_mislead_are_refused(named, said):
-    own = run({"kind": "aisp", "num_samples": 4, "num_iterations": 3})
+    own = run({"kind": "aisp", "num_samples": 4, "num_iterations": 3, "lambda": {"ess": 0.1}})
     made = own.model_copy(
         update={
             "compare": own.compare.model_validate({"arms": {n: {"kind": "best_of_n", **m} for n, m in named.items()}})

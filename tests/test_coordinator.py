@@ -86,7 +86,7 @@ def run_of(tmp_path, lines=20, **changes) -> Run:
             "prompts": {"source": str(source), "format": "raw"},
             "generator": {"model": "demo", "max_new_tokens": 16, "batch_rows": 32},
             "rewards": {"r": {"kind": "function", "function": "r.py:f"}},
-            "method": {"kind": "aisp", "num_samples": 8, "num_iterations": 3},
+            "method": {"kind": "aisp", "num_samples": 8, "num_iterations": 3, "lambda": {"ess": 0.1}},
             "save": {"rows_per_file": 7, "flush_seconds": 0.05},
             **changes,
         }

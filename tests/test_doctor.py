@@ -38,7 +38,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prompts": {"source": str(folder / "prompts.jsonl")},
         "generator": {"model": str(folder / "base"), "max_new_tokens": 8, "batch_rows": 20},
         "rewards": {"main": {"kind": "model", "model": str(folder / "reward")}},
-        "method": {"kind": "aisp", "num_samples": 5, "sigma2": 0.3},
+        "method": {"kind": "aisp", "num_samples": 5, "num_iterations": 8, "sigma2": 0.3, "lambda": {"ess": 0.1}},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return folder
@@ -125,7 +125,7 @@ def test_an_end_token_that_only_the_template_names():
     assert "generation_config.json" in found.advice
 
 
-AISP = {"kind": "aisp", "num_samples": 3, "sigma2": 0.3}
+AISP = {"kind": "aisp", "num_samples": 3, "num_iterations": 8, "sigma2": 0.3, "lambda": {"ess": 0.1}}
 
 
 def asked(one: decode.Engine, method: dict[str, Any] = AISP) -> list[Any]:
@@ -150,7 +150,9 @@ def failures(one: decode.Engine, method: dict[str, Any] = AISP) -> list[str]:
 @pytest.mark.parametrize(
     "method",
     [
-        AISP | {"noise": {"ar1": 0.7}, "decode": {"top_p": 0.9}, "after_eos": "marginal"},
+        AISP | {"noise": {"ar1": 0.7}, "after_eos": "marginal"},
+        AISP | {"sigma2": {"flip_rate": 0.1}},
+        {"kind": "population"},
         {"kind": "best_of_n", "sampling": {"top_p": 0.9}},
     ],
 )

@@ -145,7 +145,7 @@ def test_searches_that_spend_adaptively_are_measured_as_far_as_each_went(tmp_pat
 
 def test_best_of_n_has_no_kl_and_its_noise_flips(here, capsys):
     found = document(capsys, "best")
-    assert found["kl"] is None and "undefined for best_of_n" in found["omitted"]["kl"]
+    assert found["kl"] is None and "undefined for best-of-n gaussian" in found["omitted"]["kl"]
     assert len(found["flips"]) == 3
 
 

@@ -24,6 +24,7 @@ def settings(tmp_path_factory):
             "output": "o",
             "generator": {"model": str(folder), "max_new_tokens": 12, "batch_rows": 32},
             "rewards": {"r": {"kind": "function", "function": "r.py:f"}},
+            "method": {"kind": "best_of_n"},
         }
     )
 

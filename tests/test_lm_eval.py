@@ -45,7 +45,7 @@ RUN = {
     "prompts": {"overlong": "left"},
     "generator": {"model": "demo", "max_new_tokens": 12, "batch_rows": 32},
     "rewards": {"main": {"kind": "function", "function": "rewards.py:strange"}},
-    "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2},
+    "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2, "lambda": {"ess": 0.1}},
 }
 
 

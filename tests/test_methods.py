@@ -54,8 +54,7 @@ def test_weights_are_equivariant_under_permutation():
 
 
 def test_weights_are_softmax_of_reward_over_lambda_when_alpha_is_one():
-    settings = config.Aisp(alpha=1.0, sigma2=2.0)
-    assert aisp.penalty(123.0, 456.0, settings.alpha, settings.sigma2) == 0
+    assert aisp.penalty(123.0, 456.0, alpha=1.0, sigma2=2.0) == 0
     w = weights([1.0, 2.0], lambda_=0.5)
     assert w[1] / w[0] == pytest.approx(math.exp(2), rel=1e-6)
 
@@ -85,7 +84,7 @@ def test_missing_rewards_have_no_weight_and_none_at_all_keeps_u():
 
 def dense_log_weights(settings: config.Aisp, e, m, r, lengths):
     """(18) with u . v and the dense precision matrix of the steps that count, as algorithm prints it."""
-    sampling = settings.sampling()
+    sampling, _ = settings.draws()
     steps = e.shape[1]
     out = []
     lower = np.linalg.cholesky(covariance(sampling, steps))
@@ -135,7 +134,7 @@ def test_linear_reward_reaches_the_closed_form_fixed_point(noise):
     world = World(C)
     settings = run(method)
     world.align(settings)
-    sampling = settings.method.sampling()
+    sampling, _ = settings.method.draws()
     correlation = covariance(sampling, len(C))
     lower = np.linalg.cholesky(correlation + 1e-12 * np.eye(len(C)))
     u = lower @ np.mean(world.m_of[-16:], axis=0)
@@ -176,7 +175,7 @@ def test_kl_is_the_squared_control_over_twice_sigma2():
 def test_one_sample_gives_u_equal_v():
     world = World(C)
     world.align(run({"num_samples": 1, "num_iterations": 2, "lambda": 1.0}))
-    e = white_noise(0, run({}).method.sampling(), 0, range(1), *C.shape)
+    e = white_noise(0, run({}).method.draws()[0], 0, range(1), *C.shape)
     np.testing.assert_allclose(world.m_of[1], e[0], rtol=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_evaluate_measures_it(old, capsys):
     assert found["prompts"] == found["sampled"] == 5
     mean = sum(row["reward"] for row in rows(old / "relabelled")) / 5
     assert found["measures"]["reward"]["selected"][0] == pytest.approx(mean)
-    assert "sigma2: 0" in found["omitted"]["kl"] and found["flips"] is None
+    assert "undefined for population" in found["omitted"]["kl"] and found["flips"] is None
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -83,6 +84,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_resuming_it_is_refused_with_its_version_and_nothing_is_written(old, capsys, monkeypatch):
     monkeypatch.chdir(old)
+    with pytest.raises(SystemExit) as left:
+        cli.run("align", ["run.yaml"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "preset: not a key of kind: aisp" in said
+    values = yaml.safe_load((old / "run.yaml").read_text())
+    (again,) = re.findall(r"write (\{.*\})$", said)
+    (old / "run.yaml").write_text(yaml.safe_dump(values | {"method": yaml.safe_load(again)}))
     before = files(old)
     for args in (["run.yaml"], ["run.yaml", "--retry-failed"], ["run.yaml", "--shard", "0/2"]):
         with pytest.raises(SystemExit) as left:

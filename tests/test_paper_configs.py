@@ -14,7 +14,7 @@ from jobs import compare, prepare, settings
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
 CHOSEN = {  # sigma2, lambda, alpha of arXiv 2510.26219, by base model, reward model and dataset
     "llama3-ultrarm-shp": (0.5, 0.3, 0.9999), "llama3-eurus-shp": (0.5, 240, 0.999),
-    "vicuna-ultrarm-shp": (0.5, 0.3, 0.9999), "vicuna-eurus-shp": (0.7, 60, 0.9999),
+    "vicuna-ultrarm-shp": (0.5, 0.3, 0.9999), "vicuna-eurus-shp": (0.7, 60, 0.999),
     "gemma3-ultrarm-shp": (0.5, 0.5, 0.999), "gemma3-eurus-shp": (0.7, 480, 0.999),
     "llama3-ultrarm-hh": (0.7, 0.5, 0.999), "llama3-eurus-hh": (0.5, 60, 0.99999),
     "vicuna-ultrarm-hh": (0.5, 0.3, 0.99999), "vicuna-eurus-hh": (0.5, 60, 0.9999),
@@ -60,7 +60,8 @@ def test_the_miniature_has_every_method_and_finds_its_files(real_data):
     for run in found.values():
         of = arms.arms(run)
         kinds = {m.kind for m in of.values()}
-        assert kinds == {"aisp", "batched_aisp", "best_of_n", "args", "re_control"} and run.compare.seeds == 2
+        assert kinds == {"aisp", "batched_aisp", "population", "best_of_n", "args", "re_control"}
+        assert run.compare.seeds == 2
         assert isinstance(run.method, Aisp) and any(r.use == "report" for r in run.rewards.values())
         prepare.check(run, base_dir)
 
@@ -70,8 +71,8 @@ def test_the_miniature_has_every_method_and_finds_its_files(real_data):
     [
         ({"cases": {"A b": {}, "a-b": {}}}, "a-b: two would be written to compare/a-b/"),
         (
-            {"seeds": 2, "arms": {"aisp seed1": {"kind": "aisp", "num_iterations": 4}}},
-            "two would be written to compare/aisp",
+            {"seeds": 2, "arms": {"population seed1": {"kind": "population", "num_iterations": 4}}},
+            "two would be written to compare/population",
         ),
     ],
 )

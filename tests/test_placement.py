@@ -18,7 +18,8 @@ WORDS = {"kind": "function", "function": "a.py:b", "use": "report"}
 
 def run(models=None, **runtime) -> Run:
     models = {"main": MAIN, "words": WORDS} if models is None else models
-    return Run.model_validate({"output": "x", "generator": {"model": "demo"}, "rewards": models, "runtime": runtime})
+    values = {"output": "x", "generator": {"model": "demo"}, "method": {"kind": "best_of_n"}}
+    return Run.model_validate(values | {"rewards": models, "runtime": runtime})
 
 
 def machine(cpus: float, gpus: float = 0, kind: str | None = None) -> dict[str, float]:

@@ -21,6 +21,7 @@ def run(tmp_path):
     return Run.model_validate({
         "output": str(tmp_path), "prompts": {"source": str(tmp_path / "p.txt")}, "generator": {"model": "demo"},
         "rewards": {"r": {"kind": "function", "function": "a.py:b"}},
+        "method": {"kind": "best_of_n", "num_samples": 16, "num_iterations": 8},
     })  # fmt: skip
 
 

@@ -20,7 +20,7 @@ CONFIG = {
     "prompts": {"source": "prompts.jsonl"},
     "generator": {"model": "demo"},
     "rewards": {"words": {"kind": "function", "function": "rewards.py:words"}},
-    "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2},
+    "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2, "lambda": {"ess": 0.1}},
 }
 
 

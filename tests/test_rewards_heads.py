@@ -104,7 +104,8 @@ def test_the_template_of_a_reward_is_in_the_fingerprint(tmp_path):
         if text:
             (tmp_path / "t.jinja").write_text(text)
         reward = {"kind": "model", "model": "demo", "chat_template": template}
-        run = Run.model_validate({"output": "x", "generator": {"model": "demo"}, "rewards": {"main": reward}})
+        values = {"output": "x", "generator": {"model": "demo"}, "method": {"kind": "best_of_n"}}
+        run = Run.model_validate(values | {"rewards": {"main": reward}})
         return fingerprint.fingerprint(fingerprint.components(run, fingerprint.locate(run, tmp_path), tmp_path))
 
     seen = {parts(None), parts("eurus"), parts("ultrarm"), parts("t.jinja", "a"), parts("t.jinja", "b")}

@@ -80,9 +80,8 @@ def write(folder: Path, **changes) -> None:
             "words": {"kind": "function", "function": "rewards.py:words"},
             "minus": {"kind": "function", "function": "rewards.py:minus", "use": "report"},
         },
-        # Everything that a search may ask of a generator: noise, draws, given tokens, likelihoods, a calibration.
-        "method": {"kind": "aisp", "preset": "auto", "num_samples": 8, "num_iterations": 3, "noise": "shared"}
-        | {"sigma2": {"flip_rate": 0.1}, "limit": {"nll": 3.0}},
+        # What a search may ask of a generator beside noise: draws, given tokens, likelihoods, a calibration.
+        "method": {"kind": "population", "num_samples": 8, "num_iterations": 3, "limit": {"nll": 3.0}},
         "save": {"rows_per_file": 5, "flush_seconds": 0.2},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config | changes))
@@ -276,7 +275,8 @@ def test_real_posts_through_a_real_story_model(cluster, project, real_data):
         prompts={"source": str(real_data / "data/shp_test_500.jsonl.gz"), "column": "history", "id_column": "post_id",
                  "format": "shp", "limit": 5, "max_tokens": 300, "overlong": "left"},
         generator={"model": str(real_data / "models/stories260k"), "max_new_tokens": 32, "batch_rows": 32},
-        method={"kind": "aisp", "num_samples": 8, "num_iterations": 2, "sigma2": 1.0, "noise": {"ar1": 0.5}},
+        method={"kind": "aisp", "num_samples": 8, "num_iterations": 2, "sigma2": 1.0, "noise": {"ar1": 0.5},
+                "lambda": {"ess": 0.1}},
     )  # fmt: skip
     aisp("align", "run.yaml", cwd=project, env=cluster)
     rows = tables(project / "out")["data/part-000000.parquet"]
@@ -291,7 +291,7 @@ def test_compare_runs_every_method_and_repeats_nothing(cluster, project):
     train = ["run.yaml", "--out", "value", "--prompts", "10", "--width", "8", "--epochs", "2", "--compare.prompts", "2"]
     aisp("train_value", *train, cwd=project, env=cluster)
     others = {
-        "batched": {"kind": "batched_aisp", "num_prompts": 4, "budget": 24},
+        "batched": {"kind": "batched_aisp", "num_prompts": 4, "budget": 24, "lambda": {"ess": 0.1}},
         "args": {"kind": "args", "num_candidates": 3},
         "re-control": {"kind": "re_control", "value": "value", "steps": 3},
         "best-of-n gaussian": None,
@@ -303,8 +303,8 @@ def test_compare_runs_every_method_and_repeats_nothing(cluster, project):
     root = project / "out" / "compare"
     found = json.loads((root / "same" / "comparison.json").read_text())
     arms = {arm["name"]: arm for arm in found["arms"]}
-    usual = {"base", "best-of-n top-p", "aisp", "aisp, rewards shuffled", "random pick"}
-    assert found["main"] == "aisp" and set(arms) == usual | set(others) - {"best-of-n gaussian"}
+    usual = {"base", "best-of-n top-p", "aisp", "population", "population, rewards shuffled", "random pick"}
+    assert found["main"] == "population" and set(arms) == usual | set(others) - {"best-of-n gaussian"}
     once = {"base", "random pick", "args", "re-control"}
     assert {name: arm["samples"] for name, arm in arms.items()} == {n: 1 if n in once else 24 for n in arms}
     assert all("minus" in arm["held_out"] and arm["prompts"] == 3 for arm in found["arms"])
@@ -329,11 +329,11 @@ def test_compare_runs_every_method_and_repeats_nothing(cluster, project):
 
 def test_tune_spends_the_same_on_every_arm_and_its_configuration_is_compared_next(cluster, project):
     write(project, compare={"prompts": 8}, tune={"prompts": 2, "trials": 2, "search": "tpe"})
-    flags = ["run.yaml", "--method.num_iterations", "2", "--arm", "aisp", "--arm", "best-of-n top-p"]
+    flags = ["run.yaml", "--method.num_iterations", "2", "--arm", "population", "--arm", "best-of-n top-p"]
     aisp("tune", *flags, cwd=project, env=cluster)
     found = json.loads((project / "out/tune/trials.json").read_text())["arms"]
     assert [(arm["arm"], [t["samples"] for t in arm["trials"]]) for arm in found] == [
-        ("aisp", [32, 32]), ("best-of-n top-p", [32, 32]),
+        ("population", [32, 32]), ("best-of-n top-p", [32, 32]),
     ]  # fmt: skip
     asked = {
         row["prompt"][0]["content"]
@@ -342,12 +342,11 @@ def test_tune_spends_the_same_on_every_arm_and_its_configuration_is_compared_nex
     }
     assert asked == set(QUESTIONS[8:10]), "those after the ones that compare takes"
     tuned = yaml.safe_load((project / "out/tune/tuned.yaml").read_text())
-    assert tuned["method"]["sigma2"] == found[0]["best"]["sigma2"]
+    assert tuned["method"]["ess"] == found[0]["best"]["ess"]
     arms = tuned["compare"]["arms"]
-    assert (
-        arms["aisp, rewards shuffled"] == tuned["method"] | {"shuffle_rewards": True} and "best-of-n gaussian" in arms
-    )
-    assert arms["random pick"]["sampling"] == found[1]["best"] and tuned["output"] == "out/tuned"
+    assert arms["population, rewards shuffled"] == tuned["method"] | {"shuffle_rewards": True}
+    assert "best-of-n gaussian" in arms and tuned["output"] == "out/tuned"
+    assert {f"sampling.{key}": value for key, value in arms["random pick"]["sampling"].items()} == found[1]["best"]
     before = (project / "out/tune/trials.json").read_bytes()
     again = aisp("tune", *flags, cwd=project, env=cluster)
     assert "joined the Ray cluster" not in again.stderr and (project / "out/tune/trials.json").read_bytes() == before

@@ -191,7 +191,8 @@ def test_without_boto3_the_extra_is_named(place, monkeypatch):
 def test_metrics_keep_what_an_earlier_run_wrote(place, tmp_path):
     (tmp_path / "p.txt").write_text("a\n")
     values = {"output": str(place), "prompts": {"source": str(tmp_path / "p.txt")}, "generator": {"model": "demo"}}
-    run = load.check(values | {"rewards": {"r": {"kind": "function", "function": "a.py:b"}}})
+    rewards = {"r": {"kind": "function", "function": "a.py:b"}}
+    run = load.check(values | {"rewards": rewards, "method": {"kind": "best_of_n"}})
     for _ in range(2):
         with Progress(place, run) as shown:
             for _ in range(3):  # a line a minute, and one at the end
@@ -208,6 +209,7 @@ def test_the_commands_take_the_output_and_write_no_secret(server, place, tmp_pat
         "prompts": {"source": "prompts.jsonl"},
         "generator": {"model": "demo"},
         "rewards": {"words": {"kind": "function", "function": "rewards.py:words"}},
+        "method": {"kind": "best_of_n"},
         "save": {"rows_per_file": 2},
         "runtime": {"storage_options": {"endpoint_override": server.address, "scheme": "http", **KEYS}},
     }

@@ -80,7 +80,7 @@ def run(tmp_path_factory):
         "prompts": {"source": "p.jsonl"},
         "generator": {"model": "demo", "max_new_tokens": 8, "batch_rows": 8},
         "rewards": {"words": {"kind": "function", "function": "rewards.py:words"}},
-        "method": {"kind": "aisp", "num_samples": 2, "num_iterations": 2},
+        "method": {"kind": "aisp", "num_samples": 2, "num_iterations": 2, "lambda": {"ess": 0.1}},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     env = os.environ | SECRETS | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(temp)}

@@ -27,6 +27,7 @@ BASE = {
             "use": "report",
         },
     },
+    "method": {"kind": "aisp", "num_samples": 16, "num_iterations": 8, "lambda": {"ess": 0.1}},
     "runtime": {"rewards": {"main": {"replicas": 1}}},
 }
 
@@ -120,10 +121,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "tune.search": "tpe",
     "tune.nll_weight": 0.5,
     "tune.max_nll": 0.2,
-    **{f"tune.grids.{name}": [0.2, 0.5] for name in ("sigma2", "lambda", "ess", "alpha", "temperature", "top_p")},
-    **{f"tune.grids.{name}": [0.2, 0.5] for name in ("weight", "step_size", "flip_rate")},
-    "tune.grids.branch": [2.0, 3.0],
-    "method.preset": "auto",
+    "tune.grids": {"aisp": {"sigma2": [0.2, 0.5]}},
     "method.num_samples": 4,
     "method.num_iterations": 3,
     "method.sigma2": 0.1,
@@ -169,9 +167,7 @@ WHOLE = {
     "rewards",
     "method",
     "runtime.rewards",
-    "method.decode",
     "method.spend",
-    "method.branch",  # goes with decode
     "method.limit",
     "guard.action",  # goes with a bound
 }  # unions, mappings and what is not given alone: tests of their own
@@ -222,7 +218,8 @@ def test_secrets_are_taken_from_files_and_flags_and_never_shown(tmp_path):
 
 
 def test_unions_are_replaced_whole_by_a_file_and_by_a_whole_flag(tmp_path):
-    values = BASE | {"method": {"kind": "aisp", "sigma2": 0.1, "lambda": {"ess": 0.3}}}
+    aisp = {"kind": "aisp", "num_samples": 16, "num_iterations": 8, "sigma2": 0.1, "lambda": {"ess": 0.3}}
+    values = BASE | {"method": aisp}
     other = {"method": {"kind": "best_of_n", "num_samples": 3}}
     run = read(tmp_path, values=values, more=[other])
     assert run.method == config.BestOfN(num_samples=3)
@@ -251,18 +248,19 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--method.sigma2", "-1"], "method.sigma2: sigma2 is -1; it must be from 0 to 1e12"),
+        (["--method.sigma2", "-1"], "method.sigma2: sigma2 is -1; it must be above 0 and at most 1e12"),
+        (["--method.sigma2", "0"], "method.sigma2: sigma2 is 0; it must be above 0"),
         (["--method.num_samples", "0"], "method.num_samples: .*greater than or equal to 1"),
-        (["--method.lambda", "-2"], "method.lambda: lambda is -2; it must be positive"),
+        (["--method.lambda", "-2"], "method.lambda: lambda is -2; it must be above 0"),
         (["--method.lambda.ess", "1.5"], "method.lambda.ess: .*less than 1"),
-        (
-            ["--tune.grids.alpha", "[1.5]"],
-            r"tune.grids: alpha is \[1.5\]; give at least one value, each once, above 0 and",
-        ),
-        (["--tune.grids.sigma2", "[]"], r"tune.grids: sigma2 is \[\]; give at least one value"),
+        (["--tune.grids", '{"aisp": {"sigma2": []}}'], r"tune.grids: aisp: sigma2 is \[\]; give at least one value"),
+        (["--tune.grids", '{"sigma2": [0.1]}'], "tune.grids: sigma2: name the arm first"),
         (["--compare.arms", '{"a": {"kind": "beam"}}'], "compare.arms.a: kind is 'beam'"),
         (["--method.spend.min_gain", "1"], "method.spend: target and plateau are null"),
         (["--method.spend", '{"target": 1, "max_iterations": 9}'], "max_iterations is 9 without plateau"),
+        (["--method.spend", '{"target": 1, "min_gain": 0.5}'], "min_gain is 0.5 without plateau"),
+        (["--method.limit", "{}"], "method.limit: nll and diversity are null, so nothing is limited"),
+        (["--method.sigma2.flip_rate", "1.5"], "method.sigma2.flip_rate: .*less than 1"),
         (["--method.noise", "pink"], "method.noise: .*'pink'"),
         (["--output", "gs://bucket/x"], "output: gs:// is not implemented; give a local directory, or s3://bucket"),
         (["--output", "s3://id:key@bucket/x"], "^output: not of the form s3://bucket/path; credentials go into"),
@@ -300,10 +298,14 @@ def test_unknown_keys_are_refused_with_a_suggestion(tmp_path):
         read(tmp_path, values=BASE | {"prompts": {"lmit": 3}})
     with pytest.raises(ConfigError, match="generator: missing"):
         read(tmp_path, values={k: v for k, v in BASE.items() if k != "generator"})
+    with pytest.raises(ConfigError, match="^method: missing; it has no default; give one, as {kind: best_of_n, "):
+        read(tmp_path, values={k: v for k, v in BASE.items() if k != "method"})
 
 
 def test_a_wrong_kind_names_those_that_exist(tmp_path):
-    with pytest.raises(ConfigError, match="method: kind is 'beam'; it must be 'aisp', 'batched_aisp', 'best_of_n'"):
+    with pytest.raises(
+        ConfigError, match="method: kind is 'beam'; it must be 'aisp', 'batched_aisp', 'population', 'best_of_n'"
+    ):
         read(tmp_path, values=BASE | {"method": {"kind": "beam"}})
     with pytest.raises(ConfigError, match="rewards.main: kind is None"):
         read(tmp_path, values=BASE | {"rewards": {"main": {"model": "demo"}}})

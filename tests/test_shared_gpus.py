@@ -37,9 +37,8 @@ def planned(share: float, other: float, replicas: int = 2):
         "generators": {"replicas": replicas, "num_gpus": share, "num_cpus": 0.5},
         "rewards": {"main": {"replicas": replicas, "num_gpus": other}},
     }
-    run = Run.model_validate(
-        {"output": "x", "generator": {"model": "demo"}, "rewards": {"main": MAIN}, "runtime": runtime}
-    )
+    values = {"output": "x", "generator": {"model": "demo"}, "method": {"kind": "best_of_n"}}
+    run = Run.model_validate(values | {"rewards": {"main": MAIN}, "runtime": runtime})
     return placement.plan(run, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 

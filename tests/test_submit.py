@@ -36,7 +36,7 @@ CONFIG = {
     "prompts": {"source": "some prompts/p.jsonl"},
     "generator": {"model": "demo", "max_new_tokens": 8, "batch_rows": 8},
     "rewards": {"words": {"kind": "function", "function": "mine/rewards.py:words"}},
-    "method": {"kind": "aisp", "num_samples": 2, "num_iterations": 2},
+    "method": {"kind": "aisp", "num_samples": 2, "num_iterations": 2, "lambda": {"ess": 0.1}},
 }
 REWARD = """
 import aisp_dist

@@ -71,7 +71,8 @@ def test_means_are_paired_and_nulls_left_out(tmp_path):
 
 
 def test_what_was_spent_is_said_where_prompts_may_spend_less(tmp_path):
-    method = Aisp(num_samples=4, num_iterations=3, spend=Spend(plateau=1, max_iterations=5)).model_dump(by_alias=True)
+    spend = Spend(plateau=1, max_iterations=5)
+    method = Aisp(num_samples=4, num_iterations=3, lambda_=0.3, spend=spend).model_dump(by_alias=True)
     rows = [row(1.0, 0.0, 1.0, 0.0) | {"samples_spent": spent} for spent in (4, 20, 9)]
     assert "samples spent: mean 11.0 of 20 a prompt" in said(output(tmp_path / "a", rows, method=method))
     assert "of 12 a prompt" in said(
@@ -95,7 +96,7 @@ def test_kept_values_that_do_not_fit_are_counted(tmp_path):
     lines = [Prompt(f"{n}", n, (("user", "hi"),), (("answer", "a"), ("grade", n / 2)), f"{n}") for n in range(4)]
     columns = {"answer": "string", "grade": "int64", "kept_as_json": "misfits"}
     rewards = {name: {"kind": "function", "function": "a.py:b"} for name in ("main", "words")}
-    config = {"output": "o", "generator": {"model": "m"}, "rewards": rewards}
+    config = {"output": "o", "generator": {"model": "m"}, "rewards": rewards, "method": {"kind": "best_of_n"}}
     manifest.write_run(at(tmp_path), RECORD | {"config": config, "columns": columns})
     rows = store(tmp_path, columns=columns)
     for line in rows.plan(lines):
@@ -107,5 +108,13 @@ def test_kept_values_that_do_not_fit_are_counted(tmp_path):
 def test_the_summary_names_the_method_that_ran(tmp_path):
     method = {"kind": "best_of_n", "num_samples": 3, "num_iterations": 2, "sampling": {"gaussian": 0.5}}
     told = said(output(tmp_path, [row(1.0, 0.0, 1.0, 0.0)], method=method))
-    assert "method: best_of_n {num_samples: 3, num_iterations: 2, sampling: {gaussian: 0.5}}" in told.splitlines()
+    ran = "best-of-n gaussian {num_samples: 3, num_iterations: 2, sampling: {gaussian: 0.5}}"
+    assert f"method: {ran}" in told.splitlines()
     assert "aisp" not in told.replace(str(tmp_path), "").lower()
+
+
+def test_aisp_as_published_is_called_so(tmp_path):
+    method = {"kind": "aisp", "num_samples": 32, "num_iterations": 32, "lambda": 0.3}
+    for name, more, ran in (("a", {}, "aisp as published {"), ("b", {"lambda": {"ess": 0.1}}, "aisp {")):
+        told = said(output(tmp_path / name, [row(1.0, 0.0, 1.0, 0.0)], method=method | more))
+        assert f"method: {ran}lambda: " in told

@@ -4,37 +4,87 @@ from __future__ import annotations
 
 import pytest
 
-from aisp_dist.analysis.tune import Search, Trial, grid_points, grids, placed
-from aisp_dist.config import Aisp, Args, BatchedAisp, BestOfN, ConfigError, Gaussian, ReControl, Tune
+from aisp_dist.analysis.tune import Search, Trial, grid_points, placed, spaces
+from aisp_dist.config import (
+    Aisp,
+    Args,
+    BatchedAisp,
+    BestOfN,
+    ConfigError,
+    Gaussian,
+    Nucleus,
+    Population,
+    ReControl,
+    Tune,
+)
 
-METHODS = [Aisp(), BatchedAisp(), BestOfN(), BestOfN(sampling_=Gaussian(gaussian=1.0)), Args(), ReControl(value="v")]
-METHODS += [Aisp.model_validate({"preset": "auto"})]
+AISP = Aisp(num_samples=4, num_iterations=2, lambda_=0.3)
+METHODS = [
+    AISP,
+    BatchedAisp(num_prompts=2, budget=8, lambda_=0.3),
+    Population(),
+    Population(sampling=Nucleus(top_p=0.9)),
+    BestOfN(),
+    BestOfN(sampling=Gaussian(gaussian=1.0)),
+    Args(),
+    ReControl(value="v"),
+]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("trials", [3, 16, 64])
 def test_every_arm_gets_the_same_number_of_trials_in_its_grid(method, trials):
-    settings = Tune(trials=trials)
-    spaces = grids(method, settings)
-    points = grid_points(spaces, trials, seed=0)
-    assert len(points) == trials and points == grid_points(spaces, trials, seed=0)
+    found = spaces(method.name, method, Tune(trials=trials))
+    points = grid_points(found, trials, seed=0)
+    assert len(points) == trials and points == grid_points(found, trials, seed=0)
     assert len({(tuple(p.items()), seed) for p, seed in points}) == trials, "no trial twice"
     for point, _ in points:
-        assert all(value in spaces[name] for name, value in point.items())
-        assert type(placed(method, point)) is type(method)
+        assert all(value in found[name] for name, value in point.items())
+        at = placed(method, point)
+        assert type(at) is type(method) and values(at, point) == point
+    assert len({placed(method, point) for point, _ in points}) == len({tuple(point.items()) for point, _ in points})
 
 
-def test_a_point_is_in_the_method():
-    at = placed(Aisp(num_samples=4), {"sigma2": 0.3, "ess": 0.2, "alpha": 0.99})
-    assert (at.sigma2, at.lambda_.ess, at.alpha, at.num_samples) == (0.3, 0.2, 0.99, 4)
-    by_unit = Tune(grids={"lambda": [60.0, 240.0]})
-    assert grids(Aisp(), by_unit)["lambda"] == [60.0, 240.0] and "ess" not in grids(Aisp(), by_unit)
-    auto = Aisp.model_validate({"preset": "auto"})
-    found = placed(auto, {"flip_rate": 0.2, "branch": 4.0})
-    assert (found.decode.flip_rate, found.branch.ess, found.sigma2) == (0.2, 4, 0)
-    assert placed(BestOfN(), {"top_p": 0.7, "temperature": 0.4}).sampling_.top_p == 0.7
-    with pytest.raises(ConfigError, match="tune.grids: aisp cannot be at"):
-        placed(Aisp(), {"sigma2": 0.3, "lambda": -1.0, "alpha": 0.9})
+def values(method, point):
+    """What a method says at the keys of a point."""
+
+    def dig(at, key):
+        for part in key.split("."):
+            at = at[part]
+        return at
+
+    return {key: dig(method.model_dump(by_alias=True), key) for key in point}
+
+
+def test_a_point_is_in_the_method_and_changes_nothing_else():
+    at = placed(AISP, {"sigma2": 0.3, "lambda.ess": 0.2, "alpha": 0.99})
+    assert at == Aisp(num_samples=4, num_iterations=2, lambda_={"ess": 0.2}, sigma2=0.3, alpha=0.99)
+    assert placed(BestOfN(), {"sampling.top_p": 0.7}) == BestOfN(sampling=Nucleus(top_p=0.7))
+    assert placed(Population(), {"ess": 4.0, "sampling.flip_rate": 0.2}) == Population(
+        ess=4.0, sampling={"flip_rate": 0.2}
+    )
+    for point in ({"lambda": -1.0}, {"sampling.top_p": 0.9}, {"alpha": 1.5}):
+        with pytest.raises(ConfigError, match="tune.grids: aisp cannot be at"):
+            placed(AISP, point)
+
+
+def test_a_grid_of_the_configuration_replaces_the_arms_own():
+    mine = Tune(grids={"aisp": {"lambda": [60.0, 240.0]}})
+    assert spaces("aisp", AISP, mine) == {"lambda": [60.0, 240.0]}
+    assert spaces("another", AISP, mine) == AISP.grid()
+
+
+@pytest.mark.parametrize(
+    ("grids", "said"),
+    [
+        ({"sigma2": [0.1, 0.3]}, "sigma2: name the arm first"),
+        ({"aisp": {"sigma2": []}}, r"aisp: sigma2 is \[\]; give at least one value"),
+        ({"aisp": {"sigma2": [0.1, 0.1]}}, "each once"),
+    ],
+)
+def test_a_grid_that_cannot_be_searched_is_refused(grids, said):
+    with pytest.raises(ValueError, match=said):
+        Tune(grids=grids)
 
 
 def trial(point: dict, reward: float, nll: float = 1.0, seed: int = 0) -> Trial:
@@ -44,23 +94,40 @@ def trial(point: dict, reward: float, nll: float = 1.0, seed: int = 0) -> Trial:
 @pytest.mark.parametrize("search", ["grid", "tpe"])
 def test_a_search_told_the_same_asks_the_same_and_finds_the_top(search):
     settings = Tune(trials=40, search=search)
+    grid = BestOfN().grid()
 
     def run() -> Search:
-        made = Search(BestOfN(), settings, seed=1)
+        made = Search(grid, settings, seed=1)
         for point, seed in made:
-            made.tell(trial(point, -((point["temperature"] - 0.6) ** 2) - (point["top_p"] - 0.8) ** 2, seed=seed))
+            t, p = point["sampling.temperature"], point["sampling.top_p"]
+            made.tell(trial(point, -((t - 0.6) ** 2) - (p - 0.8) ** 2, seed=seed))
         return made
 
     first, second = run(), run()
     assert [t.point for t in first.told] == [t.point for t in second.told] and len(first.told) == 40
-    assert abs(first.best.point["temperature"] - 0.6) < 0.1 and abs(first.best.point["top_p"] - 0.8) < 0.1
+    best = first.best.point
+    assert abs(best["sampling.temperature"] - 0.6) < 0.1 and abs(best["sampling.top_p"] - 0.8) < 0.1
+
+
+def test_tpe_stays_between_the_ends_of_a_grid_and_fills_a_range_by_its_scale():
+    """alpha spans factors of its distance to 1, sigma2 of itself; step is linear."""
+    grid = {"alpha": [0.99, 0.99999], "sigma2": [0.01, 1.0], "step": [1.0, 2.0]}
+    made = Search(grid, Tune(trials=40, search="tpe"), seed=0)
+    points = []
+    for point, _ in made:
+        points.append(point)
+        made.tell(trial(point, 0.0))
+    for name, (low, high) in grid.items():
+        assert all(low <= p[name] <= high for p in points)
+    above = {name: sum(p[name] > middle for p in points) for name, middle in {"alpha": 0.995, "sigma2": 0.5}.items()}
+    assert above["alpha"] > 25 and above["sigma2"] < 15
 
 
 def test_fluency_may_cost_and_may_bar():
     fluent, bold = trial({"a": 1.0}, 1.0, nll=1.0), trial({"a": 2.0}, 2.0, nll=1.5)
 
     def best(**settings: float) -> float:
-        made = Search(Args(), Tune(trials=2, **settings), seed=0)
+        made = Search({"a": [1.0, 2.0]}, Tune(trials=2, **settings), seed=0)
         made.told = [fluent, bold]
         return made.best.point["a"]
 
@@ -68,6 +135,6 @@ def test_fluency_may_cost_and_may_bar():
 
 
 def test_seeds_of_a_point_count_together():
-    made = Search(Args(), Tune(trials=4), seed=0)
+    made = Search({"a": [1.0, 2.0]}, Tune(trials=4), seed=0)
     made.told = [trial({"a": 1.0}, 5.0), trial({"a": 1.0}, 0.0, seed=1), trial({"a": 2.0}, 3.0)]
     assert made.best.point == {"a": 2.0}

@@ -19,7 +19,7 @@ from aisp_dist.analysis.arms import BASE, TOP_P
 from aisp_dist.analysis.metrics import Interval, interval, spread
 from aisp_dist.analysis.outputs import Columns, Row
 from aisp_dist.analysis.summary import one_line
-from aisp_dist.config import Args, ConfigError
+from aisp_dist.config import ConfigError
 from aisp_dist.output import log
 
 _COST = ("auc", "model_tokens", "reward_calls", "seconds")  # fields of Arm that the base answers do not have
@@ -143,9 +143,10 @@ def _drawn_tokens(columns: Columns) -> Any:
 
 
 def _reward_calls(columns: Columns, shared: Any, drawn_tokens: float) -> float:
-    """Every sample is read once. ARGS asks for the reward of every candidate token beside that."""
+    """Every sample is read once, and some methods ask for rewards at every token beside that."""
     method, samples = columns.output.run.method, float(columns.about("samples_spent", shared).mean())
-    return samples + (method.num_candidates * drawn_tokens if isinstance(method, Args) else 0.0)
+    per_token = method.reward_calls_per_token
+    return samples + (per_token * drawn_tokens if per_token else 0.0)  # drawn_tokens is NaN where no trace is kept
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,5 +1,5 @@
-"""Settings that a tuning tries for a method, and which of them is best. Pure: it is told what trials found and says
-what to try next; the search between grid points is Optuna's."""
+"""Which settings a tuning tries for a method, and which of them is best. Pure: it is told what the trials found and
+says what to try next. Optuna searches between the points of a grid."""
 
 from __future__ import annotations
 
@@ -10,22 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aisp_dist.config import (
-    Aisp,
-    Args,
-    BatchedAisp,
-    BestOfN,
-    Branch,
-    ConfigError,
-    Ess,
-    FlipRate,
-    Method,
-    Nucleus,
-    ReControl,
-    Tune,
-)
+from aisp_dist.config import ConfigError, Method, Tune
 
-Point = dict[str, float]  # setting to value
+Point = dict[str, float]  # value by key of the method's section; a key inside a key is dotted
+Spaces = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -41,56 +29,38 @@ class Trial:
     samples: int
 
     def objective(self, settings: Tune) -> float:
-        """What is to be large: reward, less nll_weight a nat above the base answers; far below all others beyond
-        max_nll."""
+        """What is maximised: the reward, minus nll_weight for each nat above the base answers; far below every other
+        trial beyond max_nll."""
         excess = self.nll - self.base_nll
         over = 0.0 if settings.max_nll is None else max(0.0, excess - settings.max_nll)
         return self.reward[0] - settings.nll_weight * max(0.0, excess) - (1e6 * (1 + over) if over else 0.0)
 
 
-def grids(method: Method, settings: Tune) -> dict[str, list[float]]:
-    """The settings of a method that are tuned, and their values. Empty for a method with none."""
-    of = settings.grids
-    match method:
-        case Aisp(branch=Branch(), sigma2=0) | BatchedAisp(branch=Branch(), sigma2=0):
-            rates = {"flip_rate": of.flip_rate} if isinstance(method.decode, FlipRate) else {}
-            return {**rates, "branch": of.branch}
-        case Aisp() | BatchedAisp():
-            temperature = {"ess": of.ess} if of.lambda_ is None else {"lambda": of.lambda_}
-            return {"sigma2": of.sigma2, **temperature, "alpha": of.alpha}
-        case BestOfN(sampling_=Nucleus()):
-            return {"temperature": of.temperature, "top_p": of.top_p}
-        case BestOfN():
-            return {"gaussian": of.sigma2}
-        case Args():
-            return {"weight": of.weight}
-        case ReControl():
-            return {"step_size": of.step_size}
+def spaces(arm: str, method: Method, settings: Tune) -> Spaces:
+    """The values to try for an arm: those of tune.grids, else of the method's own grid."""
+    return settings.grids.get(arm) or method.grid()
 
 
 def placed(method: Method, point: Point) -> Method:
-    """The method at a point of its grids. Raises ConfigError where the method cannot be there."""
-    match method:
-        case Aisp(branch=Branch(), sigma2=0) | BatchedAisp(branch=Branch(), sigma2=0):
-            update: dict[str, Any] = {"branch": Branch(ess=point["branch"])}
-            if "flip_rate" in point:
-                update["decode"] = FlipRate(flip_rate=point["flip_rate"])
-        case Aisp() | BatchedAisp():
-            temperature = Ess(ess=point["ess"]) if "ess" in point else point["lambda"]
-            update = {"sigma2": point["sigma2"], "lambda_": temperature, "alpha": point["alpha"]}
-        case BestOfN():
-            update = {"sampling_": method.sampling_.model_copy(update=point)}
-        case _:
-            update = dict(point)
+    """The method at a point. Raises ConfigError where the method cannot be there."""
+    values = method.model_dump(by_alias=True)
+    for key, value in point.items():
+        *outer, last = key.split(".")
+        place = values
+        for part in outer:
+            if not isinstance(place.get(part), dict):
+                place[part] = {}
+            place = place[part]
+        place[last] = value
     try:
-        return type(method).model_validate(method.model_copy(update=update).model_dump(by_alias=True))
+        return type(method).model_validate(values)
     except ValueError as error:
-        raise ConfigError(f"tune.grids: {method.kind} cannot be at {point}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"tune.grids: {method.name} cannot be at {point}: {' '.join(str(error).split())}") from None
 
 
-def grid_points(spaces: Mapping[str, Sequence[float]], trials: int, seed: int) -> list[tuple[Point, int]]:
-    """`trials` points with their seeds. Of a larger grid a seeded choice; a smaller one comes again with further seeds,
-    so that every arm spends the same."""
+def grid_points(spaces: Spaces, trials: int, seed: int) -> list[tuple[Point, int]]:
+    """`trials` points with their seeds. A larger grid is sampled by `seed`; a smaller one is repeated with further
+    seeds, so that every arm spends the same."""
     points = [dict(zip(spaces, values, strict=True)) for values in itertools.product(*spaces.values())]
     if len(points) > trials:
         return [(point, 0) for point in random.Random(f"{seed}/grid").sample(points, trials)]
@@ -99,12 +69,12 @@ def grid_points(spaces: Mapping[str, Sequence[float]], trials: int, seed: int) -
 
 class Search:
     """`for point, seed in search: ...; search.tell(trial)`. The same trials told in the same order give the same
-    points, so what is written of an interrupted tuning is told again and not run again."""
+    points, so an interrupted tuning is resumed by telling what its finished trials found."""
 
-    def __init__(self, method: Method, settings: Tune, seed: int) -> None:
-        self.settings, self.spaces = settings, grids(method, settings)
+    def __init__(self, spaces: Spaces, settings: Tune, seed: int) -> None:
+        self.settings, self.spaces = settings, spaces
         self.told: list[Trial] = []
-        self._points = grid_points(self.spaces, settings.trials, seed) if settings.search == "grid" else None
+        self._points = grid_points(spaces, settings.trials, seed) if settings.search == "grid" else None
         self._study: Any = None if self._points is not None else _study(seed)
 
     def __iter__(self) -> Iterator[tuple[Point, int]]:
@@ -122,7 +92,7 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """Of the point that is best on average over its seeds, the first trial; the earliest of equals."""
+        """The first trial of the point that is best on average over its seeds; the earliest of equal points."""
         points: dict[tuple[tuple[str, float], ...], list[Trial]] = {}
         for trial in self.told:
             points.setdefault(tuple(trial.point.items()), []).append(trial)
@@ -130,13 +100,16 @@ class Search:
         return max(zip(points.values(), means, strict=True), key=lambda pair: pair[1])[0][0]
 
     def _suggest(self, name: str, values: Sequence[float]) -> float:
-        """A value between the ends of the grid: of 1 - alpha and of what spans factors by its logarithm."""
+        """A value between the ends of the grid, on a logarithmic scale where the grid spans factors: of the value, or
+        of its distance to 1, as alpha does."""
         low, high = min(values), max(values)
         if low == high:
             return low
-        if name == "alpha":
-            return 1 - float(self._asked.suggest_float("1 - alpha", 1 - high, 1 - low, log=high < 1))
-        return float(self._asked.suggest_float(name, low, high, log=high > 4 * low))
+        if low > 0 and high > 4 * low:
+            return float(self._asked.suggest_float(name, low, high, log=True))
+        if high < 1 and 1 - low > 4 * (1 - high):
+            return 1 - float(self._asked.suggest_float(f"1 - {name}", 1 - high, 1 - low, log=True))
+        return float(self._asked.suggest_float(name, low, high))
 
 
 def _study(seed: int) -> Any:

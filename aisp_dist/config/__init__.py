@@ -1,40 +1,34 @@
-"""The configuration of a run: frozen sections, unknown keys refused. No torch, no file access. Each field's description
-is its help text on the command line and in the JSON schema."""
+"""The configuration of a run: frozen sections that refuse unknown keys. No torch, no file access. The description of a
+field is its help text on the command line and in the JSON schema."""
 
 from aisp_dist.config.base import ConfigError, Section, doc
-from aisp_dist.config.compare import Compare, Grids, Tune
+from aisp_dist.config.compare import Compare, Tune
 from aisp_dist.config.guard import Guard
 from aisp_dist.config.methods import (
-    AUTO,
     Aisp,
-    Ar1,
+    Algorithm1,
     Args,
     BatchedAisp,
     BestOfN,
-    Branch,
-    Ess,
-    FlipRate,
-    Gaussian,
-    Limit,
     Method,
-    Mixture,
-    Nucleus,
+    MethodSection,
+    Population,
     ReControl,
-    Search,
-    Spend,
+    as_published,
 )
+from aisp_dist.config.outdated import recorded
 from aisp_dist.config.rewards import FunctionReward, HttpReward, JudgeSettings, ModelReward, Reward, RewardBase
 from aisp_dist.config.run import Generator, Prompts, Run, Save, Top, TopBottom
 from aisp_dist.config.runtime import Replicas, RewardReplicas, Runtime, StorageOptions, Timeouts, known_place
+from aisp_dist.config.sampling import Ar1, Ess, FlipRate, Gaussian, Limit, Mixture, Nucleus, Spend
 
 __all__ = [
-    "AUTO",
     "Aisp",
+    "Algorithm1",
     "Ar1",
     "Args",
     "BatchedAisp",
     "BestOfN",
-    "Branch",
     "Compare",
     "ConfigError",
     "Ess",
@@ -42,15 +36,16 @@ __all__ = [
     "FunctionReward",
     "Gaussian",
     "Generator",
-    "Grids",
     "Guard",
     "HttpReward",
     "JudgeSettings",
     "Limit",
     "Method",
+    "MethodSection",
     "Mixture",
     "ModelReward",
     "Nucleus",
+    "Population",
     "Prompts",
     "ReControl",
     "Replicas",
@@ -60,7 +55,6 @@ __all__ = [
     "Run",
     "Runtime",
     "Save",
-    "Search",
     "Section",
     "Spend",
     "StorageOptions",
@@ -68,6 +62,8 @@ __all__ = [
     "Top",
     "TopBottom",
     "Tune",
+    "as_published",
     "doc",
     "known_place",
+    "recorded",
 ]

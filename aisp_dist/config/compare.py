@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import field_validator
 
 from aisp_dist.config.base import Section, doc
 from aisp_dist.config.methods import Method
@@ -25,39 +26,6 @@ class Compare(Section):
     )
 
 
-Positive = list[float]
-
-
-class Grids(Section):
-    """Values that tuning tries; its search between them goes from the smallest to the largest. Defaults: the paper's
-    (arXiv 2510.26219), lambda as a fraction of effective sample size, which is free of the reward's unit."""
-
-    sigma2: Positive = doc("of AISP and of Gaussian best-of-n", [0.1, 0.3, 0.5, 0.7])
-    lambda_: Positive | None = doc("of AISP, in units of the reward; null: tune ess", None, alias="lambda")
-    ess: Positive = doc("of AISP, where lambda is null", [0.05, 0.1, 0.2, 0.4])
-    alpha: Positive = doc("of AISP", [0.99, 0.999, 0.9999, 0.99999])
-    flip_rate: Positive = doc("of AISP that branches, of its draws", [0.2, 0.3, 0.4])
-    branch: Positive = doc("of AISP that branches: effective number of answers continued", [4.0, 8.0, 16.0])
-    temperature: Positive = doc("of best-of-n", [0.4, 0.6, 0.8, 1.0])
-    top_p: Positive = doc("of best-of-n", [0.7, 0.8, 0.9, 0.95])
-    weight: Positive = doc("of ARGS", [1e-5, 1e-3, 0.1, 1.0, 10.0, 1e3])
-    step_size: Positive = doc("of RE-Control", [0.1, 0.3, 1.0, 3.0])
-
-    @model_validator(mode="after")
-    def usable(self) -> Grids:
-        for name, values in self:
-            upper = 1.0 if name in ("ess", "flip_rate", "alpha", "top_p") else float("inf")
-            below = name in ("ess", "flip_rate")  # 1 itself is no value of these
-            least = 1.0 if name == "branch" else 0.0
-            bad = [v for v in values or () if not 0 < v <= upper or v < least or (below and v == upper)]
-            if values is not None and (not values or bad or len(set(values)) < len(values)):
-                raise ValueError(
-                    f"{name.rstrip('_')} is {values}; give at least one value, each once, above 0"
-                    + (f" and at most {upper:g}" if upper == 1 else "")
-                )
-        return self
-
-
 class Tune(Section):
     """How `aisp tune` searches each method's settings."""
 
@@ -72,4 +40,26 @@ class Tune(Section):
     max_nll: float | None = doc(
         "a trial with more nats of NLL per token above the base answer's never wins", None, ge=0
     )
-    grids: Grids = Field(default=Grids(), description="the values that are tried")
+    grids: dict[str, dict[str, list[float]]] = doc(
+        "values to try by arm and key, in place of the arm's own grid, as {aisp: {sigma2: [0.1, 0.3], alpha: [0.99]}}",
+        {},
+    )
+
+    @field_validator("grids", mode="before")
+    @classmethod
+    def by_arm(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and (flat := [str(k) for k, values in value.items() if isinstance(values, list)]):
+            raise ValueError(
+                f"{', '.join(flat)}: name the arm first, and the key as its section has it, as in "
+                "{aisp: {sigma2: [0.1, 0.3], lambda.ess: [0.1, 0.2]}, best-of-n top-p: {sampling.top_p: [0.8, 0.9]}}"
+            )
+        return value
+
+    @field_validator("grids")
+    @classmethod
+    def usable(cls, value: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+        for arm, grid in value.items():
+            for key, values in grid.items():
+                if not values or len(set(values)) < len(values):
+                    raise ValueError(f"{arm}: {key} is {values}; give at least one value, and each once")
+        return value

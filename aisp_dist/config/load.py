@@ -6,15 +6,22 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from aisp_dist.config.base import ConfigError
+from aisp_dist.config.methods import Method
+from aisp_dist.config.rewards import Reward
 from aisp_dist.config.run import Run
 
-_TAGS = "'aisp', 'batched_aisp', 'best_of_n', 'args' or 're_control'", "'model', 'function' or 'http'"
+
+def _kinds(union: Any) -> str:
+    return ", ".join(repr(section.model_fields["kind"].default) for section in get_args(get_args(union)[0]))
+
+
+_TAGS = _kinds(Method), _kinds(Reward)
 
 
 def read(config: str | os.PathLike[str] | Mapping[str, Any] | Run) -> tuple[Run, Path]:
@@ -60,7 +67,7 @@ def check(values: Mapping[str, Any]) -> Run:
                 close = [k for k in difflib.get_close_matches(own, _known_keys(), n=1) if k != own]
                 message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "; see `aisp schema`")
             elif fault["type"] == "missing":
-                message = "missing; it has no default"
+                message = "missing; it has no default" + _example(key)
             elif fault["type"].startswith("union_tag"):
                 expected = fault.get("ctx", {}).get("expected_tags", _TAGS[key.startswith("rewards.")])
                 message = (
@@ -84,6 +91,14 @@ def _locate(loc: Sequence[str | int], values: Any, absent: bool) -> tuple[str, A
             continue
         keys.append(str(part))
     return ".".join(keys) or "configuration", values
+
+
+def _example(key: str) -> str:
+    """A value to write for a missing key of a Run, where its section gives one."""
+    field = Run.model_fields.get(key)
+    if field is None or not field.examples:
+        return ""
+    return f"; give one, as {yaml.safe_dump(field.examples[0], default_flow_style=True, sort_keys=False).strip()}"
 
 
 def _known_keys() -> list[str]:

@@ -1,155 +1,129 @@
-"""The search methods, by kind. num_samples x num_iterations is what a prompt spends, whatever the method."""
+"""The search methods by kind, one section each. A prompt spends num_samples x num_iterations, whatever the method.
+
+The union `Method` at the end is the table of methods: each section names the module of aisp_dist.methods that runs it,
+says how its samples are drawn, and lists the values that `aisp tune` tries.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, field_validator, model_validator
+from pydantic import Discriminator, field_validator, model_validator
 
+from aisp_dist.config import outdated
 from aisp_dist.config.base import Section, doc
-from aisp_dist.records import Ascent, Rates, Sampling, TokenReward, TopP
+from aisp_dist.config.sampling import Ar1, Count, Ess, FlipRate, Gaussian, Limit, Mixture, Nucleus, Spend
+from aisp_dist.records import Ascent, Rates, Sampling, TokenReward
+
+# The grids of arXiv 2510.26219; lambda is in units of the reward, UltraRM's and then Eurus's.
+SIGMA2S, ALPHAS = (0.1, 0.3, 0.5, 0.7), (0.99, 0.999, 0.9999, 0.99999)
+LAMBDAS = (0.1, 0.3, 0.5, 0.7, 60.0, 120.0, 240.0, 480.0)
+Grid = Mapping[str, tuple[float, ...]]  # values by key of the section; a key inside a key is dotted
+_NUCLEUS: Grid = {"sampling.temperature": (0.4, 0.6, 0.8, 1.0), "sampling.top_p": (0.7, 0.8, 0.9, 0.95)}
+_LIMIT = "how far from the base model a selected answer may be, as {nll: 0.3, diversity: 0.9}; null: no limit"
+_SPEND = "stopping rule of a prompt, as {plateau: 2}; null: every prompt has num_iterations"
+_SHUFFLE = "control: the search learns from permuted rewards; the true rewards select"
 
 
-class Ess(Section):
-    ess: float = doc("target effective sample size as a fraction of num_samples", gt=0, lt=1)
+class MethodSection(Section):
+    """What every method's section answers. A method overrides what is different for it."""
+
+    algorithm: ClassVar[str]  # the module of aisp_dist.methods with its propose and update
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """What comparisons, summaries and cards call this method."""
+        return self.kind.replace("_", "-") + ", rewards shuffled" * self.is_control
+
+    @property
+    def is_control(self) -> bool:
+        return bool(getattr(self, "shuffle_rewards", False))
+
+    def shuffled(self, control: bool) -> Self:
+        """This method as its own control, or without being one; itself where it does not learn from rewards."""
+        learns = "shuffle_rewards" in type(self).model_fields
+        return self.model_copy(update={"shuffle_rewards": control}) if learns else self
+
+    @property
+    def brings(self) -> str | None:
+        """What a generator loads for this method beside the base model."""
+        return None
+
+    @property
+    def reward_calls_per_token(self) -> int:
+        """Calls of a reward inside the generator."""
+        return 0
+
+    @property
+    def prompts_together(self) -> int | None:
+        """Prompts in flight on a generator; None: as many as keep its rows full."""
+        return None
+
+    def draws(self) -> tuple[Sampling, Rates]:
+        """How samples are drawn, and what of it is found for each prompt."""
+        raise NotImplementedError(f"{type(self).__name__}.draws")
+
+    def grid(self) -> Grid:
+        """What `aisp tune` tries."""
+        raise NotImplementedError(f"{type(self).__name__}.grid")
 
 
-class Ar1(Section):
-    ar1: float = doc("correlation of neighbouring steps", ge=0, lt=1)
+class Algorithm1(MethodSection):
+    """Algorithm 1 of arXiv 2510.26219: noise on the pre-logits whose mean moves by importance weights, greedy
+    decoding."""
 
+    algorithm = "aisp"
+    required: ClassVar[Mapping[str, tuple[str, str]]]  # key: the paper's value, the default of 0.1.0
 
-class Mixture(Section):
-    mixture: float = doc("share of the variance that is one vector for all steps", ge=0, lt=1)
-
-
-class Nucleus(Section):
-    top_p: float = doc("smallest probability mass that is kept", gt=0, le=1)
-    temperature: float = doc("softmax temperature", 1.0, gt=0)
-
-    def record(self) -> TopP:
-        return TopP(self.top_p, self.temperature)
-
-
-class Gaussian(Section):
-    gaussian: float = doc("variance of the noise on the pre-logits; decoding is greedy", gt=0, le=1e12)
-
-
-class FlipRate(Section):
-    flip_rate: float = doc("share of the base answer's tokens that this changes, found for each prompt", gt=0, lt=1)
-
-
-class Branch(Section):
-    """From the second iteration on, samples continue earlier answers."""
-
-    ess: float = doc("effective number of answers so far that are continued", 8.0, ge=1)
-
-
-class Limit(Section):
-    """How far from the base model an answer may be. What is beyond is drawn and kept as a candidate, but neither
-    selected nor learnt from."""
-
-    nll: float | None = doc("nats per token by which the base model may find it less likely than its own", None, ge=0)
-    diversity: float | None = doc("least share of distinct 2-, 3- and 4-grams, their product", None, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def bounded(self) -> Limit:
-        if self.nll is None and self.diversity is None:
-            raise ValueError("nll and diversity are null, so nothing is limited; give one, or no limit")
-        return self
-
-
-Count = Annotated[int, Field(ge=1, lt=1 << 16)]
-
-
-class Spend(Section):
-    """What a prompt spends by how its search goes: one that no longer improves stops before num_iterations, one that
-    still does may go on to max_iterations. A rule of each prompt alone, so that rows do not depend on their company."""
-
-    target: float | None = doc("stop once the best reward has reached it", None)
-    plateau: int | None = doc("stop after so many iterations without a better answer", None, ge=1)
-    min_gain: float = doc("what counts as better, in units of the reward", 0.0, ge=0)
-    max_iterations: Count | None = doc("where plateau does not stop it, up to here; null: num_iterations", None)
-
-    @model_validator(mode="after")
-    def bounded(self) -> Spend:
-        if self.target is None and self.plateau is None:
-            raise ValueError("target and plateau are null, so nothing would ever stop early; give one, or no spend")
-        if self.max_iterations is not None and self.plateau is None:
-            raise ValueError(
-                f"max_iterations is {self.max_iterations} without plateau: every prompt would go on to it; give "
-                "plateau, or raise num_iterations"
-            )
-        return self
-
-
-# What `preset: auto` says where the configuration is silent; tests/bench/population has what chose it.
-AUTO: dict[str, Any] = {
-    "sigma2": 0.0,
-    "decode": {"flip_rate": 0.28},
-    "branch": {"ess": 8.0},
-}
-
-
-class Search(Section):
-    """What adaptive importance sampling is told (arXiv 2510.26219, Algorithm 1), whatever its budget's form."""
-
-    preset: Literal["paper", "auto"] = doc(
-        "what is not given: as the paper has it, or without any unit of a model or a reward", "paper"
-    )
     sigma2: float | FlipRate = doc(
-        "sigma^2, variance of the noise; or {flip_rate: share}, found for each prompt; 0 with branch: none", 0.5
+        "variance of the noise: a number (the paper), or {flip_rate: 0.1} (ours): found for each prompt", 0.5
     )
-    lambda_: float | Ess = doc("temperature of the weights, or {ess: fraction}", Ess(ess=0.1), alias="lambda")
+    lambda_: float | Ess = doc(
+        "temperature of the weights: a number (the paper), or {ess: 0.1} (ours): found for each iteration",
+        alias="lambda",
+    )
     alpha: float = doc("discount of the mean in the prior", 0.9999, ge=0, le=1)
-    noise: Literal["independent", "shared"] | Ar1 | Mixture = doc("covariance of the noise over time", "independent")
-    decode: Literal["greedy"] | Nucleus | FlipRate = doc(
-        "greedy (the paper), {top_p: .8, temperature: 1.0}, or {flip_rate: share}: the top_p that does this", "greedy"
+    noise: Literal["independent", "shared"] | Ar1 | Mixture = doc(
+        "noise over time: independent (the paper), or ours: {ar1: 0.8}, {mixture: 0.9}, shared", "independent"
     )
-    after_eos: Literal["full", "marginal"] = doc("noise after a response's end: drawn, or integrated out", "full")
-    branch: Branch | None = doc("samples continue earlier answers: {ess: 8}; null: all begin anew", None)
-    limit: Limit | None = doc("how far from the base model an answer may be: {nll: .3, diversity: .9}", None)
-    shuffle_rewards: bool = doc("control: the update sees the rewards permuted; true ones select", False)
+    after_eos: Literal["full", "marginal"] = doc(
+        "noise after the end of an answer: full draws it (the paper), marginal integrates it out", "full"
+    )
+    limit: Limit | None = doc(_LIMIT, None)
+    shuffle_rewards: bool = doc(_SHUFFLE, False)
 
     @model_validator(mode="before")
     @classmethod
-    def filled(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") == "auto":
-            given = {"lambda" if key == "lambda_" else key for key in values}
-            return values | {key: value for key, value in AUTO.items() if key not in given}
-        return values
-
-    @model_validator(mode="after")
-    def drawn(self) -> Search:
-        if self.sigma2 == 0 and not self.branch:
-            raise ValueError("sigma2 is 0 without branch, so nothing would be searched; give a variance, or branch")
-        if self.branch and self.decode == "greedy" and self.sigma2 == 0:
+    def whole(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        if any(key in values for key in outdated.KEYS):
+            raise ValueError(outdated.refusal(values))
+        if missing := [key for key in cls.required if key not in values and f"{key}_" not in values]:
+            paper, before = ([f"{key}: {told[i]}" for key, told in cls.required.items()] for i in range(2))
             raise ValueError(
-                "branch continues an answer from where it is cut, which greedy decoding without noise would do as "
-                "before; give decode: {top_p: 0.8}, or sigma2"
+                f"{', '.join(missing)}: missing, and kind: {cls.model_fields['kind'].default} has no default for it; "
+                f"the paper has {', '.join(paper)}; 0.1.0 had {', '.join(before)}"
             )
-        return self
+        return values
 
     @field_validator("sigma2")
     @classmethod
     def variance(cls, value: float | FlipRate) -> float | FlipRate:
-        if isinstance(value, float) and not 0 <= value <= 1e12:
-            raise ValueError(f"sigma2 is {value:g}; it must be from 0 to 1e12, or {{flip_rate: 0.1}}")
+        if isinstance(value, float) and not 0 < value <= 1e12:
+            raise ValueError(f"sigma2 is {value:g}; it must be above 0 and at most 1e12, or {{flip_rate: 0.1}}")
         return value
 
     @field_validator("lambda_")
     @classmethod
     def positive(cls, value: float | Ess) -> float | Ess:
         if isinstance(value, float) and value <= 0:
-            raise ValueError(f"lambda is {value:g}; it must be positive (the paper uses .3 to 480), or {{ess: 0.1}}")
+            raise ValueError(f"lambda is {value:g}; it must be above 0 (the paper has .1 to 480), or {{ess: 0.1}}")
         return value
 
-    def rates(self) -> Rates:
-        """What `sampling` leaves open, to be found for each prompt."""
-        found = [x.flip_rate if isinstance(x, FlipRate) else None for x in (self.sigma2, self.decode)]
-        return Rates(*found)
-
-    def sampling(self) -> Sampling:
-        """How samples are drawn, where `rates` leaves nothing open."""
+    def draws(self) -> tuple[Sampling, Rates]:
         noise: Literal["independent", "shared", "ar1", "mixture"]
         match self.noise:
             case Ar1(ar1=parameter):
@@ -158,35 +132,50 @@ class Search(Section):
                 noise = "mixture"
             case kind:
                 noise, parameter = kind, 0.0
-        decode = self.decode.record() if isinstance(self.decode, Nucleus) else None
-        sigma2 = self.sigma2 if isinstance(self.sigma2, float) else 0.0
-        return Sampling(sigma2, noise, parameter, self.alpha, decode, self.after_eos, likelihood=self.limit is not None)
+        sigma2, rate = (0.0, self.sigma2.flip_rate) if isinstance(self.sigma2, FlipRate) else (self.sigma2, None)
+        sampling = Sampling(
+            sigma2, noise, parameter, self.alpha, after_eos=self.after_eos, likelihood=self.limit is not None
+        )
+        return sampling, Rates(noise=rate)
+
+    def grid(self) -> Grid:
+        return {"sigma2": SIGMA2S, "lambda.ess": (0.05, 0.1, 0.2, 0.4), "alpha": ALPHAS}
 
 
-class Aisp(Search):
-    """Adaptive importance sampling on pre-logits (arXiv 2510.26219, Algorithm 1)."""
+class Aisp(Algorithm1):
+    """Adaptive importance sampling on pre-logits: Algorithm 1 of arXiv 2510.26219."""
 
+    required: ClassVar = {
+        "lambda": ("0.3 with UltraRM or 240 with Eurus", "{ess: 0.1}"),
+        "num_samples": ("32", "16"),
+        "num_iterations": ("32", "8"),
+    }
     kind: Literal["aisp"] = doc("the method", "aisp")
-    num_samples: Count = doc("n, trajectories of an iteration", 16)
-    num_iterations: Count = doc("kappa", 8)
-    spend: Spend | None = doc("stop early, or go on, by how a prompt's search goes; null: num_iterations", None)
+    num_samples: Count = doc("samples of an iteration, the paper's n")
+    num_iterations: Count = doc("iterations, the paper's kappa")
+    spend: Spend | None = doc(_SPEND, None)
 
 
-class BatchedAisp(Search):
-    """Batched AISP of the paper: num_prompts prompts side by side, each with budget / num_prompts samples an iteration
-    and num_prompts iterations, so that a batch takes the decoding steps of best-of-n with `budget` samples."""
+class BatchedAisp(Algorithm1):
+    """Algorithm 1 for num_prompts prompts side by side, each with num_prompts iterations of budget / num_prompts
+    samples: a batch takes the decoding steps of best-of-n with `budget` samples."""
 
+    required: ClassVar = {
+        "lambda": ("0.3 with UltraRM or 240 with Eurus", "{ess: 0.1}"),
+        "num_prompts": ("8, 16, 32 or 64", "8"),
+        "budget": ("128", "128"),
+    }
     kind: Literal["batched_aisp"] = doc("the method", "batched_aisp")
-    num_prompts: Count = doc("b, prompts side by side; the number of iterations too", 8)
-    budget: int = doc("N, samples of a prompt; a multiple of num_prompts", 128, ge=1)
+    num_prompts: Count = doc("prompts side by side, and the number of iterations; the paper's b")
+    budget: int = doc("samples of a prompt, the paper's N; a multiple of num_prompts", ge=1)
     spend: ClassVar[None] = None
 
     @model_validator(mode="after")
-    def whole(self) -> BatchedAisp:
+    def divides(self) -> BatchedAisp:
         if self.budget % self.num_prompts or self.budget // self.num_prompts >= 1 << 16:
             raise ValueError(
                 f"budget is {self.budget} and num_prompts {self.num_prompts}; an iteration has budget / num_prompts "
-                "samples, a whole number below 65536"
+                "samples, which must be a whole number below 65536"
             )
         return self
 
@@ -198,59 +187,132 @@ class BatchedAisp(Search):
     def num_iterations(self) -> int:
         return self.num_prompts
 
+    @property
+    def prompts_together(self) -> int | None:
+        return self.num_prompts
 
-class BestOfN(Section):
+
+class Population(MethodSection):
+    """Samples continue earlier answers: a selection scheme over answers, without noise on the pre-logits."""
+
+    algorithm = "population"
+    kind: Literal["population"] = doc("the method", "population")
+    num_samples: Count = doc("samples of an iteration", 16)
+    num_iterations: Count = doc("iterations; the first draws whole answers", 16)
+    ess: float = doc("effective number of earlier answers that are continued", 8.0, ge=1)
+    sampling: FlipRate | Nucleus = doc(
+        "how tokens are drawn: {flip_rate: 0.28}, the top_p that does this to each prompt's base answer, or "
+        "{top_p: 0.9, temperature: 1.0}",
+        FlipRate(flip_rate=0.28),
+    )
+    spend: Spend | None = doc(_SPEND, None)
+    limit: Limit | None = doc(_LIMIT, None)
+    shuffle_rewards: bool = doc(_SHUFFLE, False)
+
+    def draws(self) -> tuple[Sampling, Rates]:
+        measured = self.limit is not None
+        if isinstance(self.sampling, FlipRate):
+            return Sampling(likelihood=measured), Rates(drawing=self.sampling.flip_rate)
+        return Sampling(decode=self.sampling.record(), likelihood=measured), Rates()
+
+    def grid(self) -> Grid:
+        drawn: Grid = {"sampling.flip_rate": (0.2, 0.3, 0.4)} if isinstance(self.sampling, FlipRate) else _NUCLEUS
+        return {**drawn, "ess": (4.0, 8.0, 16.0)}
+
+
+class BestOfN(MethodSection):
     """Best of num_samples x num_iterations independent candidates."""
 
+    algorithm = "best_of_n"
     kind: Literal["best_of_n"] = doc("the method", "best_of_n")
     num_samples: Count = doc("candidates drawn together", 16)
-    num_iterations: Count = doc("how many times; N = num_samples x num_iterations", 8)
-    spend: Spend | None = doc("stop early, or go on, by how a prompt's search goes; null: num_iterations", None)
-    sampling_: Nucleus | Gaussian = doc(
-        "{top_p: .95, temperature: 1.0} or {gaussian: 0.5}", Nucleus(top_p=0.95), alias="sampling"
+    num_iterations: Count = doc("rounds; N = num_samples x num_iterations", 8)
+    sampling: Nucleus | Gaussian = doc(
+        "how candidates are drawn: {top_p: 0.95, temperature: 1.0}, or {gaussian: 0.5}: greedily under noise",
+        Nucleus(top_p=0.95),
     )
+    spend: Spend | None = doc(_SPEND, None)
+    limit: Limit | None = doc(_LIMIT, None)
 
-    limit: Limit | None = doc("how far from the base model an answer may be: {nll: .3, diversity: .9}", None)
+    @property
+    def name(self) -> str:
+        return "best-of-n gaussian" if isinstance(self.sampling, Gaussian) else "best-of-n top-p"
 
-    def sampling(self) -> Sampling:
+    def draws(self) -> tuple[Sampling, Rates]:
         measured = self.limit is not None
-        if isinstance(self.sampling_, Gaussian):
-            return Sampling(sigma2=self.sampling_.gaussian, likelihood=measured)
-        return Sampling(decode=self.sampling_.record(), likelihood=measured)
+        if isinstance(self.sampling, Gaussian):
+            return Sampling(self.sampling.gaussian, likelihood=measured), Rates()
+        return Sampling(decode=self.sampling.record(), likelihood=measured), Rates()
+
+    def grid(self) -> Grid:
+        return {"sampling.gaussian": SIGMA2S} if isinstance(self.sampling, Gaussian) else _NUCLEUS
 
 
-class Args(Section):
-    """ARGS-greedy (Khanov et al. 2024): each token is the argmax of its logit + weight * reward of the text up to it,
-    over the likeliest tokens. One answer a prompt; the rewards with use: select run inside the generator."""
+class OneAnswer(MethodSection):
+    """A method that decodes one answer for each prompt."""
 
-    kind: Literal["args"] = doc("the method", "args")
-    num_candidates: int = doc("k, likeliest tokens whose reward is asked at every step", 32, ge=1, le=1024)
-    weight: float = doc("w, factor of the reward beside the logit", 1.0, ge=0)
+    algorithm = "best_of_n"
     num_samples: ClassVar[int] = 1
     num_iterations: ClassVar[int] = 1
     spend: ClassVar[None] = None
     limit: ClassVar[None] = None
 
-    def sampling(self) -> Sampling:
-        return Sampling(guide=TokenReward(self.num_candidates, self.weight))
+
+class Args(OneAnswer):
+    """ARGS-greedy (Khanov et al. 2024): each token is the argmax, over the likeliest tokens, of its logit plus weight
+    times the reward of the text up to it. The rewards with use: select run inside the generator."""
+
+    kind: Literal["args"] = doc("the method", "args")
+    num_candidates: int = doc("likeliest tokens that are scored at every step, the paper's k", 32, ge=1, le=1024)
+    weight: float = doc("factor of the reward beside the logit, the paper's w", 1.0, ge=0)
+
+    @property
+    def brings(self) -> str | None:
+        return "rewards"
+
+    @property
+    def reward_calls_per_token(self) -> int:
+        return self.num_candidates
+
+    def draws(self) -> tuple[Sampling, Rates]:
+        return Sampling(guide=TokenReward(self.num_candidates, self.weight)), Rates()
+
+    def grid(self) -> Grid:
+        return {"weight": (1e-5, 1e-3, 0.1, 1.0, 10.0, 1e3)}
 
 
-class ReControl(Section):
-    """RE-Control (Kong et al. 2024): every pre-logit is moved up the gradient of a value network, which
-    `aisp train-value` trains for this base model and reward. One answer a prompt."""
+class ReControl(OneAnswer):
+    """RE-Control (Kong et al. 2024): every pre-logit moves up the gradient of a value network, which
+    `aisp train-value` trains for this base model and reward."""
 
     kind: Literal["re_control"] = doc("the method", "re_control")
     value: str = doc("directory that `aisp train-value` wrote")
     steps: int = doc("gradient steps for each token", 30, ge=1, le=10_000)
-    step_size: float = doc("length of a step in units of the gradient", 1.0, gt=0)
-    published: bool = doc("as the authors' code does it, its faults included", False)
-    num_samples: ClassVar[int] = 1
-    num_iterations: ClassVar[int] = 1
-    spend: ClassVar[None] = None
-    limit: ClassVar[None] = None
+    step_size: float = doc("length of a step, in units of the gradient", 1.0, gt=0)
+    published: bool = doc("ascend as the authors' code does, with its faults", False)
 
-    def sampling(self) -> Sampling:
-        return Sampling(guide=Ascent(self.steps, self.step_size, self.published))
+    @property
+    def brings(self) -> str | None:
+        return self.value
+
+    def draws(self) -> tuple[Sampling, Rates]:
+        return Sampling(guide=Ascent(self.steps, self.step_size, self.published)), Rates()
+
+    def grid(self) -> Grid:
+        return {"step_size": (0.1, 0.3, 1.0, 3.0)}
 
 
-Method = Annotated[Aisp | BatchedAisp | BestOfN | Args | ReControl, Discriminator("kind")]
+Method = Annotated[Aisp | BatchedAisp | Population | BestOfN | Args | ReControl, Discriminator("kind")]
+
+
+def as_published(method: MethodSection) -> bool:
+    """Whether a method is AISP with settings of arXiv 2510.26219: lambda, sigma2 and alpha are numbers of the paper's
+    grids, the noise is independent and drawn to the last step, and nothing else limits or stops the search."""
+    return (
+        isinstance(method, Aisp | BatchedAisp)
+        and method.lambda_ in LAMBDAS
+        and method.sigma2 in SIGMA2S
+        and method.alpha in ALPHAS
+        and (method.noise, method.after_eos) == ("independent", "full")
+        and (method.limit, method.spend, method.shuffle_rewards) == (None, None, False)
+    )

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from aisp_dist.config.base import Section, doc
 from aisp_dist.config.compare import Compare, Tune
 from aisp_dist.config.guard import Guard
-from aisp_dist.config.methods import Aisp, Args, Method
+from aisp_dist.config.methods import Args, Method
 from aisp_dist.config.rewards import FREE, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 
@@ -141,7 +141,9 @@ class Run(Section):
         "how several rewards become one; standardized: with mean and deviation of the prompt's first iteration",
         "weighted_sum",
     )
-    method: Method = doc("how answers are searched", Aisp())
+    method: Method = doc(
+        "how answers are searched, by kind", examples=[{"kind": "best_of_n", "num_samples": 16, "num_iterations": 8}]
+    )
     save: Save = doc("what is kept", Save())
     guard: Guard = doc("bounds on what a gain in reward may cost", Guard())
     runtime: Runtime = doc("where it runs", Runtime())

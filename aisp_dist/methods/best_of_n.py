@@ -1,5 +1,6 @@
 """Best-of-n: num_samples x num_iterations independent candidates, by nucleus sampling or by greedy decoding under fresh
-Gaussian noise, (17). Candidate (k, i) uses AISP's key (k, i), so AISP's first iteration is best-of-n with its noise."""
+Gaussian noise, (17) of arXiv 2510.26219. Candidate (k, i) has the key of AISP's sample (k, i), so the first iteration
+of AISP is best-of-n under noise. ARGS and RE-Control run here with one candidate; they search inside the generator."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from aisp_dist.config import Limit
 
 
 def within(limit: Limit | None, text: str, nll: float | None, base_nll: float | None) -> bool:
-    """nll, base_nll: per token, of the answer as it was drawn and of the base answer; both are known for limit.nll."""
+    """nll, base_nll: NLL per token of the answer as it was drawn, and of the base answer; limit.nll needs both."""
     if limit is None:
         return True
     if limit.nll is not None and nll is not None and base_nll is not None and nll > base_nll + limit.nll:
@@ -15,8 +15,8 @@ def within(limit: Limit | None, text: str, nll: float | None, base_nll: float | 
 
 
 def diversity(text: str) -> float:
-    """Product over n = 2, 3, 4 of unique n-grams / n-grams of the text's words (Kanai et al.); 1 where it is too short
-    to have any."""
+    """Product over n = 2, 3, 4 of unique n-grams / n-grams of the text's words (Kanai et al. 2025); 1 for a text too
+    short to have any."""
     words = text.split()
     product = 1.0
     for n in (2, 3, 4):

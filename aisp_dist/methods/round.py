@@ -1,4 +1,4 @@
-"""What every method speaks in: the state it carries from round to round and the round it asks for."""
+"""What every method works with: the state that it carries from round to round, and the round that it asks for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aisp_dist.config import Method
+from aisp_dist.philox import permutation
 from aisp_dist.records import Iteration, Rollout, Sampling, Weights
 
 State = tuple[Iteration, ...]
@@ -15,8 +16,9 @@ Key = tuple[int, int]  # of the prompt, philox.prompt_key
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """`num_samples` trajectories of one iteration, drawn around the control that the trace of weights builds. starts,
-    parents: where samples continue earlier ones, the tokens given to each and the place of the answer they are of."""
+    """`num_samples` trajectories of one iteration, drawn around the control that the trace of weights builds. Where
+    samples continue earlier answers, starts has the tokens that each begins with, and parents the place of the answer
+    that they are from."""
 
     iteration: int
     num_samples: int
@@ -29,7 +31,7 @@ class Proposal:
 def finished(
     proposal: Proposal, rollout: Rollout, rewards: Sequence[float | None], weights: Sequence[float], kl: float
 ) -> Iteration:
-    """The record of an iteration. Without weights (best-of-n) every sample counts the same: ESS = n."""
+    """The record of an iteration. Without weights every sample counts the same: ESS = n."""
     finite = [r for r in rewards if r is not None]
     square = sum(w * w for w in weights)
     return Iteration(
@@ -46,9 +48,20 @@ def finished(
     )
 
 
+def told(shuffle: bool, key: Key, iteration: int, rewards: Sequence[float | None]) -> list[float | None]:
+    """The rewards of an iteration as the search learns from them. shuffle: each eligible sample has the reward of
+    another one, by a keyed permutation; that is the control."""
+    learnt = list(rewards)
+    if shuffle:
+        eligible = [j for j, reward in enumerate(rewards) if reward is not None]
+        for j, other in zip(eligible, permutation(key, iteration, len(eligible)), strict=True):
+            learnt[j] = rewards[eligible[other]]
+    return learnt
+
+
 def over(settings: Method, state: State) -> bool:
-    """Whether a prompt's search ends here: after num_iterations or, with `spend`, by what its iterations found. Reads
-    the true rewards of the state alone, so every method is stopped by the same rule."""
+    """Whether a prompt's search has ended: after num_iterations or, with `spend`, by its stopping rule. The rule reads
+    the true rewards of the state alone, so it is the same for every method."""
     spend = settings.spend
     if spend is None:
         return len(state) >= settings.num_iterations

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from aisp_dist.config import ConfigError, Method, Section
+from aisp_dist.config import ConfigError, Method, MethodSection, as_published, recorded
 from aisp_dist.output.filesystem import PART, Place
 
 TABLES = {"default": "data", "failed": "failed", "candidates": "candidates"}  # load_dataset name: directory
@@ -76,16 +76,16 @@ def _parse(place: Place, data: bytes) -> dict[str, Any]:
 
 
 def method_name(config: dict[str, Any]) -> str:
-    """The method of a configuration as run.json has it: its kind, and its settings other than defaults."""
-    section = config.get("method", {})
+    """The method of a configuration: its name, whether its settings are the paper's, and those other than defaults."""
+    section = recorded(config).get("method", {})
     try:
-        method: Section = _METHOD.validate_python(section)
+        method: MethodSection = _METHOD.validate_python(section)
     except ValidationError:  # another version's
         return str(section.get("kind", "unknown"))
     settings = method.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     settings.pop("kind", None)
-    named = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1 << 16, allow_unicode=True)
-    return f"{section['kind']} {named.strip()}" if settings else str(section["kind"])
+    said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1 << 16, allow_unicode=True).strip()
+    return method.name + " as published" * as_published(method) + f" {said}" * bool(settings)
 
 
 def check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 FIGURES = HERE / "figures.json"
 PICTURE = HERE.parent.parent / ".github" / "quickstart.svg"
 PEER = "less best-of-512"  # the paired difference to best-of-n with 512 samples
-CHOICE = ("best-of-n top-p", "AISP", "population")  # the arms of the README's table
+CHOICE = ("best-of-n top-p", "aisp", "population")  # the arms of the README's table
 WHOLE = (128, 512)  # samples a prompt whose rows are shown whole; the curve has the reward at the others
 
 Cell = str | float | list[float] | None  # a list: mean and both ends of its interval
@@ -40,7 +40,7 @@ def mini(folder: Path) -> list[Table]:
 
 def _comparison(title: str, case: dict[str, Any]) -> Table:
     (held_out,) = {name for arm in case["arms"] for name in arm["held_out"]}
-    columns = ["method", "samples", "reward", "AISP minus it", f"held out: {held_out}"]
+    columns = ["method", "samples", "reward", f"{case['main']} minus it", f"held out: {held_out}"]
     columns += ["NLL per token", "diversity", "tokens drawn", "reward calls"]
     rows = []
     for arm in case["arms"]:

@@ -28,7 +28,7 @@ from aisp_dist import rewards
 from aisp_dist.align import Tokens, align
 from aisp_dist.bench import paired
 from aisp_dist.bench.workload import SAMPLING
-from aisp_dist.config import Aisp, Generator, ModelReward, Run
+from aisp_dist.config import Aisp, Ess, Generator, ModelReward, Run
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.model import load
@@ -92,7 +92,7 @@ def measure(options: Namespace) -> dict[str, Any]:
             output="none",
             generator=Generator(model=generator, dtype=dtype, batch_rows=rows, max_new_tokens=options.new_tokens),
             rewards={"main": ModelReward(model=reward, dtype=dtype, batch_rows=options.samples)},
-            method=Aisp(num_samples=options.samples, num_iterations=options.iterations),
+            method=Aisp(num_samples=options.samples, num_iterations=options.iterations, lambda_=Ess(ess=0.1)),
         )
         text, tokenizer = run.model_dump_json(by_alias=True), checkpoints.tokenizer(options.shape)
         for repetition in range(options.repeat):

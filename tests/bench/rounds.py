@@ -146,7 +146,12 @@ def _run(options: Namespace, root: Path) -> Run:
             "prompts": {"source": str(root / "prompts.jsonl"), "max_tokens": 1 << 20},
             "generator": {"model": "demo", "batch_rows": 256, "max_new_tokens": options.new_tokens},
             "rewards": {"reward": {"kind": "model", "model": "demo"}},
-            "method": {"kind": "aisp", "num_samples": options.samples, "num_iterations": options.iterations},
+            "method": {
+                "kind": "aisp",
+                "num_samples": options.samples,
+                "num_iterations": options.iterations,
+                "lambda": {"ess": 0.1},
+            },
             "runtime": {"generators": replicas, "rewards": {"reward": replicas}},
         }
     )

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from aisp_dist.analysis.doctor import Check
-from aisp_dist.config import Run, Search
+from aisp_dist.config import Run
 from aisp_dist.engine.attention import Pass
 from aisp_dist.engine.control import moves, rebuild
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.step import STEP
-from aisp_dist.records import BASE_ITERATION, Prompt, Rates, Round, Sampling, TopP, Trajectory, Weights
+from aisp_dist.records import BASE_ITERATION, Prompt, Round, Sampling, TopP, Trajectory, Weights
 
 Key = tuple[str, int, int]  # prompt id, iteration, sample
 Decoded = dict[Key, tuple[Trajectory, torch.Tensor]]  # the states z [T, D] of its steps, on the CPU
@@ -44,8 +44,8 @@ def ends(lm: LM) -> Check:
 def rounds(run: Run, prompts: Sequence[tuple[Prompt, tuple[int, ...]]], steps: int, num_rows: int) -> list[Round]:
     """Rounds with the run's own sampling, under controls of random weights, in uneven groups, and one base answer:
     somewhat more trajectories than slots, so that some start late. prompts: with their tokens."""
-    sampling, num, draw = run.method.sampling(), run.method.num_samples, torch.Generator().manual_seed(0)
-    rates = run.method.rates() if isinstance(run.method, Search) else Rates()
+    sampling, rates = run.method.draws()
+    num, draw = run.method.num_samples, torch.Generator().manual_seed(0)
     if rates.noise is not None:  # found for each prompt in a run; the checks need any value
         sampling = replace(sampling, sigma2=0.5)
     if rates.drawing is not None:

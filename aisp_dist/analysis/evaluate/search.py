@@ -15,7 +15,7 @@ from aisp_dist.analysis.evaluate.texts import left_out
 from aisp_dist.analysis.evaluate.trials import last_round
 from aisp_dist.analysis.metrics import interval, spread
 from aisp_dist.analysis.outputs import Output, Row
-from aisp_dist.config import ConfigError, Generator, Search
+from aisp_dist.config import Algorithm1, ConfigError, Generator
 from aisp_dist.data.render import Unrenderable, render
 from aisp_dist.engine import model
 from aisp_dist.engine.lm import LM
@@ -37,13 +37,11 @@ def measures(
     everything = [answer for trial in trials for answer in trial]
     found: dict[str, Any] = {}
     omitted: dict[str, str] = {}
-    searches, noisy = isinstance(method, Search), any(round.sampling.sigma2 for _, round in everything)
+    searches, noisy = isinstance(method, Algorithm1), any(round.sampling.sigma2 for _, round in everything)
     traced = not searches or all(row["trace"] for row, _ in everything)
     no_trace = "the output keeps no trace of the search; a run with save.trace: true does"
     if not searches:
-        omitted["kl"] = f"undefined for {method.kind}: its answer is not drawn under one control; nll is there"
-    elif not noisy:
-        omitted["kl"] = "undefined with sigma2: 0, since there is no control; nll is there"
+        omitted["kl"] = f"undefined for {method.name}: its answer is not drawn under one control; nll is there"
     elif not traced:
         omitted["kl"] = no_trace
     else:
@@ -51,7 +49,7 @@ def measures(
         if reasons:
             omitted["kl"] = left_out(reasons, len(everything))
     if not noisy:
-        omitted["flips"] = f"{method.kind} with these settings moves no pre-logits by noise"
+        omitted["flips"] = f"{method.name} puts no noise on the pre-logits"
     elif not traced:
         omitted["flips"] = no_trace
     elif any(row["tokens"] is None for row, _ in everything):

@@ -51,7 +51,7 @@ def last_round(output: Output, row: Row, prompt_tokens: tuple[int, ...]) -> Roun
     """The search of a row after its last iteration; without trace where the output keeps none."""
     trace = tuple(Weights(*(tuple(step[n]) for n in ("weights", "lengths", "given"))) for step in row["trace"])
     trace = trace if any(entry.weights for entry in trace) else ()
-    sampling = output.run.method.sampling()
+    sampling, _ = output.run.method.draws()
     if row["trace"]:  # a flip rate was turned into numbers for each prompt
         step = row["trace"][0]
         sampling = replace(sampling, sigma2=step["sigma2"])

@@ -32,9 +32,9 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "best-of-n top-p": [
         {"sampling": {"top_p": p, "temperature": t}} for p, t in ((0.8, 1.0), (0.9, 1.0), (0.95, 1.0), (0.9, 0.8))
     ],
-    "aisp as published": [{"sigma2": sigma2, "lambda": {"ess": 0.1}} for sigma2 in (0.1, 0.3, 0.5, 1.0)],
+    "aisp": [{"sigma2": sigma2, "lambda": {"ess": 0.1}} for sigma2 in (0.1, 0.3, 0.5, 1.0)],
 }
-AUTO, SHUFFLED = "auto", "auto, rewards shuffled"
+MAIN, SHUFFLED = "population", "population, rewards shuffled"
 IN_FLIGHT = 40  # prompts
 
 
@@ -75,15 +75,15 @@ def main(args: Sequence[str]) -> None:
     draw([one for jobs in trials.values() for one in jobs], options.workers)
     results: dict[tuple[str, str], list[Job]] = {}
     for name, case in cases.items():
-        auto = case.method.model_dump(mode="json", by_alias=True)
-        found = {AUTO: auto, SHUFFLED: auto | {"shuffle_rewards": True}}
+        own = case.method.model_dump(mode="json", by_alias=True)
+        found = {MAIN: own, SHUFFLED: own | {"shuffle_rewards": True}}
         for arm, points in GRIDS.items():
             best = max(range(len(points)), key=lambda i: _mean(read(trials[name, arm][i].file), TRIAL, "reward"))
             found[arm] = _method(case, arm) | points[best]
         for arm, method in found.items():
             seeds = range(case.compare.seeds)
             results[name, arm] = [job(f"result/{name}/{arm}", case, method, seed) for seed in seeds]
-    first = (AUTO, "best-of-n top-p")
+    first = (MAIN, "best-of-n top-p")
     turns = [
         (seed > 0, arm not in first, seed, job) for (_, arm), jobs in results.items() for seed, job in enumerate(jobs)
     ]

@@ -78,6 +78,13 @@ def test_paired_differences_are_over_the_prompts_that_every_arm_finished(tmp_pat
     assert "where aisp loses most" in text and "over 2 prompts; 1 that failed in some arm are left out" in text
 
 
+def test_best_of_n_is_not_said_to_lose_to_itself(tmp_path):
+    found = compared({TOP_P: [write(tmp_path / "p", {"x": 1.0})], AISP: [write(tmp_path / "a", {"x": 0.0})]}, TOP_P)
+    assert "lose" not in compare.text(found)
+    found = compared({TOP_P: [write(tmp_path / "q", {"x": 1.0})], AISP: [write(tmp_path / "b", {"x": 2.0})]}, AISP)
+    assert "on no prompt does aisp lose to best-of-n top-p" in compare.text(found)
+
+
 def test_a_rescored_arm_has_the_likelihoods_that_it_knows(tmp_path):
     def rescored(name, *unknown):
         output = write(tmp_path / name, {"x": 1.0, "y": 2.0})

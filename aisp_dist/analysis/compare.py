@@ -211,7 +211,7 @@ def text(result: Comparison) -> str:
             f"{main:10} {loss['main']}   [{loss['main_reward']:.3f}]",
             f"best-of-n  {loss['best_of_n']}   [{loss['best_of_n_reward']:.3f}]",
         ]
-    elif any(arm.name == TOP_P for arm in result.arms):
+    elif main != TOP_P and any(arm.name == TOP_P for arm in result.arms):
         out.append(f"on no prompt does {main} lose to {TOP_P} (first seed)")
     return "\n".join(out)
 

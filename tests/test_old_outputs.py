@@ -57,6 +57,8 @@ def test_export_writes_its_rows(old, capsys):
     command(capsys, "export", old / "relabelled", "--to", "sft", "--to", "alpaca_eval", "--out", old / "set")
     found = datasets.load_dataset("parquet", data_dir=str(old / "set/sft"), cache_dir=str(old / "cache"))["train"]
     assert [row["completion"] for row in found] == [row["completion"] for row in rows(old / "relabelled")]
+    answers = json.loads((old / "set/alpaca_eval/outputs.json").read_text())
+    assert {answer["generator"] for answer in answers} == {"demo + population {num_samples: 4, num_iterations: 2}"}
 
 
 def test_rescore_selects_by_another_reward(old, capsys):
@@ -76,6 +78,20 @@ def test_evaluate_measures_it(old, capsys):
     mean = sum(row["reward"] for row in rows(old / "relabelled")) / 5
     assert found["measures"]["reward"]["selected"][0] == pytest.approx(mean)
     assert "undefined for population" in found["omitted"]["kl"] and found["flips"] is None
+
+
+def test_a_method_that_no_present_one_draws_like_is_read_and_named_with_its_settings(old, capsys):
+    """Noise beside draws, as 0.1.0 allowed."""
+    path = old / "relabelled/run.json"
+    record = json.loads(path.read_text())
+    mixed = {"preset": "paper", "sigma2": 0.5, "branch": None, "decode": {"top_p": 0.9, "temperature": 1.0}}
+    record["config"]["method"] |= mixed
+    path.write_text(json.dumps(record))
+    command(capsys, "report", old / "relabelled")
+    command(capsys, "export", old / "relabelled", "--to", "sft", "--out", old / "set")
+    card = (old / "set/README.md").read_text()
+    assert "sigma2: 0.5" in card and "decode: {top_p: 0.9, temperature: 1.0}" in card and "branch" not in card
+    command(capsys, "evaluate", old / "relabelled", "--no-model")
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from aisp_dist.analysis.metrics import diversity
-from aisp_dist.config import ConfigError, Run, recorded
+from aisp_dist.config import ConfigError, Run, readable
 from aisp_dist.output import manifest, parts, verify
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.schema import ORIGINAL, kept_columns
@@ -47,7 +47,7 @@ class Output:
     def run(self) -> Run:
         """The configuration in run.json. Raises ConfigError where this version cannot read it."""
         try:
-            return Run.model_validate(recorded(self.record["config"]))
+            return Run.model_validate(readable(self.record["config"]))
         except (KeyError, ValidationError) as error:
             raise ConfigError(f"output: {self}/run.json was written by another version ({error!r})") from None
 

@@ -16,7 +16,7 @@ from aisp_dist.config.methods import (
     ReControl,
     as_published,
 )
-from aisp_dist.config.outdated import recorded
+from aisp_dist.config.outdated import readable, recorded
 from aisp_dist.config.rewards import FunctionReward, HttpReward, JudgeSettings, ModelReward, Reward, RewardBase
 from aisp_dist.config.run import Generator, Prompts, Run, Save, Top, TopBottom
 from aisp_dist.config.runtime import Replicas, RewardReplicas, Runtime, StorageOptions, Timeouts, known_place
@@ -65,5 +65,6 @@ __all__ = [
     "as_published",
     "doc",
     "known_place",
+    "readable",
     "recorded",
 ]

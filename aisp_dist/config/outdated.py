@@ -58,6 +58,17 @@ def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def readable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`recorded`, for readers of a finished output: a method of 0.1.0 with noise beside draws or continued answers is
+    read as its noise alone. Sizes, limit and stopping rule are the same, and each row's trace has the rest."""
+    kept = recorded(config)
+    method = kept.get("method")
+    if isinstance(method, Mapping) and any(key in method for key in KEYS):
+        with suppress(*_WRONG):
+            kept["method"] = _algorithm1(_filled(method))
+    return kept
+
+
 def _filled(method: Mapping[str, Any]) -> dict[str, Any]:
     """With the defaults of 0.1.0."""
     given = {"lambda" if key == "lambda_" else key: value for key, value in method.items() if key != "preset"}

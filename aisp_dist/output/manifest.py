@@ -17,6 +17,7 @@ from aisp_dist.output.filesystem import PART, Place
 TABLES = {"default": "data", "failed": "failed", "candidates": "candidates"}  # load_dataset name: directory
 _NEEDED = {"config", "fingerprint", "components", "run_id", "rows_per_file"}  # of run.json
 _HEADER = re.compile(r"---\n(.*?)---\n", re.DOTALL)
+_SHORT: dict[str, Any] = {"mode": "json", "by_alias": True, "exclude_defaults": True}
 _METHOD: TypeAdapter[Any] = TypeAdapter(Method)
 _ABOUT = """
 # Relabelled prompts
@@ -80,12 +81,12 @@ def method_name(config: dict[str, Any]) -> str:
     section = recorded(config).get("method", {})
     try:
         method: MethodSection = _METHOD.validate_python(section)
+        name, settings = method.name + " as published" * as_published(method), method.model_dump(**_SHORT)
     except ValidationError:  # another version's
-        return str(section.get("kind", "unknown"))
-    settings = method.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        name, settings = section.get("kind", "unknown"), {key: v for key, v in section.items() if v is not None}
     settings.pop("kind", None)
     said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1 << 16, allow_unicode=True).strip()
-    return method.name + " as published" * as_published(method) + f" {said}" * bool(settings)
+    return f"{name} {said}" if settings else str(name)
 
 
 def check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:

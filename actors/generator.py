@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors import quiet
 from actors.placement import Group
 from aisp_dist.config import Run
 from aisp_dist.records import Calibration, Rollout, Round, Sampling
@@ -29,7 +30,6 @@ class Generator:
     async def load(self) -> int | None:
         """Load the model; answers its context length in tokens. Raises ConfigError for one that cannot be used."""
         import torch
-        from transformers.utils.logging import disable_progress_bar
 
         from aisp_dist.engine import decode, model
         from aisp_dist.engine.service import Service
@@ -39,7 +39,7 @@ class Generator:
         torch.set_num_threads(self.group.threads)
         if torch.cuda.is_available() and self.group.num_gpus:
             torch.cuda.set_per_process_memory_fraction(self.group.memory)
-        disable_progress_bar()  # noise in job logs
+        quiet.libraries()
         lm = await asyncio.to_thread(model.load, settings)
         guide = await asyncio.to_thread(stepwise.load, self.run, self.base_dir, lm.device)
         sizes = settings.batch_rows, settings.max_new_tokens

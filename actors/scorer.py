@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors import quiet
 from actors.placement import Group
 from aisp_dist import rewards
 from aisp_dist.config import ModelReward, Reward
@@ -35,12 +36,12 @@ class Scorer:
         """Load the reward. Raises ConfigError for one that cannot be used."""
         if isinstance(self.settings, ModelReward):
             import torch
-            from transformers.utils.logging import disable_progress_bar
+            import transformers  # noqa: F401  # quiet.libraries reaches what is imported
 
             torch.set_num_threads(self.group.threads)
             if torch.cuda.is_available() and self.group.num_gpus:
                 torch.cuda.set_per_process_memory_fraction(self.group.memory)
-            disable_progress_bar()  # noise in job logs
+            quiet.libraries()
         self.scores = rewards.load(self.reward, self.settings, self.base_dir, columns=self.columns)
         self.began = time.monotonic()
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from actors import quiet
 from aisp_dist.config import ConfigError
 
 VERBS = {
@@ -69,6 +70,7 @@ def run(verb: str, args: Sequence[str] | None = None) -> None:
         with _exit_code_kept():
             run(verb, sys.argv[1:])
     _show_everything()
+    quiet.libraries()
     if verb not in VERBS:
         sys.exit(_complain(f"{verb!r} is not a verb; there are: {', '.join(VERBS)}", 2))
     module = importlib.import_module(f"jobs.{verb.replace('-', '_')}")

@@ -17,6 +17,7 @@ from uuid import uuid4
 import psutil
 
 from aisp_dist.config import ConfigError, Run
+from jobs import tokens
 from jobs.cli import Exit
 
 _LOOK = 2.0  # seconds between looks at the cluster
@@ -119,6 +120,7 @@ def _connect(run: Run, say: Callable[[str], None]) -> None:
     wanted = sum((1 if each.replicas == "auto" else each.replicas) * each.num_cpus for each in everything)
     cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))  # Ray's CPUs are tokens; on one machine they may be shared
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves actors beside any other process
+    tokens.for_own_cluster(say)
     context = _init(address="local", num_cpus=cpus, include_dashboard=None, **quiet)
     board = f", dashboard at http://{context.dashboard_url}" if context.dashboard_url else ""
     say(f"started a local Ray with {cpus} CPU{board}")
@@ -131,6 +133,8 @@ def _init(**options: Any) -> Any:
     try:
         return ray.init(**options)
     except Exception as error:
+        if isinstance(error, ConnectionError) and "RAY_ADDRESS" in os.environ:  # somebody answers: _reach
+            raise Exit(1, tokens.why_not_joined(os.environ["RAY_ADDRESS"])) from error
         raise Exit(1, f"Ray did not start, or cannot be joined: {' '.join(str(error).split())[:500]}") from error
 
 

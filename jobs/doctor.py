@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from actors import quiet
 from aisp_dist.config import ConfigError
 from jobs import cli, prepare, settings
 from jobs.progress import say
@@ -27,11 +28,9 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError(f"--steps is {options.steps}; it must be at least 1")
     located = prepare.check(run, base_dir)
 
-    from transformers.utils.logging import disable_progress_bar
-
     from aisp_dist.analysis.doctor import examine
 
-    disable_progress_bar()
+    quiet.libraries()
     out, checks = sys.stdout, []
     with contextlib.redirect_stdout(sys.stderr):  # code that comes with a model may print
         for check in examine.examine(located, base_dir, options.steps, say):

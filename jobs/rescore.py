@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from actors import quiet
 from actors.table import Table
 from aisp_dist import engine, rewards
 from aisp_dist.analysis import outputs, rescore, summary
@@ -47,9 +48,9 @@ def main(args: Sequence[str]) -> int:
     known = rescore.unchanged(parent.record["components"], prepared.components)
     scorer = _Scorer(prepared)
     if any(isinstance(reward, ModelReward) for reward in prepared.run.rewards.values()):
-        from transformers.utils.logging import disable_progress_bar
+        import transformers  # noqa: F401  # quiet.libraries reaches what is imported
 
-        disable_progress_bar()
+        quiet.libraries()
     for name in prepared.run.rewards.keys() - known:
         scorer.load(name)  # a reward that cannot be loaded ends the command before anything is written
     note = {"output": str(parent), "run_id": parent.record["run_id"], "candidates": kept, "samples": drawn}

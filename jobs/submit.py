@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from aisp_dist.config import ConfigError
 from aisp_dist.config.load import read_yaml
+from aisp_dist.rewards.client import is_loopback
 from jobs import cli, settings
 from jobs.cli import Exit
 from jobs.progress import say
@@ -96,6 +97,9 @@ def connect(address: str | None) -> Any:
         raise ConfigError(f"--address: missing; as in --address http://HEAD:8265, or set {' or '.join(_ADDRESSES)}")
     from ray.job_submission import JobSubmissionClient
 
+    if is_loopback(address):  # such as a forwarded port: no proxy of the environment reaches it
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost,127.0.0.1,::1")))
     logging.disable(logging.INFO)  # what Ray logs of uploads and connections
     try:
         return JobSubmissionClient(address)

@@ -103,3 +103,29 @@ def test_status_adds_shards_up(project, capsys):
     assert "3/? prompts of shards 0, 0 in flight" in command(capsys, "status", "out")[1]
     Path("out/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "6/6 prompts of shards 0, 1, 0 in flight" in command(capsys, "status", "out")[1]
+
+
+def test_libraries_are_quiet_about_their_own_future():
+    code = """
+import logging, warnings
+from transformers.utils import logging as theirs
+from actors import quiet
+quiet.libraries()
+warnings.warn("old spelling", FutureWarning)
+warnings.warn("look at this")
+theirs.get_logger("transformers.models").warning("`torch_dtype` is deprecated")
+theirs.get_logger("transformers.models").warning("weights are missing")
+logging.getLogger("torchao.extensions").warning("Skipping import of cpp extensions")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0 and "look at this" in done.stderr and "weights are missing" in done.stderr
+    assert not any(words in done.stderr for words in ("old spelling", "deprecated", "Skipping import")), done.stderr
+    shown = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert "old spelling" in shown.stderr

@@ -13,7 +13,7 @@ from actors.cluster import is_fault
 from aisp_dist.config import ConfigError, HttpReward
 from aisp_dist.records import Prompt, Score
 from aisp_dist.rewards import load
-from aisp_dist.rewards.client import Unavailable, _retry_after
+from aisp_dist.rewards.client import Unavailable, _retry_after, is_loopback
 
 PROMPT = Prompt("p", 0, (("system", "S"), ("user", "Hi {response}")))
 RESPONSES = ["a", "bbb", "", "a", "{prompt}"]
@@ -208,3 +208,34 @@ def test_a_wrong_address_or_model_is_said_before_the_run(server):
 def test_static_faults(more, words):
     with pytest.raises(ValidationError, match=words):
         HttpReward(**{"url": "http://h/v1", "model": "m", "rubric": RUBRIC} | more)
+
+
+PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_a_server_on_this_machine_is_asked_directly(server, monkeypatch, name):
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert made(server)(PROMPT, ["x"]) == [Score(5.0)] and len(server.seen) == 1
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_a_proxy_that_fails_is_named(server, monkeypatch, name):
+    for other in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
+    with pytest.raises(Unavailable, match=f"by way of the proxy in {name}; list the host in NO_PROXY") as error:
+        load("http", settings(server, url="http://judge.invalid/v1", retries=0))
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("NO_PROXY", "judge.invalid")
+    with pytest.raises(Unavailable, match=r"no answer \(ConnectError\), 1 times$"):
+        load("http", settings(server, url="http://judge.invalid/v1", retries=0))
+
+
+HERE = ("http://localhost:1/v1", "https://127.0.0.2/v1", "http://[::1]:8000", "127.0.0.1:8265")
+ELSEWHERE = ("http://10.0.0.1/v1", "http://localhost.example.com", "auto")
+
+
+@pytest.mark.parametrize("url", [*HERE, *ELSEWHERE])
+def test_which_servers_are_on_this_machine(url):
+    assert is_loopback(url) is (url in HERE)

@@ -11,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -60,9 +63,11 @@ class Client:
             if not secret.isascii() or not secret.isprintable():
                 raise ConfigError(f"{key}.api_key_env: what {settings.api_key_env} holds is no API key; mend it")
             headers["Authorization"] = f"Bearer {secret}"
-        self._http = httpx.Client(
-            headers=headers, timeout=settings.timeout, limits=httpx.Limits(max_connections=settings.max_parallel)
-        )
+        limits = httpx.Limits(max_connections=settings.max_parallel)
+        # No proxy of the environment reaches a server on this machine.
+        far = not is_loopback(settings.url)
+        self._http = httpx.Client(headers=headers, timeout=settings.timeout, limits=limits, trust_env=far)
+        self._proxy = _proxy_variable(settings.url) if far else None
         self._turn = threading.Lock()
         self._next = 0.0
 
@@ -108,7 +113,8 @@ class Client:
         try:
             answer = self._http.post(url, json=body)
         except httpx.TransportError as error:
-            raise _Again(f"no answer ({type(error).__name__})") from None
+            way = f" by way of the proxy in {self._proxy}; list the host in NO_PROXY to ask it directly"
+            raise _Again(f"no answer ({type(error).__name__}){way if self._proxy else ''}") from None
         if answer.status_code == 429 or answer.status_code >= 500:
             raise _Again(f"it answers {answer.status_code}", _retry_after(answer.headers.get("Retry-After")))
         return answer
@@ -120,6 +126,24 @@ class Client:
             at = max(self._next, time.monotonic())
             self._next = at + 60 / self.settings.requests_per_minute
         time.sleep(max(0.0, at - time.monotonic()))
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL's server is on this machine."""
+    host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _proxy_variable(url: str) -> str | None:
+    """The environment variable whose proxy requests to `url` take."""
+    address = urlsplit(url)
+    if proxy_bypass(address.hostname or ""):
+        return None
+    names = [f"{scheme}_proxy" for scheme in (address.scheme, "all")]
+    return next((name for plain in names for name in (plain, plain.upper()) if os.environ.get(name)), None)
 
 
 def said(answer: Any) -> str | Refused:

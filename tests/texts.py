@@ -37,7 +37,7 @@ def sections() -> list[type[BaseModel]]:
     for section in (waiting := [Run]):
         for field in section.model_fields.values():
             for inner in _models(field.annotation):
-                if inner not in found and (_own_table(inner, field)):
+                if inner not in found and _own_table(inner, field):
                     found[inner] = None
                     waiting.append(inner)
     return list(found)

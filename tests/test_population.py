@@ -8,6 +8,7 @@ from collections import Counter
 import finished
 import pyarrow.parquet as pq
 import pytest
+from pydantic import TypeAdapter
 
 from aisp_dist import config
 from aisp_dist.analysis import outputs
@@ -67,6 +68,20 @@ def test_a_limit_is_on_likelihood_beside_the_base_answer_and_on_repetition():
     assert within(None, "a a a a a", 99.0, 0.0)
     assert within(near, "a", 1.3, 1.0) and not within(near, "a", 1.31, 1.0)
     assert within(varied, "a b c d e", 9.0, 0.0) and not within(varied, "a a a a a", 0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["aisp", "population", "best_of_n", "best_of_n gaussian"])
+@pytest.mark.parametrize(
+    ("limit", "asked"),
+    [(None, False), ({"diversity": 0.9}, False), ({"nll": 0.3}, True), ({"nll": 0, "diversity": 1}, True)],
+)
+def test_likelihoods_are_asked_for_where_a_limit_is_on_them_alone(kind, limit, asked):
+    kind, _, gaussian = kind.partition(" ")
+    settings = {"kind": kind, "num_samples": 2, "num_iterations": 2, "limit": limit}
+    settings |= {"lambda": 0.3} if kind == "aisp" else {}
+    settings |= {"sampling": {"gaussian": 0.5}} if gaussian else {}
+    sampling, _ = TypeAdapter(config.Method).validate_python(settings).draws()
+    assert sampling.likelihood is asked
 
 
 def test_a_configuration_says_what_is_drawn_and_what_is_found_for_each_prompt():

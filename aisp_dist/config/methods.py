@@ -13,7 +13,18 @@ from pydantic import Discriminator, field_validator, model_validator
 
 from aisp_dist.config import outdated
 from aisp_dist.config.base import Section, doc
-from aisp_dist.config.sampling import Ar1, Count, Ess, FlipRate, Gaussian, Limit, Mixture, Nucleus, Spend
+from aisp_dist.config.sampling import (
+    Ar1,
+    Count,
+    Ess,
+    FlipRate,
+    Gaussian,
+    Limit,
+    Mixture,
+    Nucleus,
+    Spend,
+    needs_likelihood,
+)
 from aisp_dist.records import Ascent, Rates, Sampling, TokenReward
 
 # The grids of arXiv 2510.26219; lambda is in units of the reward, UltraRM's and then Eurus's.
@@ -134,7 +145,7 @@ class Algorithm1(MethodSection):
                 noise, parameter = kind, 0.0
         sigma2, rate = (0.0, self.sigma2.flip_rate) if isinstance(self.sigma2, FlipRate) else (self.sigma2, None)
         sampling = Sampling(
-            sigma2, noise, parameter, self.alpha, after_eos=self.after_eos, likelihood=self.limit is not None
+            sigma2, noise, parameter, self.alpha, after_eos=self.after_eos, likelihood=needs_likelihood(self.limit)
         )
         return sampling, Rates(noise=rate)
 
@@ -210,7 +221,7 @@ class Population(MethodSection):
     shuffle_rewards: bool = doc(_SHUFFLE, False)
 
     def draws(self) -> tuple[Sampling, Rates]:
-        measured = self.limit is not None
+        measured = needs_likelihood(self.limit)
         if isinstance(self.sampling, FlipRate):
             return Sampling(likelihood=measured), Rates(drawing=self.sampling.flip_rate)
         return Sampling(decode=self.sampling.record(), likelihood=measured), Rates()
@@ -239,7 +250,7 @@ class BestOfN(MethodSection):
         return "best-of-n gaussian" if isinstance(self.sampling, Gaussian) else "best-of-n top-p"
 
     def draws(self) -> tuple[Sampling, Rates]:
-        measured = self.limit is not None
+        measured = needs_likelihood(self.limit)
         if isinstance(self.sampling, Gaussian):
             return Sampling(self.sampling.gaussian, likelihood=measured), Rates()
         return Sampling(decode=self.sampling.record(), likelihood=measured), Rates()

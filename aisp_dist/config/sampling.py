@@ -56,6 +56,11 @@ class Limit(Section):
         return self
 
 
+def needs_likelihood(limit: Limit | None) -> bool:
+    """Whether a limit is on the base model's likelihood of answers, which costs time."""
+    return limit is not None and limit.nll is not None
+
+
 class Spend(Section):
     """A stopping rule for each prompt. It reads this prompt's rewards alone, so a row does not depend on other rows."""
 

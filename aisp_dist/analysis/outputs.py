@@ -155,7 +155,7 @@ def read(
     frames = [
         _frame(batch, measures, output.most_iterations) for batch in batches(output.place, "data", names, batch_rows)
     ]
-    rows = pd.concat(frames) if frames else pd.DataFrame(columns=pd.MultiIndex.from_tuples([("about", "source_index")]))
+    rows = pd.concat(frames) if frames else _empty(output, measures)
     failed = [batch.to_pandas() for batch in batches(output.place, "failed", ["id", "source_index"])]
     lost = pd.concat(failed) if failed else pd.DataFrame({"id": [], "source_index": []})
     if limit is not None:
@@ -248,6 +248,13 @@ def _frame(batch: pa.RecordBatch, texts: Mapping[str, Measure], iterations: int)
     found["about", "prompt"] = [_hash(prompt) for prompt in batch["prompt"].to_pylist()]
     found["about", "area"] = [_area(curve, iterations) for curve in batch["curve"].to_pylist()]
     return pd.DataFrame(found).set_index(pd.Index(batch["id"].to_pandas(), name="id"))
+
+
+def _empty(output: Output, texts: Mapping[str, Measure]) -> Any:
+    measures = [*texts, *_NUMBERS, *(f"reward {name}" for name in output.run.rewards)]
+    about = ("source_index", "finish_reason", "samples_spent", "quarantined", "prompt", "area")
+    names = [(side, name) for side in ("selected", "base") for name in measures] + [("about", name) for name in about]
+    return pd.DataFrame(columns=pd.MultiIndex.from_tuples(names), index=pd.Index([], dtype="str"), dtype="float64")
 
 
 def _floats(column: pa.Array) -> np.ndarray:

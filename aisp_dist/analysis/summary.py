@@ -26,7 +26,7 @@ def text(columns: Columns, seconds: float = 0.0, samples: int = 0, bounds: Guard
     output, done, failed = columns.output, len(columns.rows), len(columns.failed)
     out = ["", f"{done} rows done, {failed} failed, in {output}"]
     if not done + failed:
-        out.append("the input has no lines, so the table has no rows")
+        out.append("the input is empty, so the table has no rows")
     if done:
         out += [*_rewards(columns), *_originals(columns), *_search(columns)]
         measures = tally(columns).measures()

@@ -5,8 +5,9 @@
 Every case is one output, filled by `python -m jobs.align` while SIGKILL, SIGTERM and SIGSTOP reach generator, scorer,
 coordinator, driver and raylet: at random, or at a chosen change of a file. For the second, a `sitecustomize.py` of the
 harness is on the path of every process of the cluster; its audit hook (`HOOK`) sees each rename, removal, directory and
-file opened for writing under the output, and sends the process a signal at the one that the file `plan` names. In the
-end the tables must be those of the quiet job, byte for byte, and `aisp verify` must agree.
+file opened for writing under the output, and sends the process a signal at the one that the file `plan` names. In some
+cases the command starts Ray itself, and Ray's own processes are killed: agents, dashboard, GCS and raylet. In the end
+the tables must be those of the quiet job, byte for byte, and `aisp verify` must agree.
 
 Prints a JSON report: faults by process and signal, seconds to notice and to recover, restarts of the command, outcomes.
 """
@@ -21,315 +22,23 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
+from kill_cluster import Cluster, Disagreement, OneMachine, unless_gone, until
+from kill_job import PROMPTS, ROWS, TIMEOUTS, Case, Fault, Job
 
-ROOT = Path(__file__).parent.parent
-PROMPTS, ROWS = 40, 5  # input lines of the quiet job; rows of a part
 KILL, TERM, STOP = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
 ACTORS = ("generator", "scorer", "coordinator")
-
-HOOK = '''
-import json, os, re, sys, time
-
-HOME, ROLE = os.environ.get("AISP_KILLS"), os.environ.get("AISP_ROLE", "actor")
-CHANGES = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "open": 0}  # event: which argument is the path
-seen, armed, busy = 0, None, False
-
-
-def step(event, args):
-    """What the change is: the event and the path below the output, without what differs between runs."""
-    if event not in CHANGES or not isinstance(args[CHANGES[event]], (str, os.PathLike)):
-        return None
-    if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        return None
-    path = os.fspath(args[CHANGES[event]])
-    if "/out/" not in path:
-        return None
-    path = re.sub(r"[0-9a-f]{8,}", "*", path.split("/out/", 1)[1])
-    return f"{event.removeprefix('os.')} {re.sub('[0-9]+', 'N', path)}"
-
-
-def hook(event, args):
-    global seen, armed, busy
-    if busy or event not in CHANGES:
-        return
-    busy = True
-    try:
-        found = step(event, args)
-        if found is None:
-            return
-        with open(f"{HOME}/steps/{ROLE}-{os.getpid()}", "a") as file:
-            file.write(f"{time.time()} {found}\\n")
-        try:
-            text = open(f"{HOME}/plan").read()
-        except FileNotFoundError:
-            return
-        if text != armed:
-            armed, seen = text, 0
-        plan = json.loads(text)
-        if (plan["process"] == "driver") != (ROLE == "driver"):
-            return
-        if not re.fullmatch(plan["step"], found) or plan["output"] not in os.path.abspath(args[CHANGES[event]]):
-            return
-        seen += 1
-        if seen < plan["occurrence"]:
-            return
-        try:
-            os.rename(f"{HOME}/plan", f"{HOME}/firing")
-        except FileNotFoundError:  # another process was there first
-            return
-        if plan["torn"] and event == "open" and not os.path.exists(args[0]):
-            with open(args[0], "wb") as file:
-                file.write(b"PAR1 and then no more")
-        with open(f"{HOME}/fired.tmp", "w") as file:
-            json.dump(plan | {"step": found, "pid": os.getpid(), "time": time.time()}, file)
-        os.rename(f"{HOME}/fired.tmp", f"{HOME}/fired")
-        os.kill(os.getpid(), plan["signal"])
-    finally:
-        busy = False
-
-
-if HOME:
-    open(f"{HOME}/pids/{os.getpid()}", "w").close()
-    sys.addaudithook(hook)
-'''
-
-REWARD = '''
-import time
-from pathlib import Path
-
-def words(prompts, completions, **columns):
-    """As slow as the file beside it says: a kill is to find the job in the middle, at little cost."""
-    time.sleep(float((Path(__file__).parent / "pace").read_text()))
-    return [float(len(set(c[-1]["content"].split()))) for c in completions]
-'''
-
-
-class Disagreement(AssertionError):
-    """A case did not end as it must."""
-
-
-def until(what: str, ask: Callable[[], Any], seconds: float = 240.0) -> Any:
-    """The first true answer of `ask`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if answer := ask():
-            return answer
-        time.sleep(0.05)
-    raise Disagreement(f"not within {seconds:g} s: {what}")
-
-
-class Cluster:
-    """A head without CPUs and a node with them, so that every actor that takes CPUs is on a node that can be killed."""
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.temp = home, home / "ray"
-        self.victims: set[int] = set()
-        for name in ("pids", "steps", "site", "jobs"):
-            (home / name).mkdir(parents=True)
-        (home / "site" / "sitecustomize.py").write_text(HOOK)
-        checks = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
-        self.env = os.environ | {f"RAY_health_check_{name}": str(value) for name, value in checks.items()}
-        self.env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "AISP_KILLS": str(home)}
-        self.env |= {"RAY_worker_niceness": "0"}  # not starved by whatever else the machine does
-        self.env |= {"PYTHONPATH": f"{home / 'site'}:{ROOT}", "HF_HUB_OFFLINE": "1"}
-
-    def start(self) -> None:
-        self._ray(
-            "--head",
-            "--port=0",
-            "--num-cpus=0",
-            "--include-dashboard=false",
-            "--dashboard-port=0",
-            f"--temp-dir={self.temp}",
-        )
-        self.env["RAY_ADDRESS"] = self.address = (self.temp / "ray_current_cluster").read_text().strip()
-        self.add_node()
-
-    def add_node(self) -> None:
-        self._ray(f"--address={self.address}", "--num-cpus=4")
-
-    def _ray(self, *args: str) -> None:
-        command = [str(Path(sys.executable).with_name("ray")), "start", *args, "--object-store-memory=100000000"]
-        env = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def raylets(self) -> list[psutil.Process]:
-        return [p for p in self._native() if Path(cmdline(p)[0]).name == "raylet"]
-
-    def actors(self, role: str) -> list[psutil.Process]:
-        """Processes of this cluster that are actors of a role, by the title that `ps` shows, oldest first."""
-        found = [p for p in self._python() if cmdline(p)[0].lower().startswith(f"ray::{role}")]
-        return sorted(found, key=psutil.Process.create_time)
-
-    def living(self, role: str) -> list[psutil.Process]:
-        """Actors of a role that were not hit."""
-        return [p for p in self.actors(role) if p.pid not in self.victims]
-
-    def steps(self, pid: int | None = None, who: str = "*") -> list[tuple[float, str]]:
-        """When what was changed under an output, by one process or by all drivers or actors."""
-        lines = [line for f in (self.home / "steps").glob(f"{who}-{pid or '*'}") for line in f.read_text().splitlines()]
-        return [(float(when), step) for when, step in (line.split(" ", 1) for line in lines)]
-
-    def close(self) -> None:
-        for process in (*self._native(), *self._python()):
-            if process.pid != os.getpid():
-                unless_gone(process.kill)
-
-    def _native(self) -> list[psutil.Process]:
-        return [p for p in psutil.process_iter() if any(str(self.temp) in word for word in cmdline(p))]
-
-    def _python(self) -> Iterator[psutil.Process]:
-        for path in (self.home / "pids").iterdir():
-            process = unless_gone(lambda pid=int(path.name): psutil.Process(pid))
-            if process is not None and -120 < process.create_time() - path.stat().st_mtime < 2 and cmdline(process)[0]:
-                yield process  # not another that was given its number
-
-
-def unless_gone(ask: Callable[[], Any]) -> Any:
-    """The answer; None where the process or file that is asked has just gone."""
-    try:
-        return ask()
-    except (psutil.Error, FileNotFoundError):
-        return None
-
-
-def cmdline(process: psutil.Process) -> list[str]:
-    return unless_gone(process.cmdline) or [""]
-
-
-@dataclass
-class Fault:
-    """noticed: seconds until a replacement was there (of a driver: until it had ended); recovered: until more rows
-    were written. None: not looked at."""
-
-    process: str
-    signal: str
-    moment: str
-    noticed: float | None = None
-    recovered: float | None = None
-    left_behind: bool = False  # the process, stopped, was still there when its replacement had come
-
-
-@dataclass
-class Case:
-    name: str
-    faults: list[Fault] = field(default_factory=list)
-    codes: list[int] = field(default_factory=list)  # exit codes of the commands, in order
-    outcome: str = ""
-    seconds: float = 0.0
-
-
-class Job:
-    """One output and the commands that fill it."""
-
-    def __init__(self, cluster: Cluster, name: str) -> None:
-        self.cluster, self.case = cluster, Case(name)
-        self.folder = cluster.home / "jobs" / name
-        self.folder.mkdir()
-        self.output = self.folder / "out"
-        self.commands: list[subprocess.Popen[bytes]] = []
-        lines = [{"prompt": f"What is good about {i} {THINGS[i % len(THINGS)]}?", "n": i} for i in range(PROMPTS)]
-        for line in lines[2::ROWS]:  # a failed row for every part
-            line["prompt"] *= 20
-        (self.folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (self.folder / "rewards.py").write_text(REWARD)
-        self.pace(0.0)
-        config = {
-            "output": "out",
-            "prompts": {"source": "prompts.jsonl", "keep": ["n"], "max_tokens": 64},
-            "generator": {"model": "demo", "max_new_tokens": 24, "batch_rows": 16},
-            "rewards": {"words": {"kind": "function", "function": "rewards.py:words"}},
-            "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2, "lambda": {"ess": 0.1}},
-            "save": {"rows_per_file": ROWS, "flush_seconds": 0.2, "candidates": "all"},
-            "runtime": {"retries": 50, "timeouts": TIMEOUTS},
-        }
-        (self.folder / "run.yaml").write_text(yaml.safe_dump(config))
-
-    def pace(self, seconds: float) -> None:
-        """Seconds that each scoring takes from now on."""
-        (self.folder / "pace.new").write_text(str(seconds))
-        os.replace(self.folder / "pace.new", self.folder / "pace")
-
-    def start(self) -> subprocess.Popen[bytes]:
-        with (self.folder / f"log-{len(self.commands)}").open("wb") as log:
-            command = [sys.executable, "-m", "jobs.align", "run.yaml"]
-            self.commands.append(
-                subprocess.Popen(
-                    command, cwd=self.folder, env=self.cluster.env | {"AISP_ROLE": "driver"}, stdout=log, stderr=log
-                )
-            )
-        return self.commands[-1]
-
-    def end(self, code: int = 0, command: subprocess.Popen[bytes] | None = None) -> None:
-        """Wait for a command, the last one by default, to end with this code."""
-        command = command or self.commands[-1]
-        until("the command ends", lambda: command.poll() is not None)
-        found = command.returncode
-        self.case.codes.append(found)
-        if found != code:
-            raise Disagreement(f"exit code {found} in place of {code}")
-
-    def logs(self) -> str:
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("log-*")))
-
-    def written(self) -> int:
-        """When rows were last written, in ns."""
-        paths = (*self.output.glob(".staging/part-*/seg-*"), *self.output.glob("data/part-*"))
-        return max((unless_gone(lambda path=path: path.stat().st_mtime_ns) or 0 for path in paths), default=0)
-
-    def goes_on(self) -> None:
-        """Wait until more rows are written, or the command is done."""
-        before = self.written()
-
-        def ask() -> bool:
-            code = self.commands[-1].poll()
-            if code and self.written() == before:
-                raise Disagreement(f"the command ended with {code}")
-            return code == 0 or self.written() != before
-
-        until("more rows", ask)
-
-    def tables(self) -> dict[str, bytes]:
-        return {str(f.relative_to(self.output)): f.read_bytes() for f in sorted(self.output.glob("*/part-*.parquet"))}
-
-    def check(self, quiet: dict[str, bytes]) -> None:
-        """Raise Disagreement unless the output is that of the quiet job, and `aisp verify` agrees."""
-        found = self.tables()
-        if found != quiet:
-            names = sorted(name for name in found.keys() | quiet.keys() if found.get(name) != quiet.get(name))
-            raise Disagreement(f"other tables: {', '.join(names)}")
-        command = [sys.executable, "-m", "jobs.verify", "out"]
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.cluster.env, capture_output=True, text=True, timeout=120
-        )
-        if done.returncode or "every input is there exactly once" not in done.stdout:
-            raise Disagreement(f"verify: {done.stdout}{done.stderr}")
-        if staged := [str(path) for path in self.output.glob(".staging/part-*")]:
-            raise Disagreement(f"left in staging: {staged}")
-
-    def close(self) -> None:
-        for command in self.commands:
-            if command.poll() is None:
-                command.kill()
-                command.wait()
-
-
-THINGS = ("puppies", "cups of coffee", "bicycles", "words of Spanish", "loaves of bread", "miles on foot", "gardens")
-TIMEOUTS: dict[str, float] = {"startup": 300, "round": 60, "reward": 10, "stall": 8}
+SERVERS = ("runtime_env_agent", "dashboard_agent", "dashboard", "gcs_server", "raylet")  # of Ray, on one machine
 
 
 @dataclass(frozen=True)
@@ -347,6 +56,7 @@ class Spec:
 
 
 EXIT = {signal.SIGINT: 130, TERM: 143, KILL: -KILL}
+SILENCE = 120.0  # seconds in which a command says something, while Ray and models start too
 SLOW, HELD = 0.3, 3.0  # seconds a scoring takes while faults are to come, and while little is to be done
 
 
@@ -512,6 +222,52 @@ def _raylet(job: Job, spec: Spec) -> None:
             unless_gone(lambda pid=pid: psutil.Process(pid).kill())
 
 
+def lose_server(job: Job, name: str) -> None:
+    """Kill a process of Ray on the machine of a command that started Ray itself: Ray is started again, but for the
+    dashboard, and more rows come."""
+    machine, command = job.cluster, job.commands[-1]
+    assert isinstance(machine, OneMachine)
+    job.pace(HELD)
+    victim = until(f"a {name}", lambda: machine.server(command.pid, name) or command.poll() is not None)
+    if command.poll() is not None:
+        return
+    gone = set() if name == "dashboard" else {p.pid for role in ACTORS for p in machine.living(role)}
+    fault, began, before = Fault(name, "SIGKILL", "one machine"), time.time(), job.count("starting Ray again")
+    job.case.faults.append(fault)
+    unless_gone(victim.kill)
+    if gone:
+        until("Ray is started again", lambda: job.count("starting Ray again") > before, TIMEOUTS["stall"] + 30)
+        fault.noticed = time.time() - began
+    machine.victims |= gone
+    job.pace(SLOW)
+    job.goes_on()
+    fault.recovered = time.time() - began
+
+
+def machine_case(home: Path, quiet: dict[str, bytes], names: Sequence[str]) -> Case:
+    """One output, filled by a command that starts Ray itself and loses these of its processes."""
+    job, began = Job(OneMachine(home), "machine"), time.monotonic()
+    try:
+        job.pace(SLOW)
+        job.start()
+        for name in names:
+            job.goes_on()
+            lose_server(job, name)
+        job.pace(0.0)
+        job.end()
+        job.check(quiet)
+        if job.silence > SILENCE:
+            raise Disagreement(f"the command said nothing for {job.silence:.0f} s")
+        job.case.outcome = "equal"
+    except Disagreement as error:
+        job.case.outcome = f"{error}\n{job.logs()}"
+    finally:
+        job.close()
+        job.cluster.close()
+    job.case.seconds = round(time.monotonic() - began, 1)
+    return job.case
+
+
 def draw(rng: random.Random, steps: list[str], starting: list[str]) -> list[Spec]:
     """A random case: one to five faults, most at random moments, some at steps of a coordinator, and perhaps one before
     them at a step of the driver."""
@@ -611,9 +367,13 @@ def main() -> int:
             found, *steps = quiet_tables(cluster)
             quiet = quiet or found
             while time.monotonic() < deadline:
-                specs = draw(rng, *steps)
-                cases.append(run_case(cluster, f"case-{len(cases)}", specs, quiet, rng))
-                print(f"{cases[-1].seconds:g} s: {specs}: {cases[-1].outcome}", file=sys.stderr, flush=True)
+                if rng.random() < 0.1:
+                    what: Sequence[Any] = rng.sample(SERVERS, 2)
+                    cases.append(machine_case(cluster.home / f"machine-{len(cases)}", quiet, what))
+                else:
+                    what = draw(rng, *steps)
+                    cases.append(run_case(cluster, f"case-{len(cases)}", what, quiet, rng))
+                print(f"{cases[-1].seconds:g} s: {what}: {cases[-1].outcome}", file=sys.stderr, flush=True)
                 if cases[-1].outcome != "equal":
                     break
     report = {"seed": options.seed, "minutes": options.minutes, **summary(cases)}

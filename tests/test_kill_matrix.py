@@ -7,7 +7,8 @@ import re
 import signal
 
 import pytest
-from kill_matrix import KILL, STOP, TERM, Spec, a_cluster, quiet_tables, run_case
+from kill_job import TIMEOUTS, Job
+from kill_matrix import KILL, STOP, TERM, Spec, a_cluster, machine_case, quiet_tables, run_case
 
 pytestmark = [
     pytest.mark.ray,
@@ -51,3 +52,35 @@ def test_drivers(matrix):
 
 def test_nodes(matrix):
     undisturbed(matrix, "nodes", [Spec("raylet", KILL)])
+
+
+def test_processes_of_ray_itself_on_one_machine(matrix, tmp_path_factory):
+    """With Ray's default settings: an agent takes the raylet along. The command is never silent for long, and the run
+    ends as it would have."""
+    names = ["runtime_env_agent", "gcs_server"]
+    case = machine_case(tmp_path_factory.mktemp("machine") / "home", matrix[1], names)
+    if case.outcome != "equal" or [fault.process for fault in case.faults] != names:
+        pytest.fail(f"{case.faults}\n{case.outcome}")
+
+
+def test_the_last_machine(matrix):
+    """A cluster that was joined has none left: the command ends, and resumes on another cluster. The last test of this
+    one."""
+    cluster, quiet = matrix[:2]
+    job = Job(cluster, "last")
+    try:
+        job.pace(0.3)
+        job.start()
+        job.goes_on()
+        cluster.end()
+        job.end(1)
+        assert job.count("aisp: the Ray cluster is lost: it has shown no living machine") == 1
+        assert job.silence < TIMEOUTS["stall"] + 60
+        with a_cluster() as other:
+            job.cluster = other
+            job.pace(0.0)
+            job.start()
+            job.end()
+            job.check(quiet)
+    finally:
+        job.close()

@@ -1,5 +1,5 @@
-"""What a run is counted by: sums that grow, so that those of several coordinators add up and those of an interval are a
-difference. Pure."""
+"""The counts of a run. They are sums that grow, so that those of several coordinators add up and those of an interval
+are a difference. Pure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """done, failed: inputs with a row, those of earlier commands too; fresh: finished by this one. gain: sum over
-    `gains` prompts of the selected reward minus the base's. By role: calls that wait (queued), replicas that are up
-    (alive), seconds that replicas worked (busy) and were there (up). row_steps, row_slots: of the generators' decoding
-    steps, rows with a trajectory and rows in all."""
+    """done, failed: inputs with a row, also of earlier commands. fresh: inputs that this command finished. gain: sum
+    over `gains` prompts of the selected reward minus the base answer's. By role: calls that wait (queued), replicas
+    that are up (alive), seconds that replicas worked (busy) and existed (up). row_steps, row_slots: over the decoding
+    steps of the generators, rows with a trajectory and all rows.
+    """
 
     done: int = 0
     failed: int = 0
@@ -58,7 +59,7 @@ class Counts:
         return {r: max(0.0, 1 - self.busy.get(r, 0.0) / up) for r, up in self.up.items() if up > 0}
 
     def grown(self) -> Counts:
-        """The sums alone, without what is so at a moment."""
+        """The sums alone, without the values of a moment."""
         return replace(self, done=0, failed=0, committed=0, in_flight=0, queued={}, alive={})
 
     def json(self) -> dict[str, Any]:
@@ -76,15 +77,16 @@ class Counts:
 
 
 def seconds_left(now: Counts, pace: float, total: int | None, samples: int) -> float | None:
-    """At `pace` samples/s, where a prompt takes `samples`; None while that or the number of inputs is not known. By
-    samples, since prompts in flight together finish together."""
+    """Time left at `pace` samples/s, where a prompt takes `samples`; None while the pace or the number of inputs is not
+    known. It goes by samples, since prompts in flight together finish together."""
     if total is None or not pace:
         return None
     return max(0.0, (total - now.finished + now.fresh) * samples - now.samples) / pace
 
 
 def gauges(now: Counts, lately: Counts, seconds: float, total: int | None, samples: int) -> dict[str, float | None]:
-    """What the exporter shows, by name; None: not known yet. lately: what `seconds` added; samples: of a prompt."""
+    """The exporter's gauges by name; None: not known yet. lately: the counts of the last `seconds`. samples: of one
+    prompt."""
     idle = lately.idle()
     return {
         "in_flight": now.in_flight,
@@ -106,7 +108,7 @@ def gauges(now: Counts, lately: Counts, seconds: float, total: int | None, sampl
 
 
 def share(total: int | None, rows_per_file: int, shard: tuple[int, int]) -> int | None:
-    """How many of `total` inputs are in a shard's parts; None for a total not known yet."""
+    """How many of `total` inputs are in a shard's parts; None while the total is not known."""
     if total is None:
         return None
     whole, rest = divmod(total, rows_per_file)

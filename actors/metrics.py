@@ -81,7 +81,7 @@ HISTOGRAMS = {  # name: (description, boundaries, tags beside run and shard)
 def _harmless(
     method: Callable[Concatenate[Exporter, P], None],
 ) -> Callable[Concatenate[Exporter, P], None]:
-    """No figure is worth a run: an error is logged once, and the run goes on without what it concerns."""
+    """Log the first error of the metrics, and let the run go on without them."""
 
     @wraps(method)
     def guarded(self: Exporter, /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -96,7 +96,8 @@ def _harmless(
 
 
 class Exporter:
-    """Made inside the actor whose figures it exports. run, shard: tags of every figure; Ray itself tags no job."""
+    """Exports the figures of the actor that makes it. run, shard: tags of every figure, since Ray adds none for the
+    job."""
 
     def __init__(self, run: str, shard: str) -> None:
         self.broken = False

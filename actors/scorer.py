@@ -1,4 +1,5 @@
-"""One reward behind an actor. A request is one round's responses of one prompt, scored together and by itself."""
+"""One reward behind an actor. A request holds one round's responses of one prompt; they are scored together, and with
+no others."""
 
 from __future__ import annotations
 
@@ -55,6 +56,6 @@ class Scorer:
             self.busy_seconds += time.monotonic() - began
 
     def health(self) -> dict[str, float]:
-        """See fleet.Replica. Never busy without progress: how long a reward may take is its own timeout."""
+        """See fleet.Replica. Never busy: timeouts.reward alone says how long a request may take."""
         up = time.monotonic() - self.began
         return {"progress": self.answered, "busy": 0.0, "busy_seconds": self.busy_seconds, "up_seconds": up}

@@ -1,7 +1,7 @@
-"""What crosses a boundary between the parts. Frozen; plain Python values only, so that every record pickles small and
+"""The records that parts and processes exchange. Frozen, with plain Python values only, so that each pickles small and
 can be written as JSON. Nothing here knows Ray, torch or Parquet.
 
-How a prompt travels:  Prompt -> Round -> Rollout (Trajectory ...) -> Scores -> Done | Failed
+    Prompt -> Round -> Rollout (Trajectory ...) -> Score ... -> Done | Failed
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any, Literal
 Message = tuple[str, str]  # (role, content)
 Finish = Literal["stop", "length"]
 
-BASE_ITERATION = -1  # the iteration number of the greedy, uncontrolled answer
+BASE_ITERATION = -1  # the iteration number of the base answer, which is greedy and without control
 
 
 class Late(Exception):
-    """A request took longer than its limit, though the process that served it is well."""
+    """A request took longer than its limit. The process that served it is healthy."""
 
 
 class _Record:
-    """Pickles as its class and its values: what dataclasses with slots do by themselves takes twice the time, and a
-    coordinator reads thousands of these a second."""
+    """Pickles as its class and its values. A dataclass with slots takes twice as long by default, and a coordinator
+    reads thousands of records a second."""
 
     __slots__ = ()
 
@@ -34,12 +34,12 @@ class _Record:
 class Prompt(_Record):
     """One readable line of the input.
 
-    id: the user's own, or a hash of `content` and `columns` with an occurrence number (prompts.py).
-    source_index: ordinal of the line in the input, from 0; bad lines count, so it is the row's place in the output too.
+    id: the user's own, or a hash of `content` and `columns` with an occurrence number (data/prompts.py).
+    source_index: number of the input line, from 0. Bad lines count, so it is the row's place in the output too.
     content: messages for chat, shp and hh; the text itself for raw.
-    columns: the `prompts.keep` columns, in that order; handed to function rewards.
-    digest: hash of everything else but source_index; a changed input line changes it.
-    original: the answer that the dialogue came with, where `prompts.drop_last_answer` took it off.
+    columns: the `prompts.keep` columns, in that order. Function rewards receive them.
+    digest: hash of everything else but source_index, which a changed input line changes.
+    original: the last answer of the dialogue, which `prompts.drop_last_answer` removed.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Prompt(_Record):
 
 @dataclass(frozen=True, slots=True)
 class BadInput:
-    """A line that cannot become a Prompt; it becomes a failed row. `content` is what could be read of it."""
+    """An input line that cannot become a Prompt and becomes a failed row. content: as much as could be read."""
 
     id: str
     source_index: int
@@ -75,7 +75,8 @@ class TopP(_Record):
 
 @dataclass(frozen=True, slots=True)
 class TokenReward(_Record):
-    """ARGS, argmax over the `candidates` likeliest tokens of logit + weight * reward of the text that ends there."""
+    """ARGS: of the `candidates` likeliest tokens, the one with the largest logit + weight * reward of the text so far
+    with that token."""
 
     candidates: int
     weight: float
@@ -83,7 +84,7 @@ class TokenReward(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Ascent(_Record):
-    """RE-Control: z moved by `steps` steps of `step_size` up the gradient of a value network."""
+    """RE-Control: the pre-logits move `steps` steps of `step_size` up the gradient of a value network."""
 
     steps: int
     step_size: float
@@ -95,13 +96,12 @@ class Sampling(_Record):
     """How the trajectories of a round are drawn.
 
     sigma2: variance of the noise on the pre-logits, (3); 0 switches control off.
-    noise: its covariance over time (noise.py); parameter is ar1's rho or the mixture's share.
-    decode: None is greedy (5), else tokens are drawn from the controlled logits.
-    after_eos: what v_t is after a sample's end: `full` draws it (18), `marginal` integrates it out (algorithm's
-    Rao-Blackwell variant).
-    mean: without the noise, under the control alone: what its trace has learnt.
-    guide: what else moves a step, inside the generator.
-    likelihood: measured too, Trajectory.nll.
+    noise: its covariance over time (engine/noise.py); parameter is ar1's rho or the mixture's share.
+    decode: None is greedy (5); TopP draws tokens from the controlled logits.
+    after_eos: v_t after a sample's end: `full` draws it (18), `marginal` integrates it out (Rao-Blackwell).
+    mean: decode under the control alone, without noise, which shows what the trace has learnt.
+    guide: what else changes a step, inside the generator.
+    likelihood: also measure Trajectory.nll.
     """
 
     sigma2: float = 0.0
@@ -117,8 +117,8 @@ class Sampling(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Rates(_Record):
-    """What a sampling is to be for a prompt, in place of numbers with a unit: shares of the tokens of the base answer
-    that would come out differently, by the noise (sigma2) and by drawing (top_p). None: as the sampling says."""
+    """How much a sampling may change a prompt's base answer: the share of its tokens that come out differently, by the
+    noise (which gives sigma2) and by drawing (which gives top_p). None: leave the sampling's own number."""
 
     noise: float | None = None
     drawing: float | None = None
@@ -139,8 +139,8 @@ class Calibration(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Weights(_Record):
-    """One finished iteration, as the trace keeps it: w_i (fp32 values), the lengths T_i in tokens, and how many of
-    those were given; () where none was."""
+    """One finished iteration in the trace: w_i (fp32 values), the lengths T_i in tokens, and how many of those tokens
+    were given; () where none were."""
 
     weights: tuple[float, ...]
     lengths: tuple[int, ...]
@@ -150,9 +150,11 @@ class Weights(_Record):
 @dataclass(frozen=True, slots=True)
 class Round(_Record):
     """A request for trajectories `start <= i < stop` of one iteration of one prompt. Together with the model it decides
-    every bit of the answer: the control u^k is rebuilt from seed, prompt id, sampling and the trace of weights.
-    prompt: only where a guide reads it. starts: the first tokens of each trajectory, which are given and not chosen;
-    () where none has any."""
+    every bit of the answer, since the control u^k is rebuilt from seed, prompt id, sampling and the trace of weights.
+
+    prompt: only where a guide reads it. starts: the first tokens of each trajectory, which are given and not decoded;
+    () where none has any.
+    """
 
     seed: int
     prompt_id: str
@@ -170,11 +172,11 @@ class Round(_Record):
 class Trajectory(_Record):
     """One decoded answer.
 
-    token_ids: generated tokens, the end token included. text: without special tokens, cut before a stop string.
-    control_cost: sum_t m_t . e_t and control_sq: sum_t |m_t|^2, in whitened coordinates (noise.py), over all steps for
-    `full` and over t <= T_i for `marginal`.
-    nll: mean negative log-likelihood of its tokens under the base model without control, in nats, where the round's
-    sampling measures it.
+    token_ids: generated tokens, with the end token. text: without special tokens, cut before a stop string.
+    control_cost: sum_t m_t . e_t; control_sq: sum_t |m_t|^2; both in whitened coordinates (engine/noise.py), over all
+    steps for `full`, over t <= T_i for `marginal`.
+    nll: mean negative log-likelihood of its tokens under the base model without control, in nats; None where the
+    round's sampling does not measure it.
     """
 
     sample: int
@@ -188,8 +190,8 @@ class Trajectory(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Rollout(_Record):
-    """The answer to a Round: its trajectories in sample order, and sum_t |m_t|^2 of its control over all steps, from
-    which KL(Q_u || P) = u_sq / (2 sigma^2)."""
+    """The answer to a Round: trajectories in sample order. u_sq: sum_t |m_t|^2 of the control over all steps, which
+    gives KL(Q_u || P) = u_sq / (2 sigma^2)."""
 
     trajectories: tuple[Trajectory, ...]
     u_sq: float = 0.0
@@ -197,8 +199,8 @@ class Rollout(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Score(_Record):
-    """What one reward says of one response. `value` None with reason None: not applicable (TRL's None). `value` None
-    with a reason: quarantined (NaN, inf)."""
+    """One reward of one response. value None without a reason: the reward does not apply (TRL's None). value None with
+    a reason: quarantined, such as NaN."""
 
     value: float | None
     reason: str | None = None
@@ -206,9 +208,12 @@ class Score(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A scored trajectory. `reward` is the combined one; None where quarantined, with the reason. text: what rewards
-    saw; where thinking is stripped it is only in the tokens. nll: as it was drawn, per token, where method.limit asks
-    for it. within: the limit, so it may be selected and continued."""
+    """A scored trajectory.
+
+    text: what rewards saw; stripped thinking is in the tokens alone. reward: the combined one; None where quarantined,
+    with the reason. nll: as it was drawn, per token, in nats, where method.limit needs it. within: whether it meets
+    method.limit; only then may it be selected or continued.
+    """
 
     iteration: int
     sample: int
@@ -228,10 +233,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """Diagnostics of one finished iteration: the trace entry, effective sample size, KL(Q_u || P) of the control that
-    proposed it, mean and best of its finite rewards within the limit (None if there were none). sigma2, top_p: of its
-    sampling. parents, given: where its samples continue earlier ones, the place of each among all so far (-1: none)
-    and how many of its tokens were given; else ()."""
+    """One finished iteration: its trace entry and diagnostics.
+
+    ess: effective sample size. kl: KL(Q_u || P) of the control that proposed it, in nats. mean_reward, best_reward: of
+    its finite rewards within method.limit; None if there are none. sigma2, top_p: of its sampling. parents, given:
+    where samples continue earlier answers, the place of each one's parent among all candidates (-1: none) and how many
+    of its tokens were given; else ().
+    """
 
     weights: tuple[float, ...]
     lengths: tuple[int, ...]
@@ -247,7 +255,7 @@ class Iteration:
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """Scores of the answer that a prompt came with: combined, None where quarantined or not applicable, and raw."""
+    """Scores of the answer that a prompt came with: combined (None where quarantined or not applicable), and raw."""
 
     reward: float | None
     rewards: tuple[tuple[str, float | None], ...]
@@ -255,14 +263,14 @@ class Original:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A relabelled prompt; becomes one row of data/ and, with save.candidates, one of candidates/.
+    """A relabelled prompt, which becomes one row of data/ and, with save.candidates, one of candidates/.
 
-    base: the greedy, uncontrolled answer; never eligible as best. best: the selected candidate, with the report-only
-    rewards filled in too. nll / base_nll: base-model negative log-likelihood per token, in nats; nll is None where
-    rescoring (rescore.py) has selected another answer than the search did, whose likelihood nobody has asked for.
-    curve: best reward so far after each iteration (None while nothing finite was seen).
-    prompt_hash: of the prompt's token ids, so that a template or tokenizer that changes shows.
-    original: of `prompt.original`, None where there is none.
+    best: the selected candidate, with the held-out rewards too. base: the greedy answer without control, which is
+    never selected. nll, base_nll: their negative log-likelihood per token under the base model, in nats; nll is None
+    where rescoring selected another answer than the search did.
+    curve: best reward after each iteration; None before the first finite one.
+    prompt_hash: of the prompt's token ids, so that a changed template or tokenizer shows.
+    original: scores of `prompt.original`, if there is one.
     """
 
     prompt: Prompt
@@ -282,7 +290,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """An input that has no answer, with the reason. Only errors that a fresh process reproduces end here."""
+    """An input without an answer, and the reason. Only what is wrong with the input itself ends here, no fault."""
 
     prompt: Input
     reason: str

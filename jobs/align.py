@@ -63,7 +63,7 @@ def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -
     run = prepared.located
     inputs = prompts.count(run.prompts)
     few = window(run) * next(group.replicas for group in cluster.plan.groups if group.role == "generator")
-    say(f"trial: the first {min(few, inputs)} prompts, searched for real and thrown away")
+    say(f"trial: the first {min(few, inputs)} prompts, searched for real, then discarded")
     counts, seconds, size = cluster.trial(table, few)
     actors = int(counts.alive.get("generator", 1))
     each = counts.samples / max(counts.finished, 1)

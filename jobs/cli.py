@@ -37,7 +37,7 @@ VERBS = {
 
 
 class Exit(Exception):
-    """Ends the command with this code and message."""
+    """Ends the command with a code and a message."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class Exit(Exception):
 
 
 def _show_everything() -> None:
-    """What a terminal's encoding cannot show is shown as an escape, and ends no command."""
+    """Write characters that the terminal's encoding lacks as escapes, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(verb: str, args: Sequence[str] | None = None) -> None:
-    """Run one verb and leave with its exit code. args: the process's own where there are none."""
+    """Run one verb and exit with its code. args: those of the process by default."""
     if args is None:
         with _exit_code_kept():
             run(verb, sys.argv[1:])
@@ -86,7 +86,7 @@ def run(verb: str, args: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:  # a full disk, a store that is away
-        sys.exit(_complain(f"{error}; once that is mended the same command goes on", 1))
+        sys.exit(_complain(f"{error}; fix that, and the same command resumes", 1))
     except Exception as error:
         if not type(error).__module__.startswith("pyarrow"):
             raise
@@ -98,16 +98,16 @@ def run(verb: str, args: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _exit_code_kept() -> Iterator[None]:
-    """The process ends with the exit code that is raised here, whatever libraries do at its end. Arrow's threads may
+    """End the process with the exit code raised in this block, whatever libraries do at exit. Arrow's threads may
     still let go of Python objects while the interpreter is taken down, and abort the process after a finished command
     (apache/arrow#34314); so all exit handlers run, and the interpreter is not taken down."""
-    code = 1  # of an exception that nothing knows
+    code = 1  # for any other exception
 
     def leave() -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except (OSError, ValueError):  # nobody reads
+        except (OSError, ValueError):  # the reader went away
             os._exit(code or 1)
         os._exit(code)
 

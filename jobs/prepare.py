@@ -1,4 +1,4 @@
-"""A configuration checked, pinned and fingerprinted: everything that can be refused without a model, refused before
+"""A configuration checked, pinned and fingerprinted. Whatever can be refused without a model is refused here, before
 anything heavy is imported and before anything is written."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aisp_dist.output.filesystem import Place
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that passed every check that needs no model. `located`: with paths that other processes can open."""
+    """A run that passed every check that needs no model. located: with paths that other processes can open."""
 
     run: Run
     located: Run
@@ -91,7 +91,7 @@ def _version(package: str) -> str | None:
 
 
 def check(run: Run, base_dir: Path) -> Run:
-    """The checks that need neither torch nor a cluster; answers the located run. Raises ConfigError."""
+    """Check what needs neither torch nor a cluster. Returns the located run. Raises ConfigError."""
     check_output(run)
     return _check_rest(run, base_dir)
 
@@ -129,9 +129,9 @@ def check_output(run: Run) -> Place:
 
 
 def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepared:
-    """Check, pin what `null` revisions stand for (as the output pinned them before, if it exists), and fingerprint.
+    """Check, replace `null` revisions by commits (the output's own, if it exists), and take the fingerprint.
 
-    Raises ConfigError, for an output of another fingerprint or a live owner too.
+    Raises ConfigError; also where the output has another fingerprint or a live owner.
     """
     output = check_output(run)
     before = manifest.read_run(output)

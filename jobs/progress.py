@@ -1,4 +1,4 @@
-"""How far a run is: for people a bar on a terminal, else a plain line every few seconds; for programs metrics.jsonl."""
+"""The progress of a run: a bar on a terminal or a plain line every few seconds, and metrics.jsonl for programs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _REMOTE = 60.0  # seconds between lines of metrics.jsonl where each is a copy of
 
 
 class Total:
-    """The number of input lines, counted beside the run: None until known."""
+    """The number of input lines, counted while the run works; None until it is known."""
 
     def __init__(self, run: Run) -> None:
         self.value: int | None = None
         threading.Thread(target=self._count, args=(run,), daemon=True).start()
 
     def _count(self, run: Run) -> None:
-        with suppress(ConfigError, OSError):  # the run itself says what is wrong with the input
+        with suppress(ConfigError, OSError):  # the run reports what is wrong with the input
             self.value = prompts.count(run.prompts)
 
 
 class Progress:
-    """Takes the coordinator's counts as they come. `with Progress(...) as progress: session.relabel(..., progress)`."""
+    """Shows and logs the coordinators' counts: `with Progress(...) as progress: session.relabel(..., progress)`."""
 
     def __init__(self, output: Place, run: Run, title: str = "", shard: tuple[int, int] = (0, 1)) -> None:
         self.output, self.counted, self.title = output, Total(run), title
@@ -81,7 +81,7 @@ class Progress:
         entry |= {"total": self.total, "seconds_left": left} | now.json()
         try:
             log.append(self.output, entry)
-        except OSError as error:  # the rows do not wait for it
+        except OSError as error:  # rows are worth more than figures
             say(f"cannot write metrics.jsonl: {error}")
 
     @property
@@ -119,5 +119,5 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """One line for the human, beside whatever the command prints as its result."""
+    """Print one line for people to stderr; the command's result goes to stdout."""
     print(line, file=sys.stderr, flush=True)

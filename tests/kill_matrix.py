@@ -156,12 +156,12 @@ def _driver(job: Job, spec: Spec) -> None:
 
 
 def _driver_hit(job: Job, spec: Spec, fault: Fault, began: float) -> None:
-    """The command goes away, and the same command again goes on; of a stopped one it takes the output over."""
+    """The command ends, and the same command again resumes. From a stopped command it takes the output over."""
     old = job.commands[-1]
     if spec.signal != STOP:
         job.end(EXIT[spec.signal])
         fault.noticed = time.time() - began
-        if spec.signal != KILL and "the same command goes on" not in job.logs():
+        if spec.signal != KILL and "the same command resumes" not in job.logs():
             raise Disagreement(f"{spec.signal.name}: the command does not say how it resumes")
         job.start()
         job.goes_on()

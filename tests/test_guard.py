@@ -67,7 +67,7 @@ def test_a_run_is_stopped_where_it_is_settled_or_whole(name):
     guard.check(stop, tally([]), whole=True)
     guard.check(stop, tally(GOOD * 100), whole=True)
     guard.check(warn, tally(rows * 100), whole=True)
-    with pytest.raises(guard.GuardStop, match=rf"guard\.{name} .*the same command goes on"):
+    with pytest.raises(guard.GuardStop, match=rf"guard\.{name} .*the same command resumes"):
         guard.check(stop, tally(rows), whole=True)
     with pytest.raises(guard.GuardStop, match="after 200 prompts"):
         guard.check(stop, tally((rows * 200)[:200]))

@@ -146,7 +146,7 @@ def check(guard: Guard, tally: Tally, whole: bool = False) -> None:
     if said := broken(guard, tally.measures()):
         raise GuardStop(
             f"after {tally.prompts} prompts: {'; '.join(said)}. What is finished is kept; with another bound, or "
-            "guard.action: warn, the same command goes on"
+            "guard.action: warn, the same command resumes"
         )
 
 

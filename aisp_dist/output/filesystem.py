@@ -1,9 +1,9 @@
-"""One output directory, local or behind the S3 protocol, and what may be done to it. Each change happens whole or not
-at all, whatever moment the process is killed at. Knows nothing of what the files hold.
+"""One output directory, local or behind the S3 protocol, and the changes that may be made to it. Each change is atomic,
+whenever the process is killed. Does not know what the files hold.
 
-Locally (shared POSIX file systems too) a write is a file in .staging/, forced to disk and then renamed. On S3 an object
-appears when its upload is complete: a write is one PUT. Reads go through pyarrow's file systems; its S3 has no
-conditional PUT, so what changes an object goes through boto3, the optional extra `s3`.
+Locally, and on shared POSIX file systems, a write goes to a file in .staging/ that is forced to disk and then renamed.
+On S3 an object appears when its upload is complete, so a write is one PUT. Reads go through pyarrow's file systems.
+Changes of an object go through boto3 (the optional extra `s3`), since pyarrow's S3 has no conditional PUT.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _IGNORED = (
 
 @dataclass(frozen=True)
 class Place:
-    """uri: an absolute path, or s3://bucket/path; `str` of the place. Names of files and folders in it are relative and
-    have forward slashes. Pickles, secrets and all; its repr shows none."""
+    """uri: an absolute path, or s3://bucket/path. Names of files and folders in it are relative, with forward slashes.
+    Pickles with its secrets; its repr shows none."""
 
     uri: str
     options: StorageOptions = field(default=StorageOptions(), repr=False)
 
     @classmethod
     def at(cls, output: str | Path, options: StorageOptions | None = None) -> Place:
-        """The place that a user names. Local paths may be relative to the current directory. Raises ConfigError."""
+        """The place that a user names; a local path may be relative to the current directory. Raises ConfigError."""
         try:
             text = known_place(str(output))
         except ValueError as error:
@@ -66,7 +66,7 @@ class Place:
         return Place(f"{self.uri}/{folder}", self.options)
 
     def open(self, name: str) -> pa.NativeFile | None:
-        """A file for random access, or None where there is none."""
+        """A file for random access; None if it does not exist."""
         files, base = self._files()
         try:
             return files.open_input_file(f"{base}/{name}")
@@ -81,11 +81,11 @@ class Place:
             return bytes(file.read())
 
     def names(self, folder: str) -> list[str]:
-        """Files and folders directly in a folder, sorted; none where there is no folder."""
+        """Files and folders directly in a folder, sorted; empty if it does not exist."""
         return sorted(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes by name of what is directly in a folder; 0 for folders."""
+        """Bytes of each file directly in a folder, by name; 0 for folders."""
         files, base = self._files()
         found = files.get_file_info(fs.FileSelector(f"{base}/{folder}", allow_not_found=True))
         return {info.base_name: info.size or 0 for info in found if info.type != fs.FileType.NotFound}
@@ -104,7 +104,7 @@ class Place:
         return ds.dataset(names, filesystem=files, format="parquet")
 
     def write(self, name: str, data: bytes) -> None:
-        """Make `data` what the file holds. Raises OSError; then the old file stands, or rarely the new one."""
+        """Replace a file's content. Raises OSError; then the file has the old content, or rarely the new one."""
         if self.remote:
             self._s3("put_object", name, Body=data)
             return
@@ -120,7 +120,7 @@ class Place:
         _sync_dir(path.parent)
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing where there is none."""
+        """Remove a file, if it exists."""
         if self.remote:
             self._s3("delete_object", name)
         elif (path := Path(self.uri, name)).exists():
@@ -128,7 +128,7 @@ class Place:
             _sync_dir(path.parent)
 
     def clear(self, folder: str, keep: Collection[str] = ()) -> None:
-        """Remove the files of a folder but those whose names are to be kept, and the folder where none is."""
+        """Remove the files of a folder, except those to keep; and the folder, if none is kept."""
         for name in self.names(folder):
             if name not in keep:
                 self.remove(f"{folder}/{name}")
@@ -137,9 +137,9 @@ class Place:
                 Path(self.uri, folder).rmdir()
 
     def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
-        """Replace what a file holds (None: there is none) by change(what it holds), with nobody's change in between.
-        `change` may be called again where another was faster, and what it raises ends the update; no two processes
-        may make the same of the same."""
+        """Replace a file's content (None: there is no file) by change(content), with no other process's change in
+        between. `change` is called again where another process was faster, and an error that it raises ends the
+        update. Two processes must not make the same change of the same content."""
         if not self.remote:
             with self._locked():
                 old = self.read(name)
@@ -154,7 +154,7 @@ class Place:
         raise OSError(errno.EAGAIN, f"{self}/{name}: others changed it 50 times while this process tried to")
 
     def append(self, name: str, data: bytes) -> None:
-        """Add to the end of a file. On S3 this writes all of it again."""
+        """Add to the end of a file. On S3 this writes the whole object again."""
         if self.remote:
             self.update(name, lambda old: (old or b"") + data)
         else:
@@ -162,13 +162,13 @@ class Place:
                 stream.write(data)
 
     def collect(self) -> None:
-        """Remove what killed writers left unfinished; for one who knows that nobody else writes here."""
-        if not self.remote:  # on S3 what is not complete is not there
+        """Remove the temporary files of killed writers. Only for a caller who knows that nobody else writes here."""
+        if not self.remote:  # on S3 an incomplete upload leaves nothing
             for temporary in Path(self.uri, ".staging").glob("*.tmp"):
                 temporary.unlink()
 
     def check(self) -> None:
-        """Raise ConfigError where nothing can be written, or where two runs could own the place. Leaves nothing."""
+        """Raise ConfigError where nothing can be written, or where two runs could own the place. Leaves no files."""
         if self.remote:
             self._check_bucket()
             return
@@ -205,7 +205,7 @@ class Place:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Held for one read and one write; the lock file stays, since a lock on a removed file protects nothing."""
+        """A lock for one read and one write. Its file stays, since a lock on a removed file protects nothing."""
         path = Path(self.uri, ".staging", "lock")
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ class Place:
             os.close(handle)
 
     def _read_version(self, name: str) -> tuple[bytes | None, dict[str, str]]:
-        """What an object holds, and the condition under which a PUT replaces just that."""
+        """An object's content, and the condition under which a PUT replaces exactly this version."""
         try:
             found = self._s3("get_object", name)
         except FileNotFoundError:
@@ -233,8 +233,8 @@ class Place:
         return found["Body"], {"IfMatch": found["ETag"]}
 
     def _put_if(self, name: str, data: bytes, condition: dict[str, str]) -> bool:
-        """PUT under a condition. An answer may be lost and the request repeated; then the condition fails by our own
-        doing, which shows in what is there."""
+        """PUT under a condition; False where it fails. If an answer was lost and the request repeated, the condition
+        fails because of our own first request, which the content then shows."""
         try:
             self._s3("put_object", name, Body=data, **condition)
         except (FileExistsError, FileNotFoundError):
@@ -242,8 +242,8 @@ class Place:
         return True
 
     def _s3(self, operation: str, name: str, **parameters: Any) -> Any:
-        """One request. Raises FileExistsError where a condition fails, FileNotFoundError where there is no such object,
-        else OSError with the reason in one line."""
+        """One request. Raises FileExistsError where a condition fails, FileNotFoundError where the object does not
+        exist, else OSError with the reason in one line."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         bucket, _, key = self.uri.removeprefix("s3://").partition("/")
@@ -259,7 +259,7 @@ class Place:
 
 
 def _sync_dir(path: Path) -> None:
-    """A rename is on disk only when its directory is."""
+    """Force a directory to disk: only then is a rename in it on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,11 +1,11 @@
-"""Who owns an output: one run at a time, and an orphan cannot keep it. A run may own it in shards (i, n): then it is
-shared by the owners of other shards of the same n.
+"""Who owns an output: one run at a time, and no orphan can keep it. A run may own one shard (i, n), beside the owners
+of other shards of the same n.
 
-.staging/lease.json lists the owners, each with its process and a counter that it raises; it is replaced by
-Place.update, so that of two changes at one moment the second sees the first. A new run takes the lease of a process
-that is provably dead (same machine, same boot) at once, and that of one it cannot see when the counter has stood still
-for the owner's time to live. An owner whose lease was taken finds no entry with its token and stops before it writes
-(`held`). Clocks are not compared between machines.
+.staging/lease.json lists the owners, each with its process and a counter that it keeps raising. Place.update replaces
+the file, so that of two changes at the same moment the second sees the first. A new run takes the lease of a process
+that is provably dead (same machine, same boot) at once. It takes the lease of a process that it cannot see when the
+counter has not moved for the owner's time to live. An owner whose lease was taken finds no entry with its token and
+stops before it writes (`held`). Clocks of different machines are not compared.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ class LeaseLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Owner:
-    """An entry of lease.json. machine: boot id and process namespace, equal where process ids mean the same; started:
-    the process's start time in seconds since the epoch; ttl: seconds without a beat after which the lease may be taken;
-    shard: (i, n), what it owns, (0, 1) for everything."""
+    """An entry of lease.json.
+
+    machine: boot id and process namespace; where they are equal, process ids mean the same. started: start of the
+    process, seconds since the epoch. ttl: seconds without a beat after which the lease may be taken. shard: (i, n);
+    (0, 1) is the whole output.
+    """
 
     token: str
     host: str
@@ -49,18 +52,18 @@ class Owner:
     shard: tuple[int, int] = (0, 1)
 
     def excludes(self, shard: tuple[int, int]) -> bool:
-        """Whether nobody else may own this shard of the output meanwhile."""
+        """Whether nobody else may own this shard at the same time."""
         return self.shard[1] != shard[1] or self.shard[0] == shard[0]
 
     def alive(self) -> bool | None:
-        """Whether the owner's process lives; None where this machine cannot know, or it is stopped."""
+        """Whether the owner's process is alive; None where this machine cannot know, or the process is stopped."""
         if (self.host, self.machine) != _machine():
             return None
         try:
             process = psutil.Process(self.pid)
-            same: bool = abs(process.create_time() - self.started) < 2  # the system's notion of its boot time drifts
+            same: bool = abs(process.create_time() - self.started) < 2  # the system's boot time drifts
             if same and process.status() == psutil.STATUS_STOPPED:
-                return None  # it may never run again: the counter decides
+                return None  # it may never continue: the counter decides
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
@@ -71,7 +74,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Lease:
-    """A taken lease; pickles, so that an actor can ask `held` for the run that started it."""
+    """A taken lease. Pickles, so that an actor can ask `held` for the run that started it."""
 
     place: Place
     token: str
@@ -85,10 +88,10 @@ class Lease:
         say: Callable[[str], None] = lambda line: None,
         shard: tuple[int, int] = (0, 1),
     ) -> Lease:
-        """Own a shard of the output. Waits at most the present owner's ttl, saying why through `say`; who then owns it
-        alone tidies up after writers that were killed.
+        """Take a shard of the output. Waits for at most the present owner's ttl, and says so through `say`. A sole
+        owner removes the temporary files of killed writers.
 
-        Raises ConfigError where a live run owns the shard, or another number of shards.
+        Raises ConfigError where a live run owns the shard, or owns the output in another number of shards.
         """
         host, machine = _machine()
         started = psutil.Process().create_time()
@@ -123,7 +126,7 @@ class Lease:
             time.sleep(min(1.0, min(rival.ttl for rival in rivals) / 10))
 
     def renew(self) -> None:
-        """Show that the owner lives. Raises LeaseLost where another run has taken the lease."""
+        """Raise the counter. Raises LeaseLost where another run has taken the lease."""
 
         def beat(owners: list[Owner]) -> list[Owner]:
             if all(owner.token != self.token for owner in owners):
@@ -137,12 +140,12 @@ class Lease:
         return any(owner.token == self.token for owner in read_owners(self.place))
 
     def release(self) -> None:
-        """Give the output back; nothing where it is another's already."""
+        """Give the output back; does nothing where another run has taken it."""
         _update(self.place, lambda owners: [owner for owner in owners if owner.token != self.token])
 
     @contextmanager
     def beating(self) -> Iterator[Lease]:
-        """Renew from a thread, four times per ttl, and release at the end."""
+        """Renew the lease from a thread, four times per ttl; release it at the end."""
         over = threading.Event()
 
         def beat() -> None:
@@ -150,9 +153,9 @@ class Lease:
                 try:
                     self.renew()
                 except LeaseLost:
-                    return  # whoever writes next finds out by `held`
+                    return  # the next write finds out through `held`
                 except OSError:
-                    continue  # a file system that is away for a moment; the next beat may reach it
+                    continue  # the file system is away for a moment; the next beat may reach it
 
         thread = threading.Thread(target=beat, name="lease", daemon=True)
         thread.start()
@@ -161,12 +164,12 @@ class Lease:
         finally:
             over.set()
             thread.join()
-            with suppress(OSError):  # what the run ended with matters more; the next run waits for the ttl
+            with suppress(OSError):  # the run's own error matters more; the next run waits for the ttl
                 self.release()
 
 
 def read_owners(place: Place) -> list[Owner]:
-    """The owners as lease.json has them; none where there are none, or where the file is not one of ours."""
+    """The owners in lease.json; none where there is no such file or it is not ours."""
     return _parse(place.read(_FILE))
 
 
@@ -182,7 +185,7 @@ def _update(place: Place, change: Callable[[list[Owner]], list[Owner]]) -> None:
 
 
 def _machine() -> tuple[str, str]:
-    """Host name, and what tells boots and process namespaces (containers) of one host name apart."""
+    """Host name, and a text that differs between boots and process namespaces (containers) of that host."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")

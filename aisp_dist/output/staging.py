@@ -1,8 +1,8 @@
-"""Staged segments: finished rows that wait for the rest of their part, in files that say themselves whether they are
-whole. A segment is one line with the hash of all that follows, then Arrow IPC streams: the inputs it accounts for
-(ordinal and digest; the fingerprint as metadata), then its rows of data, failed and candidates, zstd-compressed.
+"""Staged segments: files of finished rows that wait for the rest of their part. A segment begins with a line that holds
+the hash of everything after it. Arrow IPC streams follow, zstd-compressed: the inputs that have rows here (ordinal and
+digest, with the fingerprint as metadata), then the rows of data, failed and candidates.
 
-A segment that is torn, damaged or of another schema is no segment: it is reported and its rows are computed again.
+A segment that is torn, damaged or has another schema is reported, and its rows are computed again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finished:
-    """The rows of one finished input: one of `data` and `failed`, and perhaps one of `candidates`."""
+    """The rows of one finished input: one of data/ or failed/, and perhaps one of candidates/."""
 
     source_index: int
     digest: str
@@ -38,7 +38,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Segment:
-    """digests: of the inputs by ordinal. tables: rows of data, failed, candidates."""
+    """digests: the inputs' digests by ordinal. tables: rows of data, failed and candidates."""
 
     name: str
     fingerprint: str
@@ -56,7 +56,7 @@ def names(place: Place, part: int) -> list[str]:
 
 
 def write(place: Place, part: int, owner: str, fingerprint: str, schemas: Tables, rows: Sequence[Finished]) -> None:
-    """Add a segment to a part. `owner` is in the name, so that an orphan cannot write over another run's segment."""
+    """Add a segment to a part. Its name has the owner, so that an orphan cannot overwrite another run's segment."""
     inputs = pa.Table.from_pylist(
         [{"source_index": row.source_index, "digest": row.digest} for row in rows],
         _INPUTS.with_metadata({"fingerprint": fingerprint}),
@@ -79,13 +79,13 @@ def write(place: Place, part: int, owner: str, fingerprint: str, schemas: Tables
 
 
 def read(place: Place, part: int, schemas: Tables | None = None) -> list[Segment]:
-    """The sound segments of a part, of these schemas if given, oldest first."""
+    """The undamaged segments of a part, oldest first; of these schemas, if given."""
     found = (_read(place, part, name, schemas) for name in names(place, part))
     return [segment for segment in found if segment is not None]
 
 
 def discard(place: Place, part: int, keep: Sequence[Segment] = ()) -> None:
-    """Remove a part's staging, all but the segments to keep."""
+    """Remove the segments of a part, except those to keep."""
     place.clear(folder(part), {segment.name for segment in keep})
 
 

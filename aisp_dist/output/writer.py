@@ -1,17 +1,17 @@
-"""The rows of an output directory: which inputs are still to do, staging of what is finished, commit of whole parts.
+"""The rows of an output directory: which inputs still need one, staging of finished rows, commit of whole parts.
 
 Part k of data/, failed/ and candidates/ holds the inputs k * rows_per_file <= source_index < (k + 1) * rows_per_file in
 input order. Its range is open from `plan` to its commit:
 
     plan -> missing -> add -> buffer -> flush -> .staging/part-k/seg-* -> commit -> {candidates, failed, data}/part-k
 
-The commit is the replacement of data/part-k, which comes last and carries the range in its metadata; before it the old
-part stands, after it the new one. Staged segments are removed after it, so a process killed anywhere leaves every
-finished row in a part or in a segment, and the next one merges both: a done row beats a failed one (done rows are
-never computed again), else the later wins. Rows are a function of the run and the input, so merging twice is merging
-once.
+Replacing data/part-k is the commit. It comes last and has the range in its metadata: before it the old part counts,
+after it the new one. Staged segments are removed after the commit, so a process that is killed at any moment leaves
+every finished row in a part or in a segment, and the next process merges both: a done row beats a failed one (done rows
+are never computed again), else the later row wins. Rows are a function of the run and the input, so a repeated merge
+changes nothing.
 
-Knows no machines and no models; who owns the output is asked through `still_owner`.
+Knows no machines and no models; asks `still_owner` who owns the output.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _log = logging.getLogger(__name__)
 
 
 class Unfinished(RuntimeError):
-    """The run ended with inputs that have no row; the same command again computes them."""
+    """The run ended with inputs that have no row. The same command resumes it."""
 
 
 class Counts(NamedTuple):
-    """Inputs so far: planned; with a row, done or failed, staged ones included; and in committed parts."""
+    """Numbers of inputs: planned; with a done or a failed row, staged or committed; in committed parts."""
 
     planned: int
     done: int
@@ -51,8 +51,8 @@ class Counts(NamedTuple):
 
 @dataclass
 class _Open:
-    """A range that is not committed, or will be again. missing, failed: ordinals without a row, and with a failed one;
-    committed: how many of its inputs the part that stands has."""
+    """The range of a part that is not committed, or will be committed again. missing: ordinals without a row. failed:
+    ordinals with a failed row. committed: how many inputs the committed part has."""
 
     start: int
     end: int
@@ -63,12 +63,12 @@ class _Open:
 
 
 class Store:
-    """The rows of one run. `plan` is consumed by one thread, `add` may be called from any, `flush` and `finish` from
-    one other; nothing is written before the first flush.
+    """The rows of one run. One thread consumes `plan`, any thread may call `add`, and one other thread calls `flush`
+    and `finish`. Nothing is written before the first flush.
 
     candidates, trace: what `save` keeps of a finished prompt. still_owner: False once another run has taken the output.
-    shard: (i, n), the store of the parts k with k % n == i alone: the inputs of others are read and passed over. Stores
-    of different shards of one n may write at the same time; together they write what the store of (0, 1) does.
+    shard: (i, n), only the parts k with k % n == i; inputs of other parts are read and skipped. Stores of different
+    shards of one n may write at the same time, and together they write what the store of (0, 1) writes.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class Store:
         self._io = threading.Lock()  # one flush at a time
 
     def plan(self, inputs: Iterable[Input], retry_failed: bool = False) -> Iterator[Input]:
-        """The inputs that have no row yet, in order; with `retry_failed` also those whose row is a failed one. An input
-        that cannot be written as a row comes as the BadInput it then is; a BadInput is answered with a Failed.
+        """The inputs that have no row yet, in order; with `retry_failed` also those with a failed row. An input that
+        cannot be written as a row comes as a BadInput; the caller adds a Failed for every BadInput.
 
-        Reads one part's worth of inputs ahead; of a part that is complete only the metadata. Raises ConfigError where
-        the inputs, the fingerprint or the schema are not those of the rows that are there.
+        Reads the inputs of one part ahead, and only the metadata of parts that are complete. Raises ConfigError where
+        inputs, fingerprint or schema differ from those of the rows that are there.
         """
         lines = iter(inputs)
         part = 0
-        staged = set(self._place.names(".staging"))  # what is staged from now on is of parts opened before
+        staged = set(self._place.names(".staging"))  # later segments belong to parts that are open already
         while (chunk := list(islice(lines, self._rows_per_file))) or part == 0:
             if self._owns(part):
                 yield from self._open_part(part, chunk, retry_failed, f"part-{part:06d}" in staged)
@@ -116,7 +116,7 @@ class Store:
         self._input_ended = True
 
     def add(self, result: Result) -> bool:
-        """Take a finished input. False, and nothing done, where it has a row already (a repeated call's answer)."""
+        """Take a finished input. Returns False and does nothing where it has a row already."""
         line = result.prompt
         row = self._finished(result)
         part = line.source_index // self._rows_per_file
@@ -133,8 +133,8 @@ class Store:
         return True
 
     def flush(self) -> None:
-        """Stage what was added and commit the parts that are whole. Raises LeaseLost where another run has the output.
-        After an OSError nothing is lost: the next flush writes it."""
+        """Stage added rows and commit the parts that are complete. Raises LeaseLost where another run has taken the
+        output. After an OSError nothing is lost: the next flush writes it."""
         with self._io:
             self._check_owner()
             with self._lock:
@@ -152,16 +152,16 @@ class Store:
                 manifest.write_card(self._place)
 
     def finish(self) -> None:
-        """The last flush. Raises Unfinished where an input has no row."""
+        """Flush for the last time. Raises Unfinished where an input has no row."""
         self.flush()
         with self._lock:
             missing = sorted(ordinal for opened in self._open.values() for ordinal in opened.missing)
         if missing or not self._input_ended:
             what = f"{len(missing)} inputs have no row, first line {missing[0]}" if missing else "inputs are left"
-            raise Unfinished(f"{self._place}: {what}; the same command again computes them")
+            raise Unfinished(f"{self._place}: {what}; the same command resumes")
 
     def settled(self) -> bool:
-        """Whether every part that `plan` has come to is committed as it is."""
+        """Whether every part that `plan` has reached is committed and stays as it is."""
         with self._lock:
             return not self._open
 

@@ -155,11 +155,6 @@ def _check(role: str, asked: Replicas, machines: Sequence[Resources], coordinato
             f"runtime.shards: {coordinators} coordinators, and {role} has {asked.needed} replicas; each coordinator "
             "needs one of its own: raise replicas, or lower shards"
         )
-    if asked.num_gpus != "auto" and asked.num_gpus > 1:
-        raise ConfigError(
-            f"runtime, {role}: num_gpus is {asked.num_gpus:g}; one model uses one GPU, or a part of it: give at "
-            "most 1, and more replicas for more GPUs"
-        )
     if asked.accelerator and not autoscaling and not any(_has(machine, asked.accelerator) for machine in machines):
         kinds = {name.removeprefix(_KIND) for machine in machines for name in machine if name.startswith(_KIND)}
         raise ConfigError(

@@ -81,7 +81,7 @@ def run(verb: str, args: Sequence[str] | None = None) -> None:
     except Exit as error:
         sys.exit(_complain(str(error), error.code))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
+        sys.exit(_complain("interrupted; the same command resumes", 130))
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         sys.exit(1)
@@ -125,3 +125,7 @@ def _exit_code_kept() -> Iterator[None]:
 def _complain(message: str, code: int) -> int:
     print(f"aisp: {message}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    main()

@@ -165,7 +165,6 @@ def test_an_autoscaling_cluster_waits_for_gpus_and_never_falls_to_cpus():
             r"need 5 GPU \(generator 4 x 1, main 1 x 1\) and the cluster has 2",
         ),
         ({"accelerator": "H100"}, {}, [machine(8, 2, "L4")], r"'H100' is on no machine of the cluster \(there: L4\)"),
-        ({"num_gpus": 2}, {}, [machine(8, 4)], r"num_gpus is 2; one model uses one GPU, or a part"),
         ({"num_gpus": 0.6, "replicas": 3}, {"num_gpus": 0}, [machine(16, 2)], "fit no machine-by-machine placement"),
         ({"num_gpus": 1, "replicas": 4}, {}, [machine(1, 8), machine(64)], "fit no machine-by-machine placement"),
         (

@@ -264,6 +264,10 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--method.noise", "pink"], "method.noise: .*'pink'"),
         (["--output", "gs://bucket/x"], "output: gs:// is not implemented; give a local directory, or s3://bucket"),
         (["--output", "s3://id:key@bucket/x"], "^output: not of the form s3://bucket/path; credentials go into"),
+        (
+            ["--runtime.generators.num_gpus", "2"],
+            "runtime.generators.num_gpus: .*one model uses one GPU or a part of it",
+        ),
         (["--runtime.shards", "0"], "runtime.shards: .*greater than or equal to 1"),
         (["--runtime.storage_options.secret_key", "x"], "access_key and secret_key come together"),
         (["--runtime.storage_options.endpoint_override", "http://id:x@host"], "endpoint_override: .*match pattern"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from aisp_dist.config.base import Section, doc
 
@@ -34,6 +34,16 @@ class Replicas(Section):
     )
     num_cpus: float = doc("CPUs of one process; torch uses two threads from 2 on, else one", 1.0, ge=0)
     accelerator: str | None = doc("GPU type that the process needs, as Ray names it", None)
+
+    @field_validator("num_gpus")
+    @classmethod
+    def one_at_most(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value > 1:
+            raise ValueError(
+                f"num_gpus is {value:g}; one model uses one GPU or a part of it: give at most 1, and more replicas for "
+                "more GPUs"
+            )
+        return value
 
     @property
     def needed(self) -> int:

@@ -115,7 +115,10 @@ class _Part:
         if data is None:
             if not self.violations:  # it is not unreadable
                 count = "the" if chunk is None else len(chunk)
-                self._say("data", f"is missing: {count} inputs from line {start} on have no committed row")
+                self._say(
+                    "data",
+                    f"is missing: {count} inputs from line {start} on have no committed row; the same command resumes",
+                )
             return
         header, rows = data
         end = header.end

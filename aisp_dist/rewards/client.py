@@ -61,7 +61,9 @@ class Client:
                     f"{key}.api_key_env: {settings.api_key_env} is not set where this runs; export it there"
                 )
             if not secret.isascii() or not secret.isprintable():
-                raise ConfigError(f"{key}.api_key_env: what {settings.api_key_env} holds is no API key; mend it")
+                raise ConfigError(
+                    f"{key}.api_key_env: what {settings.api_key_env} holds is no API key; set it to the key"
+                )
             headers["Authorization"] = f"Bearer {secret}"
         limits = httpx.Limits(max_connections=settings.max_parallel)
         # No proxy of the environment reaches a server on this machine.

@@ -155,7 +155,9 @@ def _import(key: str, function: str, base_dir: Path | None) -> Callable[..., Any
         else:
             module = importlib.import_module(place)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{key}: importing {place!r} raised {type(error).__name__}: {error}; mend it") from error
+        raise ConfigError(
+            f"{key}: importing {place!r} raised {type(error).__name__}: {error}; correct the module"
+        ) from error
     try:
         found = attrgetter(attribute)(module)
     except AttributeError:

@@ -103,7 +103,9 @@ def _warnings(main: str, same: Sequence[str], by_name: Mapping[str, Json], contr
             "a high reward for unlikely text is a sign of an exploited reward. Read some of them below."
         )
     if by_name[main]["prompts"] < _FEW:
-        found.append(f"Only {by_name[main]['prompts']} prompts: these intervals are too narrow to decide on.")
+        found.append(
+            f"Only {by_name[main]['prompts']} prompts: too few to decide on, and their intervals come out too narrow."
+        )
     return found
 
 

@@ -3,7 +3,7 @@ it. Knows no settings of a run, no model and no torch."""
 
 from __future__ import annotations
 
-import pickle
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -63,7 +63,13 @@ def chat_text(
     """The text of a chat under the tokenizer's template, special tokens spelled out; arguments as in encode_chat."""
     template = _template(tokenizer, fix)
     roles = tuple(role for role, _ in messages)
-    shown = _shown(tokenizer, template, roles, pickle.dumps(dict(template_kwargs)), add_generation_prompt)
+    shown = _shown(
+        tokenizer,
+        template,
+        roles,
+        json.dumps(dict(template_kwargs), sort_keys=True, default=str),
+        add_generation_prompt,
+    )
     if shown.reason:
         raise Unrenderable(f"{shown.reason} {fix}")
     return _render(tokenizer, template, messages, shown.parts, template_kwargs, add_generation_prompt)
@@ -92,14 +98,14 @@ class _Shown(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _shown(
-    tokenizer: Tokenizer, template: str, roles: tuple[str, ...], kwargs: bytes, add_generation_prompt: bool
+    tokenizer: Tokenizer, template: str, roles: tuple[str, ...], kwargs: str, add_generation_prompt: bool
 ) -> _Shown:
     """Renders a chat of these roles with a mark in the place of each text. Each mark must come back, in the order of
     the messages. What a template takes away from a text (white space around it, old thinking) leaves a mark whole."""
 
     def positions(parts: frozenset[int]) -> list[int]:
         chat = [(role, _mark(i)) for i, role in enumerate(roles)]
-        text = _render(tokenizer, template, chat, parts, pickle.loads(kwargs), add_generation_prompt)
+        text = _render(tokenizer, template, chat, parts, json.loads(kwargs), add_generation_prompt)
         return [text.find(mark) for _, mark in chat]
 
     at = positions(frozenset())

@@ -116,7 +116,7 @@ def _local_files(settings: Prompts) -> list[Path] | None:
         if not reader(file):
             raise ConfigError(f"prompts.source: {str(file)!r} is not one of {', '.join(READERS)} (or these with .gz)")
         if not file.is_file():
-            raise ConfigError(f"prompts.source: {str(file)!r} is not a file; give one that exists")
+            raise ConfigError(f"prompts.source: {str(file)!r} is not there or is not a file; give one that exists")
     return files
 
 

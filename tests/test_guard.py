@@ -97,7 +97,7 @@ def test_a_done_result_is_counted_as_its_row(tmp_path):
     rewards = {
         n: {"kind": "function", "function": "a.py:b", "use": u} for n, u in (("main", "select"), ("words", "report"))
     }
-    config = {"output": "o", "generator": {"model": "m"}, "rewards": rewards}
+    config = {"output": "o", "method": {"kind": "best_of_n"}, "generator": {"model": "m"}, "rewards": rewards}
     manifest.write_run(at(tmp_path), RECORD | {"config": config})
     rows = store(tmp_path)
     for line in rows.plan([prompt(n) for n in range(9)]):

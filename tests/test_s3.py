@@ -70,7 +70,7 @@ def test_an_output_is_the_local_one_object_for_file_and_is_read_verified_and_sum
     found = ds.dataset(f"{place.uri.removeprefix('s3://')}/data", filesystem=files)
     assert found.to_table().equals(ds.dataset(tmp_path / "data").to_table())
     rewards = {name: {"kind": "function", "function": "a.py:b"} for name in ("main", "words")}
-    config = {"output": "o", "generator": {"model": "m"}, "rewards": rewards}
+    config = {"output": "o", "method": {"kind": "best_of_n"}, "generator": {"model": "m"}, "rewards": rewards}
     manifest.write_run(place, RUN | {"config": config})
     assert f"8 rows done, 2 failed, in {place}" in summary.text(summary.read(place), 1.0, 2)
 

@@ -186,6 +186,23 @@ def test_files_of_several_formats_are_all_read(tmp_path):
     assert texts(tmp_path / "set") == ["A", "B", "C", "D"]
 
 
+@pytest.mark.parametrize("name", ["b.jsonl.zst", "b.arrow", "b.tsv", "b.parquet.gz"])
+def test_data_that_cannot_be_read_is_not_passed_over(tmp_path, name):
+    jsonl(tmp_path / "set" / "a.jsonl", asked("A"))
+    for stray in ("a.jsonl~", "a.jsonl.bak", "a.jsonl.crc", "notes.md"):
+        (tmp_path / "set" / stray).write_text("x")
+    assert texts(tmp_path / "set") == ["A"]
+    (tmp_path / "set" / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=f"{name}' is not one of .*; convert it, or move it out"):
+        read(tmp_path / "set")
+
+
+def test_the_first_row_is_checked_after_lines_that_are_none(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{\n[]\n{"question": "A"}\n')
+    with pytest.raises(ConfigError, match=r"no column 'prompt' in .*, line 3, which has 'question'"):
+        prompts.check(Prompts(source=str(tmp_path / "p.jsonl")))
+
+
 def test_splits_and_tables_of_a_directory(tmp_path):
     for split in ("train", "test"):
         jsonl(tmp_path / "set" / f"{split}-0.jsonl", asked(split))

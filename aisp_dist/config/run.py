@@ -21,7 +21,7 @@ class Prompts(Section):
     """Where prompts come from and how they become tokens."""
 
     source: str = doc("demo, a file (jsonl, json, csv, parquet, txt), a pattern, a directory, or a hub dataset", "demo")
-    subset: str | None = doc("configuration name of a hub dataset", None)
+    subset: str | None = doc("configuration of a hub dataset or of a directory's README.md", None)
     revision: str | None = doc("revision of a hub dataset; give a commit if the run may be resumed later", None)
     split: str = doc("split of a dataset", "train")
     streaming: bool = doc("read a hub dataset row by row over the network, without storing it", False)

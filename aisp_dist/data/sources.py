@@ -24,6 +24,9 @@ from aisp_dist.config import ConfigError, Prompts
 from aisp_dist.data.encoding import NoText
 from aisp_dist.data.files import READERS, Broken, Columns, Row, reader
 
+# Ends of names of data that `datasets` reads and files.py does not.
+_UNREAD = (".arrow", ".tsv", ".xml", ".orc", ".avro", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".7z", ".gz")
+
 
 class Line(NamedTuple):
     """file indexes Source.names; number: files.Reader."""
@@ -56,7 +59,7 @@ def check(settings: Prompts) -> None:
     kept column. Reads one row a file."""
     files = _local_files(settings)
     if files is None or len(files) == 1:
-        next(_open(settings).lines, None)
+        next((line for line in _open(settings).lines if isinstance(line.row, dict)), None)
         return
     kept: set[str] = set()
     for file in files:
@@ -132,7 +135,8 @@ def _is_saved(folder: Path) -> bool:
 
 def _directory(folder: Path, settings: Prompts) -> list[Path]:
     """The files that a directory holds of `settings.split`, as `datasets` finds them: by `configs` in the README.md, or
-    by split names in file names (https://huggingface.co/docs/datasets/repository_structure)."""
+    by split names in file names (https://huggingface.co/docs/datasets/repository_structure). Raises ConfigError, for
+    files of data that cannot be read too: none is left out without a word."""
     from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard, DatasetCardData
@@ -156,13 +160,19 @@ def _directory(folder: Path, settings: Prompts) -> list[Path]:
     given = about.get("data_files")
     try:
         patterns = sanitize_patterns(given) if given is not None else get_data_patterns(base.as_posix())
-        found = DataFilesDict.from_patterns(patterns, base_path=base.as_posix(), allowed_extensions=list(READERS))
+        known = [*READERS, *_UNREAD]
+        found = DataFilesDict.from_patterns(patterns, base_path=base.as_posix(), allowed_extensions=known)
     except FileNotFoundError:
         found = {}
     if settings.split not in found:
         there = f"it has {', '.join(map(str, found))}" if found else f"it has no {', '.join(READERS)} file"
         raise ConfigError(f"prompts.source: {str(folder)!r} has no split {settings.split}: {there}")
     files = [folder / os.path.relpath(name, folder.resolve()) for name in sorted(set(found[settings.split]))]
+    if unread := [file for file in files if reader(file) is None and file.suffix in _UNREAD]:
+        raise ConfigError(
+            f"prompts.source: {str(unread[0])!r} is not one of {', '.join(READERS)} (or these with .gz); convert it, "
+            "or move it out of the directory"
+        )
     return [file for file in files if reader(file)]
 
 

@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     wanted = _wanted(run, options.arms)
     if options.gold_column and not any(isinstance(r, FunctionReward) for r in run.rewards.values()):
-        raise ConfigError("--gold-column: none of the rewards is a function, which alone could read it; leave it out")
+        raise ConfigError("--gold-column: only function rewards read it, and none of the rewards is one; leave it out")
     if "://" in run.output:
         raise ConfigError(f"output: {run.output} is no directory, and prompts are read from one; give a local output")
     schema.check_kept([options.gold_column] if options.gold_column else [])
@@ -138,8 +138,8 @@ def _asked(run: Run, lines: Prompts, options: argparse.Namespace, stop: tuple[st
 
 
 class Answers:
-    """What the arms answer. A group is drawn for all arms on one session when the first arm asks for it; base takes
-    the greedy answers that another arm's output has beside its own, and alone draws one sample a prompt for them."""
+    """The arms' answers. A group is drawn for all arms on one session when the first arm asks for it. Base takes the
+    greedy answers in another arm's output; where base is the only arm, one sample a prompt is drawn for them."""
 
     def __init__(
         self, run: Run, base_dir: Path, options: argparse.Namespace, wanted: Mapping[str, Method | None]

@@ -185,7 +185,7 @@ def _fill(parent: Output, prepared: Prepared, lease: Lease, result: Callable[...
             store.flush()
             flushed = time.monotonic()
             if at:
-                say(f"{at} inputs are through")
+                say(f"{at} inputs are done")
         if at // size != part:
             part = at // size
             found = parts.read_rows(parent.place, part, (part + 1) * size, schemas)

@@ -34,8 +34,8 @@ def main(args: Sequence[str]) -> int:
 
 
 def inputs(output: Place) -> Iterator[Input] | None:
-    """The inputs of an output's run again, from where it read them; None where there is no run. A relative source is
-    looked for beside a copy of the whole project first, then where the run was started. Raises ConfigError where it is
+    """The inputs of an output's run, read again; None where there is no run. A relative source is looked up beside a
+    copy of the whole project first, then in the directory that the run was started in. Raises ConfigError where it is
     gone."""
     run = manifest.read_run(output)
     if run is None:
@@ -51,7 +51,7 @@ def inputs(output: Place) -> Iterator[Input] | None:
     if is_local(settings.source):
         raise ConfigError(
             f"prompts.source: {settings.source!r} is gone from {' and from '.join(map(str, homes))}, where the run "
-            "read it; --without-inputs checks the tables alone"
+            "read it; --without-inputs checks only the tables"
         )
     return prompts.read(settings)
 

@@ -260,7 +260,7 @@ def test_gold_needs_a_function_and_a_missing_extra_is_named(project, monkeypatch
     with pytest.raises(ConfigError, match=re.escape("pip install 'aisp-dist[tasks]'")):
         lm_eval.main(["run.yaml", "--tasks", "gsm8k"])
     (project / "run.yaml").write_text(yaml.safe_dump(RUN | {"rewards": {"rm": {"kind": "model", "model": "demo"}}}))
-    with pytest.raises(ConfigError, match="none of the rewards is a function"):
+    with pytest.raises(ConfigError, match="none of the rewards is one"):
         lm_eval.main(["run.yaml", "--tasks", "gsm8k", "--gold-column", "gold"])
     assert not (project / "out").exists()
 

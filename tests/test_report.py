@@ -245,7 +245,7 @@ def test_other_budgets_prompts_or_rewards_are_refused(made, capsys, tmp_path):
     assert code == 2 and "neither run.json nor comparison.json" in said
     (folder / "comparison.json").write_text('{"arms": []}')
     code, said = report(capsys, folder)
-    assert code == 2 and "comparison.json is none that this version reads" in said
+    assert code == 2 and "comparison.json cannot be read by this version" in said
     document = json.loads((made / "comparison.json").read_text())
     (folder / "comparison.json").write_text(json.dumps(document | {"main": "another"}))
     code, said = report(capsys, folder)

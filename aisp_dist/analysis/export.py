@@ -102,7 +102,7 @@ def kept_columns(found: Sequence[Output]) -> tuple[Columns, list[str]]:
             elif kept.setdefault(name, type_) != type_:
                 raise ConfigError(
                     f"outputs: the kept column {name!r} is {kept[name]} in one of them and {type_} in {output}; export "
-                    "them apart"
+                    "them separately"
                 )
     return kept, list(dict.fromkeys(left_out))
 
@@ -150,7 +150,7 @@ def _rows(output: Output, table: str, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _worse(rejected: Rejected, kept: Sequence[Row]) -> Row | None:
-    """The candidate that the rule names, of equals the earlier; None where there is none."""
+    """The candidate that the rule chooses, of equals the earlier; None where no candidate qualifies."""
     able = (c for c in kept if c["reward"] is not None and c["reward"] >= rejected.floor)
     ranked = sorted(able, key=lambda c: c["reward"])
     if not ranked:

@@ -113,7 +113,7 @@ class Columns:
 
 
 def open_output(place: Place) -> Output:
-    """Raises ConfigError where there is no run, or none that this version reads."""
+    """Raises ConfigError where there is no run, or one that this version cannot read."""
     record = manifest.read_run(place)
     if record is None:
         raise ConfigError(f"output: {place} holds no run (no run.json); name the directory of a finished run")

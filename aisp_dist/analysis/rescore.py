@@ -2,7 +2,7 @@
 models.
 
 Where fewer candidates were kept than drawn (save.candidates other than `all`), the answer is the best of those kept,
-`curve` is the best so far among them, `quarantined` counts them alone, standardized rewards take mean and deviation
+`curve` is the best so far among them, `quarantined` counts only them, standardized rewards take mean and deviation
 from those kept of the first iteration, and a trace entry whose samples are not all there has no rewards. ESS, KL,
 weights and `samples_spent` describe the search and stay.
 
@@ -60,7 +60,7 @@ def rescore(run: Run, prompt: Prompt, row: Row, kept: Row, known: Collection[str
         table[name] = [null if s is None else s for s, null in zip(stored, no_answer, strict=True)]
     base_values = _values(row["base_rewards"])
     if all(name in known and base_values.get(name, 0.0) is None for name in selecting):
-        for name in selecting:  # whether each is null or does not apply: there is no base reward
+        for name in selecting:  # quarantined or not applicable: either way there is no base reward
             table[name][base_at] = Score(None)
 
     def scores(name: str, which: Sequence[int]) -> list[Score]:
@@ -167,9 +167,9 @@ def _no_answer(run: Run, row: Row, drawn: Sequence[Row]) -> list[Score | None]:
 def _stored(
     name: str, use: Literal["select", "report"], row: Row, drawn: Sequence[Row], best: int | None
 ) -> list[Score | None]:
-    """What the output says of each candidate and, last, of the base answer; None where it must be asked. A null is a
-    reward that does not apply, or a quarantined one, which a report does not tell apart; of a candidate its reason
-    tells which, of the base answer and of held-out rewards nothing does."""
+    """The stored score of each candidate and, last, of the base answer; None where the reward must be asked. A null is
+    a reward that does not apply or a quarantined one. A candidate's reason says which; nothing does for the base answer
+    and for held-out rewards, and a report needs no distinction."""
     found = [_score(name, _values(c["rewards"]), c["reason"]) for c in drawn]
     selected_by = found[0] is not None
 

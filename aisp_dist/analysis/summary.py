@@ -1,5 +1,5 @@
 """The summary at the end of a run: how many rows, what ran, rewards with intervals, fluency, signs of reward hacking
-and an example. From the tables alone."""
+and an example. Reads only the tables."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Looking at an output from outside: whether every input has exactly one row and every row is sound (`verify`), and how
-far a run is (`status`). From files only: no cluster, no model, and nothing is changed."""
+"""Checks an output from its files: whether every input has exactly one row and every row is sound (`verify`), and how
+far a run is (`status`). Needs no cluster and no model, and changes nothing."""
 
 from __future__ import annotations
 
@@ -180,10 +180,8 @@ class _Part:
         self._law("data", rows, "a reward_difference other than reward - base_reward", difference)
         self._law("data", rows, "a reward other than the end of its curve", curve)
         self._law("data", rows, "no base_nll", lambda row: row["base_nll"] is not None)
-        if "parent" not in self.run["components"]:  # rescoring knows the likelihood of what was selected before alone
-            self._law(
-                "data", rows, "no nll, which a rescored output alone may lack", lambda row: row["nll"] is not None
-            )
+        if "parent" not in self.run["components"]:  # rescoring knows only the likelihood of the answer selected before
+            self._law("data", rows, "no nll, which only a rescored output may lack", lambda row: row["nll"] is not None)
 
     def _candidates(self, rows: dict[int, Row], candidates: Sequence[Row]) -> None:
         self._law("candidates", candidates, "no done row", lambda kept: kept["source_index"] in rows)
@@ -282,7 +280,7 @@ def _beside(place: Place, run: dict[str, Any]) -> list[str]:
 
 
 def _numbers(files: dict[str, list[str]]) -> list[int]:
-    """Parts of which there is any file."""
+    """Parts that have any file."""
     return sorted({int(match[1]) for names in files.values() for name in names if (match := _NAME.fullmatch(name))})
 
 

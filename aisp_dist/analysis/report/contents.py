@@ -108,7 +108,7 @@ def _comparison(place: Place) -> tuple[Place, Json]:
             return root, there
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{root}/comparison.json is none that this version reads ({error!r}); `aisp compare` writes it again"
+                f"{root}/comparison.json cannot be read by this version ({error!r}); `aisp compare` writes it again"
             ) from None
     raise ConfigError(
         f"{place} holds neither run.json nor comparison.json; name the output of a finished `aisp align` or "

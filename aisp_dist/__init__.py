@@ -5,8 +5,9 @@ import aisp_dist
 for row in aisp_dist.relabel("run.yaml"):
     print(row["prompt"], row["completion"], row["reward"])
 
-run = {"generator": {"model": "demo"}, "rewards": {"main": {"kind": "model", "model": "demo"}}}
-best = list(aisp_dist.relabel(run, prompts=["How do I save money?", "What is a bicycle for?"]))
+run = {"generator": {"model": "demo"}, "rewards": {"helpful": {"kind": "model", "model": "demo"}}}
+run["method"] = {"kind": "best_of_n", "num_samples": 8, "num_iterations": 1}
+rows = list(aisp_dist.relabel(run, prompts=["How do I save money?", "What is a bicycle for?"]))
 """
 
 from __future__ import annotations

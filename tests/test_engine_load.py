@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from aisp_dist import demo, rewards
 from aisp_dist.config import ConfigError, Generator, ModelReward
@@ -138,3 +139,19 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"rewards\.main\.model: .* cut off after 1,000 bytes; download it again"):
         rewards.load("main", ModelReward(model=str(tmp_path / "reward")), tmp_path)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    """A base model or a reward model. Only the prompts that use such a token would fail."""
+    for kind in ("base", "reward"):
+        shutil.copytree(demo.path(kind), tmp_path / kind)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind)
+        rows = json.loads((tmp_path / kind / "config.json").read_text())["vocab_size"]
+        tokenizer.add_tokens([f"<extra {i}>" for i in range(rows - len(tokenizer) + 1)])
+        tokenizer.save_pretrained(tmp_path / kind)
+        said = f"model: .*its tokenizer has {rows + 1} tokens and its embedding {rows} rows"
+        with pytest.raises(ConfigError, match=said):
+            if kind == "base":
+                model.load(Generator(model=str(tmp_path / kind)))
+            else:
+                rewards.load("main", ModelReward(model=str(tmp_path / kind)))

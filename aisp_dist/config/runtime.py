@@ -57,11 +57,13 @@ class RewardReplicas(Replicas):
 
 
 class Timeouts(Section):
-    """Seconds after which a call counts as lost and is repeated elsewhere."""
+    """Time limits in seconds. What exceeds one is repeated elsewhere; no row is lost."""
 
     startup: float = doc("placing all processes and loading their models", 1800.0, gt=0)
-    round: float = doc("decoding one round", 600.0, gt=0)
-    reward: float = doc("scoring one round", 120.0, gt=0)
+    round: float = doc(
+        "decoding one answer, from when it gets a row of the generator; waiting does not count", 600.0, gt=0
+    )
+    reward: float = doc("one reward scoring the answers of one round of a prompt", 120.0, gt=0)
     stall: float = doc(
         "replace a process that does not answer, or is busy without progress, for this long", 120.0, gt=0
     )

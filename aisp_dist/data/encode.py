@@ -35,6 +35,18 @@ def _refusals() -> Iterator[None]:
         raise Unrenderable(f"the tokenizer refuses the text: {error}") from None
 
 
+def surplus(tokenizer: Tokenizer, rows: int) -> str | None:
+    """What is wrong where a tokenizer has ids beyond the `rows` of a model's embedding, which fail only when a text
+    uses one; None where it has not."""
+    known = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if known <= rows:
+        return None
+    return (
+        f"its tokenizer has {known} tokens and its embedding {rows} rows; give the tokenizer that the model was trained"
+        " with, or save the model after resize_token_embeddings"
+    )
+
+
 def starts_with_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
     return tokenizer.bos_token_id is not None and list(ids[:1]) == [tokenizer.bos_token_id]
 

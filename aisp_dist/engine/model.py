@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.data.chat import end_of_turn
+from aisp_dist.data.encode import surplus
 from aisp_dist.engine import attention, quantized, sizes
 from aisp_dist.engine.checkpoints import locate
 from aisp_dist.engine.kv import KVCache
@@ -140,6 +141,8 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
 def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
     """Takes over a causal language model, whose attention stays switched to the engine's, and checks it. fp32_head: a
     copy of the output layer in fp32 computes the logits. Raises Unsupported for one that the engine decodes wrongly."""
+    if wrong := surplus(tokenizer, len(model.get_input_embeddings().weight)):
+        raise Unsupported(wrong)
     model.eval().requires_grad_(False)
     config = model.config.get_text_config(decoder=True)
     decoder = model.get_decoder()

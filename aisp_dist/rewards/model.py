@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aisp_dist.config import ConfigError, ModelReward
 from aisp_dist.data.chat import as_chat, encode_chat
-from aisp_dist.data.encode import Unrenderable, starts_with_bos
+from aisp_dist.data.encode import Unrenderable, starts_with_bos, surplus
 from aisp_dist.engine import checkpoints
 from aisp_dist.records import Message, Prompt, Score
 from aisp_dist.rewards import self_test, templates
@@ -144,4 +144,6 @@ def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise ConfigError(f"{key}: {settings.model!r} is no trained reward model, it lacks {missing}; give one that is")
+    if wrong := surplus(tokenizer, len(model.get_input_embeddings().weight)):
+        raise ConfigError(f"{key}: {settings.model!r}: {wrong}")
     return tokenizer, model.eval().to(device)

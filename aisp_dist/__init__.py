@@ -1,13 +1,15 @@
 """Relabel prompts with a frozen language model that a reward model steers at test time. Knows nothing of Ray.
 
-import aisp_dist
+    import aisp_dist
 
-for row in aisp_dist.relabel("run.yaml"):
-    print(row["prompt"], row["completion"], row["reward"])
+    for row in aisp_dist.relabel("run.yaml"):
+        print(row["prompt"], row["completion"], row["reward"])
 
-run = {"generator": {"model": "demo"}, "rewards": {"helpful": {"kind": "model", "model": "demo"}}}
-run["method"] = {"kind": "best_of_n", "num_samples": 8, "num_iterations": 1}
-rows = list(aisp_dist.relabel(run, prompts=["How do I save money?", "What is a bicycle for?"]))
+    run = {"generator": {"model": "demo"}, "rewards": {"helpful": {"kind": "model", "model": "demo"}}}
+    run["method"] = {"kind": "best_of_n", "num_samples": 8, "num_iterations": 1}
+    rows = list(aisp_dist.relabel(run, prompts=["How do I save money?", "What is a bicycle for?"]))
+
+A row is a dict with the columns of the output table and `reason`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ VERBS = {
     "evaluate": "measures of a finished output: held-out rewards, win rate, diversity, coherence, KL, flips",
     "report": "one HTML page from finished outputs: curves, trade-offs, samples side by side",
     "export": "training sets from a finished output: sft, dpo, kto, reward, prompts",
-    "rescore": "other rewards or weights over stored candidates, without the base model",
+    "rescore": "select again among stored candidates by other rewards, without the base model",
     "lm-eval": "tasks of lm-evaluation-harness: base, best-of-n and AISP at an equal budget",
     "doctor": "exactness, schedule and reward checks on your own hardware and models",
     "bench": "speed beside peers in the same run, as JSON",

@@ -81,7 +81,7 @@ class Progress:
         entry |= {"total": self.total, "seconds_left": left} | now.json()
         try:
             log.append(self.output, entry)
-        except OSError as error:  # rows are worth more than figures
+        except OSError as error:  # rows are worth more than progress
             say(f"cannot write metrics.jsonl: {error}")
 
     @property

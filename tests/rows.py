@@ -3,6 +3,7 @@ is the same row. Awkward on purpose: quarantined rewards, rows that fail, unicod
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,30 @@ def tables(root: Path | Place) -> dict[str, bytes]:
     place = at(root)
     names = [f"{table}/{name}" for table in ("data", "failed", "candidates") for name in place.names(table)]
     return {name: place.read(name) for name in names}
+
+
+def run(root, inputs, answer=result, retry=False, order=None, flush_every=3, durable=None, **settings):
+    """A run as a coordinator does it; `durable` collects the ordinals that a completed flush has taken over. Returns
+    the ordinals that it computed."""
+    rows = store(root, **settings)
+    computed, pending = [], []
+
+    def flush():
+        rows.flush()
+        if durable is not None:
+            durable.update(pending)
+
+    plan = rows.plan(inputs, retry)
+    while chunk := list(itertools.islice(plan, 5)):
+        for line in order(chunk) if order else chunk:
+            rows.add(answer(line))
+            computed.append(line.source_index)
+            pending.append(line.source_index)
+            if len(pending) % flush_every == 0:
+                flush()
+    rows.finish()
+    return computed
+
+
+def changed(ordinal, count=10):
+    return [prompt(n, version=" changed" if n == ordinal else "") for n in range(count)]

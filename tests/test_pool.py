@@ -1,4 +1,5 @@
-"""Calls to replicas that die, hang or err, on fakes: what is repeated, what becomes a row, what ends the run."""
+"""Calls to replicas that die, hang, are slow or raise, on fakes: what is repeated, what becomes a row, what ends the
+run."""
 
 from __future__ import annotations
 
@@ -6,44 +7,11 @@ import asyncio
 import contextlib
 
 import pytest
+from replicas import Dead, Fake, forever, pool
 
 from actors.fleet import Fault
-from actors.pool import Pool
 from aisp_dist.align import RowError
-from aisp_dist.config import ConfigError
 from aisp_dist.records import Late
-
-
-class Dead(Exception):
-    """Stands for a process that went away."""
-
-
-class Fake:
-    """A replica that follows a script: one entry a call; callables are awaited, exceptions raised, values answered."""
-
-    def __init__(self, name, script=(), restart=None):
-        self.name, self.script, self.restarts, self.calls, self.on_restart = name, list(script), [], [], restart
-
-    async def call(self, method, *args):
-        self.calls.append(args)
-        await asyncio.sleep(0)
-        step = self.script.pop(0) if self.script else "ok"
-        if isinstance(step, BaseException):
-            raise step
-        return await step() if callable(step) else step
-
-    async def restart(self, reason):
-        self.restarts.append(reason)
-        if self.on_restart:
-            await self.on_restart()
-
-    async def health(self):
-        return {"progress": len(self.calls), "busy": 0.0, "busy_seconds": 1.0}
-
-
-def pool(*replicas, **options):
-    defaults = {"limit": 4, "timeout": 5.0, "retries": 2, "is_fault": lambda e: isinstance(e, Dead)}
-    return Pool(replicas, **defaults | options)
 
 
 def test_a_dead_replica_is_restarted_and_the_call_goes_elsewhere():
@@ -115,10 +83,6 @@ def test_where_no_other_prompt_was_answered_a_fresh_process_decides():
         assert await pool(b).call("x", "m") == "ok" and len(b.restarts) == 1
 
     asyncio.run(main())
-
-
-async def forever(*args):
-    await asyncio.sleep(3600)
 
 
 def test_a_process_that_stalls_is_replaced_and_a_call_that_hangs_alone_twice_is_a_row():
@@ -255,27 +219,6 @@ def test_a_prompt_stays_where_it_is_warm_while_there_is_room():
     asyncio.run(main())
 
 
-def test_a_replica_that_cannot_come_back_ends_the_run_only_when_no_other_is_left(monkeypatch):
-    monkeypatch.setattr("actors.fleet._BACKOFF", (0.001, 0.002))
-
-    async def broken():
-        raise Fault("did not start")
-
-    async def main():
-        with pytest.raises(Fault, match="did not start"):
-            await pool(Fake("a", [Dead("gone")], broken)).call("x", "m")
-        lost, other = Fake("a", [Dead("gone")], broken), Fake("b")
-        p = pool(lost, other)
-        assert [await p.call(str(i), "m") for i in range(20)] == ["ok"] * 20
-        await asyncio.sleep(0.05)
-        assert len(lost.restarts) > 3 and not p.fleet.broken, "tried for again while the other works"
-        lost.on_restart = None
-        await asyncio.sleep(0.01)
-        assert all(slot.up for slot in p.fleet.slots)
-
-    asyncio.run(main())
-
-
 class Poisoned(Fake):
     """Its process dies of one prompt, and takes along whatever else is in it."""
 
@@ -325,72 +268,6 @@ def test_processes_that_all_die_end_the_run_and_make_no_rows(monkeypatch):
     asyncio.run(main())
 
 
-def test_frozen_and_idle_replicas_are_found_and_replaced_and_their_calls_go_on():
-    async def main():
-        events = []
-        frozen, hung, fine = Fake("frozen", [forever]), Fake("hung", [forever]), Fake("fine")
-        frozen.health = forever
-        hung.health = lambda: asyncio.sleep(0, {"progress": 7, "busy": 1.0})
-        for slow in (frozen, hung):
-            p = pool(slow, timeout=3600, stall=0.05)
-            p.fleet.event = lambda *event: events.append(event)
-            watch = asyncio.ensure_future(p.fleet.watch())
-
-            async def mended(slow=slow):
-                slow.health = fine.health
-
-            slow.on_restart = mended
-            assert await asyncio.wait_for(p.call("x", "m"), 5) == "ok" and len(slow.restarts) == 1
-            watch.cancel()
-        assert "no sign of life for 0.05 s" in frozen.restarts[0] and "busy, and no progress" in hung.restarts[0]
-        assert events.count(("stall", "frozen")) == events.count(("restart", "frozen")) == 1
-
-    asyncio.run(main())
-
-
-def test_a_pool_begins_with_as_many_as_are_needed_and_takes_in_the_others_later(monkeypatch):
-    monkeypatch.setattr("actors.fleet._BACKOFF", (0.001, 0.002))
-
-    async def main():
-        machine = asyncio.Event()
-        late = Fake("late", restart=machine.wait)
-        p = pool(Fake("a"), late)
-        await asyncio.wait_for(p.fleet.ready(1), 5)
-        assert await p.call("x", "m") == "ok" and not late.calls
-        machine.set()
-        await asyncio.sleep(0.01)
-        await asyncio.gather(*(p.call(str(i), "m") for i in range(8)))
-        assert late.calls
-
-        async def broken():
-            raise Fault("no such machine")
-
-        with pytest.raises(Fault, match="no such machine"):
-            await asyncio.wait_for(pool(Fake("a"), Fake("b", restart=broken)).fleet.ready(2), 5)
-
-        async def refused():
-            raise ConfigError("no such model")
-
-        with pytest.raises(ConfigError, match="no such model"):
-            await asyncio.wait_for(pool(Fake("a"), Fake("b", restart=refused)).fleet.ready(2), 5)
-
-    asyncio.run(main())
-
-
-def test_figures_add_up_over_the_processes_of_a_replica():
-    async def main():
-        p = pool(Fake("a", ["ok", Dead("gone")]), Fake("b"))
-        await p.fleet.refresh()
-        assert p.fleet.figures() == {"busy_seconds": 2.0}
-        p.home["x"] = p.fleet.slots[0]
-        await p.call("x", "m")
-        await p.call("x", "m")
-        await p.fleet.refresh()
-        assert p.fleet.figures() == {"busy_seconds": 3.0}, "a's first process is counted still"
-
-    asyncio.run(main())
-
-
 class Tainted(Fake):
     """A process in which everything errs once one prompt has been in it."""
 
@@ -431,39 +308,6 @@ def test_two_broken_processes_are_no_witnesses_against_a_call():
         for replica in broken:
             replica.tainted = True
         assert await p.call("x", "m", "good") == "ok"
-
-    asyncio.run(main())
-
-
-def test_nothing_is_sent_to_a_process_that_is_still_loading():
-    async def main():
-        loading = []
-
-        async def load():
-            loading.append(1)
-            await asyncio.sleep(0.01)
-            loading.clear()
-
-        async def work():
-            assert not loading, "sent while it loads"
-            return "ok"
-
-        p = pool(Fake("a", [Dead("gone"), *[work] * 9], load), limit=1)
-        assert await asyncio.gather(*(p.call(str(i), "m") for i in range(5))) == ["ok"] * 5
-
-    asyncio.run(main())
-
-
-def test_a_start_that_fails_does_not_end_what_another_is_still_starting(monkeypatch):
-    monkeypatch.setattr("actors.fleet._BACKOFF", (0.0, 0.001))
-
-    async def broken():
-        raise Fault("no room")
-
-    async def main():
-        p = pool(Fake("a", restart=broken), Fake("b", restart=lambda: asyncio.sleep(0.1)))
-        await asyncio.wait_for(p.fleet.ready(1), 5)
-        assert await p.call("x", "m") == "ok"
 
     asyncio.run(main())
 

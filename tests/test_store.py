@@ -4,7 +4,6 @@ of an undisturbed run; nothing finished is computed twice; nothing foreign is mi
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
 import signal
@@ -23,42 +22,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from killing import killed_after
-from rows import COLUMNS, at, prompt, prompts, result, store, tables, write
+from rows import at, changed, prompt, prompts, result, run, store, tables, write
 
 from aisp_dist.config import ConfigError
 from aisp_dist.output import schema, staging
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import LeaseLost
 from aisp_dist.output.writer import Unfinished
-from aisp_dist.records import BadInput, Prompt
 
 
 def answered(line):
     """As `result`, but what failed once now succeeds: the second attempt of --retry-failed."""
     return result(line, fails=False)
-
-
-def run(root, inputs, answer=result, retry=False, order=None, flush_every=3, durable=None, **settings):
-    """A run as a coordinator does it; `durable` collects the ordinals that a completed flush has taken over. Returns
-    the ordinals that it computed."""
-    rows = store(root, **settings)
-    computed, pending = [], []
-
-    def flush():
-        rows.flush()
-        if durable is not None:
-            durable.update(pending)
-
-    plan = rows.plan(inputs, retry)
-    while chunk := list(itertools.islice(plan, 5)):
-        for line in order(chunk) if order else chunk:
-            rows.add(answer(line))
-            computed.append(line.source_index)
-            pending.append(line.source_index)
-            if len(pending) % flush_every == 0:
-                flush()
-    rows.finish()
-    return computed
 
 
 @pytest.fixture(autouse=True)
@@ -354,70 +329,6 @@ def test_a_smaller_limit_keeps_what_a_larger_one_finished(tmp_path):
     assert run(root, prompts(3), rows_per_file=50) == []
 
 
-def test_a_run_that_is_not_through_says_so(tmp_path):
-    rows = store(tmp_path)
-    plan = rows.plan(prompts(9))
-    rows.add(result(next(plan)))
-    with pytest.raises(Unfinished, match="3 inputs have no row, first line 1"):
-        rows.finish()
-    with pytest.raises(ValueError, match="never planned"):
-        rows.add(result(prompt(8)))
-
-
-def changed(ordinal, count=10):
-    return [prompt(n, version=" changed" if n == ordinal else "") for n in range(count)]
-
-
-@pytest.mark.parametrize("ordinal, part", [(0, 0), (7, 1), (9, 2)])
-def test_a_changed_input_is_refused_and_named(tmp_path, ordinal, part):
-    write(tmp_path, prompts(10))
-    with pytest.raises(ConfigError, match=f"part-00000{part} was computed from other inputs"):
-        list(store(tmp_path).plan(changed(ordinal, 13)))
-
-
-def test_a_changed_input_is_refused_while_it_is_staged_only(tmp_path):
-    rows = store(tmp_path)
-    for line in rows.plan(prompts(3)):
-        rows.add(result(line))
-        if line.source_index == 1:
-            rows.flush()
-    list(store(tmp_path).plan(changed(2, 3)))  # not computed yet: no harm
-    with pytest.raises(ConfigError, match="line 1 has changed"):
-        list(store(tmp_path).plan(changed(1, 3)))
-
-
-def test_inputs_in_another_order_are_refused_even_below_the_committed_end(tmp_path):
-    write(tmp_path, prompts(4))
-    other = [Prompt(f"id-{n}", n, (("user", "x"),), (), f"d{n}") for n in (0, 1)]
-    list(store(tmp_path).plan(other))  # too few inputs to check the part's digest; the ids agree
-    with pytest.raises(ConfigError, match="other inputs"):
-        list(store(tmp_path).plan([Prompt("id-1", 0, (("user", "x"),)), Prompt("id-0", 1, (("user", "x"),))]))
-
-
-def test_another_fingerprint_schema_or_a_damaged_part_is_refused_in_words(tmp_path):
-    write(tmp_path, prompts(6))
-    with pytest.raises(ConfigError, match="fingerprint ffffffff, this one has 0000; give another output"):
-        list(store(tmp_path, fingerprint="0000").plan(prompts(6)))
-    with pytest.raises(ConfigError, match="another schema, in answer, grade"):
-        list(store(tmp_path, columns={"extra": "json"}).plan(prompts(6)))
-    path = tmp_path / "data/part-000001.parquet"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ConfigError, match=r"part-000001\.parquet is damaged .* delete this file"):
-        list(store(tmp_path).plan(prompts(6)))
-    path.unlink()
-    want = tables(write(tmp_path / "want", prompts(6)))
-    assert run(tmp_path, prompts(6)) == [4, 5]
-    assert tables(tmp_path) == want
-
-
-def test_staging_of_another_run_is_refused(tmp_path):
-    rows = store(tmp_path)
-    rows.add(result(next(rows.plan(prompts(2)))))
-    rows.flush()
-    with pytest.raises(ConfigError, match="fingerprint"):
-        list(store(tmp_path, fingerprint="0000").plan(prompts(2)))
-
-
 @pytest.mark.parametrize("answers", range(5))
 def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lost(home, answers):
     """The lease goes to another run after the orphan's first, second, ... question; the other then ends the work. The
@@ -454,46 +365,6 @@ def test_save_settings_may_change_between_resumes(tmp_path):
     assert len(rows[0]["candidates"]) == 6 and len(rows[0]["trace"]) == 2
     assert not any(n in rows for n in range(4, 8))
     assert len(rows[8]["candidates"]) == 2 and len(rows[13]["candidates"]) == 1
-
-
-def test_an_input_that_cannot_be_a_row_is_planned_as_a_bad_input(tmp_path):
-    columns = (("answer", "a"), ("grade", 1), ("extra", None))
-    lines = [
-        Prompt("half", 0, (("user", "half \ud83d"),), columns, "d0"),
-        Prompt("good", 1, (("user", "hello"),), columns, "d2"),
-    ]
-    rows = store(tmp_path)
-    planned = list(rows.plan(lines))
-    assert [type(line) for line in planned] == [BadInput, Prompt]
-    for line in planned:
-        rows.add(result(line))
-    rows.finish()
-    (half,) = pq.read_table(tmp_path / "failed").to_pylist()
-    assert half["prompt"] == [{"role": "user", "content": "half ?"}] and "surrogate" in half["reason"]
-    assert list(store(tmp_path).plan(lines)) == []
-
-
-def test_a_kept_value_that_does_not_fit_its_column_costs_no_prompt_and_is_not_lost(tmp_path):
-    odd = {"answer": "half \ud83d", "grade": 0.5, "extra": None}
-    lines = [
-        Prompt("good", 0, (("user", "hello"),), (("answer", "a"), ("grade", 1), ("extra", [2])), "d0"),
-        Prompt("odd", 1, (("user", "hello"),), tuple(odd.items()), "d1"),
-        Prompt("odd and failed", 2, (("user", "hello"),), tuple((odd | {"extra": b"x"}).items()), "d2"),
-    ]
-    rows = store(tmp_path)
-    for line in rows.plan(lines):
-        rows.add(result(line, fails=line.source_index == 2))
-    rows.finish()
-    good, done = pq.read_table(tmp_path / "data").to_pylist()
-    (failed,) = pq.read_table(tmp_path / "failed").to_pylist()
-    assert (good["answer"], good["grade"], good["extra"], good["kept_as_json"]) == ("a", 1, "[2]", [])
-    assert (done["answer"], done["grade"]) == (failed["answer"], failed["grade"]) == (None, None)
-    texts = {misfit["name"]: misfit["value"] for misfit in done["kept_as_json"]}
-    assert {name: json.loads(text) for name, text in texts.items()} == {k: odd[k] for k in ("answer", "grade")}
-    assert [misfit["name"] for misfit in failed["kept_as_json"]] == ["answer", "grade", "extra"]
-    assert failed["kept_as_json"][2]["value"] is None  # bytes have no JSON form
-    for row, line in ((good, lines[0]), (done, lines[1])):
-        assert schema.kept_columns(row, COLUMNS) == line.columns
 
 
 def test_looking_at_an_output_imports_neither_torch_nor_ray():

@@ -117,6 +117,12 @@ def test_a_missing_file_of_several_is_named(path):
     assert "lacks 1 of 2 files of weights, model-00002-of-00002.safetensors first; download it again" in refusal(path)
 
 
+def test_a_model_without_its_tokenizer_is_called_that(path):
+    for file in (*path.glob("*token*"), *path.glob("special*")):
+        file.unlink()
+    assert "holds no tokenizer; save there" in refusal(path)
+
+
 def test_directories_without_a_checkpoint(path, tmp_path):
     (path / "config.json").write_text("[]")
     assert "config.json that is no JSON object" in refusal(path)

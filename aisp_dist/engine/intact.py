@@ -9,6 +9,8 @@ from typing import Any
 
 CHECKPOINT = "name a directory with a transformers checkpoint (config.json, *.safetensors), or a checkpoint on the hub"
 
+_TOKENIZER = ("token", "vocab", "spiece", "sentencepiece", "merges", "tekken")  # in names of a tokenizer's files
+
 
 def fault(path: Path) -> str | None:
     """Why a directory cannot be loaded, and what to do, or None. Reads small files and the headers of large ones."""
@@ -42,6 +44,8 @@ def fault(path: Path) -> str | None:
         if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
             return "has no *.safetensors; pickled weights can run code and are refused: convert it with save_pretrained"
         return f"has no weights (*.safetensors); download it again, or {CHECKPOINT}"
+    if not any(word in name for name in files for word in _TOKENIZER):
+        return "holds no tokenizer; save there the one that the model was trained with (tokenizer.save_pretrained(DIR))"
     if "model.safetensors" not in files and (index := files.get("model.safetensors.index.json")):
         parts = set(((_json(index) or {}).get("weight_map") or {}).values())
         if missing := sorted(parts - files.keys()):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-# A record: 8 bytes of the id's hash; then source_index (5), digest of the content (5) and last occurrence number (4) of
-# the input that took the id.
+# A record: 8 bytes of the id's hash; of the input that took the id source_index (5), the content's digest (5) and the
+# last occurrence number (4).
 # Among 10M ids the chance that two share their hash is 3e-6. The later one would count as a repeat (`id#2`, or a failed
 # row); ids stay unique and the same in every run. One in 1e12 conflicts is not seen and counts as a repeat.
 _HASH, _DIGEST, _NUMBER, _WIDTH = 8, 13, 18, 22

@@ -13,8 +13,8 @@ _FILL = 64  # records of a bucket, on average: few enough to search, enough to m
 
 
 class Ids:
-    """Linear hashing (Litwin 1980): an id's hash names the bucket of its record; after every _FILL ids one bucket is split
-    in two. So memory grows evenly, and no more than one bucket is copied at a time."""
+    """Linear hashing (Litwin 1980): an id's hash names the bucket of its record, and one bucket is split in two after
+    every _FILL ids. So memory grows evenly, and no more than one bucket is copied at a time."""
 
     def __init__(self) -> None:
         self._buckets = [bytearray()]

@@ -71,7 +71,9 @@ def _compare(run: Run, base_dir: Path, output: Place) -> None:
     busy = filling.busy() or cost.measured(output)  # of an earlier command, where this one drew nothing
     document = result.json() | {"outputs": folders, "limit": limit, "busy": busy}
     output.write("comparison.json", json.dumps(document, indent=2).encode())
-    print(compare.text(result))
+    print(compare.text(result) + "\n\nsettings:")
+    for arm, columns in read.items():
+        print(f"{arm}: {columns[0].output.method_name}")
     if not filling.counts.samples:
         return
     if everything.value is None:

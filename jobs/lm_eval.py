@@ -1,6 +1,6 @@
 """`aisp lm-eval CONFIG --tasks gsm8k`: tasks of lm-evaluation-harness, answered by every arm at the same number of
-samples. Every arm's answers to one generation setting are an ordinary output under lm-eval/, in a folder named by what
-was asked: an interrupted command resumes, and a repeated one draws nothing."""
+samples. The answers of an arm to the requests with one generation setting are an ordinary output under lm-eval/, in a
+folder named by a hash of the requests: an interrupted command resumes, and a repeated one draws nothing."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def main(args: Sequence[str]) -> int:
     if options.gold_column and not any(isinstance(r, FunctionReward) for r in run.rewards.values()):
         raise ConfigError("--gold-column: only function rewards read it, and none of the rewards is one; leave it out")
     if "://" in run.output:
-        raise ConfigError(f"output: {run.output} is no directory, and prompts are read from one; give a local output")
+        raise ConfigError(f"output: {run.output} is not a local directory, which the prompts are read from; give one")
     schema.check_kept([options.gold_column] if options.gold_column else [])
     prepare.check(run.model_copy(update={"prompts": Prompts()}), base_dir)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval needs lm-evaluation-harness: pip install 'aisp-dist[tasks]'")
     if options.unsafe_code:
-        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # what the metric code_eval asks for beside lm-eval's consent
+        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # the metric code_eval needs this beside --unsafe-code
 
     from aisp_dist.analysis import tasks
 
@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> int:
     chat, cap = options.apply_chat_template, options.cap_new_tokens
     asking = tasks.Asking(run.generator.max_new_tokens, cap, chat, options.gold_column, say)
     if run.prompts.system and not chat:
-        say("prompts.system belongs to chats; it is left out without --apply-chat-template")
+        say("prompts.system is left out: only chats have it, which --apply-chat-template makes")
     answers = Answers(run, base_dir, options, wanted)
     found: dict[str, Any] = {}
     place = answers.output
@@ -82,25 +82,27 @@ def main(args: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parse = settings.parser("lm-eval", cli.VERBS["lm-eval"])
-    parse.add_argument("--tasks", help="names of generate_until tasks, groups or tags, with commas between")
+    parse.add_argument("--tasks", help="names of generate_until tasks, groups or tags, separated by commas")
     parse.add_argument("--include-path", metavar="DIR", help="directory with task definitions of your own")
-    parse.add_argument("--limit", type=int, help="only the first so many documents of every task")
-    parse.add_argument("--num-fewshot", type=int, help="solved examples before every question; the task's own number")
-    parse.add_argument("--apply-chat-template", action="store_true", help="ask as a chat, examples as its turns")
+    parse.add_argument("--limit", type=int, help="documents of every task, from the first on (default: all)")
+    parse.add_argument(
+        "--num-fewshot", type=int, help="solved examples before every question (default: the task's own)"
+    )
+    parse.add_argument("--apply-chat-template", action="store_true", help="ask as a chat, with the examples as turns")
     parse.add_argument(
         "--arms",
-        help="base (greedy), best-of-n (of top-p samples), and arms of `aisp compare` as its folders name them, with "
-        "commas between; default: base, best-of-n and the configured method",
+        help="base (greedy), best-of-n (of top-p samples), and other arms of `aisp compare` by the names of their "
+        "folders, separated by commas (default: base, best-of-n and the configured method)",
     )
     parse.add_argument(
         "--cap-new-tokens",
         action="store_true",
-        help="let generator.max_new_tokens be the most; else it is only for tasks that name no max_gen_toks",
+        help="generator.max_new_tokens limits every task (default: only tasks without max_gen_toks)",
     )
     parse.add_argument(
         "--gold-column",
         metavar="NAME",
-        help="hand the gold answer to function rewards as this column: an upper bound by an oracle, not a result",
+        help="pass the gold answer to function rewards as this column: the result is an oracle's, an upper bound",
     )
     parse.add_argument("--log-samples", action="store_true", help="write every document, answer and score, by arm")
     parse.add_argument("--unsafe-code", action="store_true", help="allow tasks that run what the model wrote")
@@ -124,8 +126,8 @@ def _wanted(run: Run, names: str | None) -> dict[str, Method | None]:
 
 
 def _asked(run: Run, lines: Prompts, options: argparse.Namespace, stop: tuple[str, ...], max_new_tokens: int) -> Run:
-    """The run over other prompts: what decides how these become tokens is the configuration's, what chooses them not.
-    The gold answer is the only column that rewards can see, and only where it is asked for."""
+    """The run over the task's prompts, rendered as the configuration says. The gold answer is the only column that
+    rewards can see, and only with --gold-column."""
     chat = {"format": "chat", "system": run.prompts.system, "template_kwargs": run.prompts.template_kwargs}
     prompts = {
         "max_tokens": run.prompts.max_tokens,

@@ -50,8 +50,14 @@ def parser(verb: str, about: str, config: bool = True) -> argparse.ArgumentParse
     parse = argparse.ArgumentParser(f"aisp {verb}", description=about, allow_abbrev=False, add_help=not config)
     if config:
         parse.add_argument("config", nargs="?", help="YAML file of the run")
-        parse.add_argument("--config", dest="more", action="append", default=[], help="further file; later ones win")
-        parse.add_argument("-h", "--help", action="store_true", help="this text and every configuration key")
+        parse.add_argument(
+            "--config",
+            dest="more",
+            action="append",
+            default=[],
+            help="another configuration file, merged over the ones before it",
+        )
+        parse.add_argument("-h", "--help", action="store_true", help="show this text and every configuration key")
     return parse
 
 
@@ -81,7 +87,7 @@ def cases(run: Run) -> dict[str, Run]:
     for name, case in run.compare.cases.items():
         inner = ["compare.cases"] if "cases" in (case.get("compare") or {}) else []
         if taken := [str(key) for key in case if key in ("output", "seed")] + inner:
-            raise ConfigError(f"compare.cases.{name}: {taken[0]} is that of the whole; take it out of the case")
+            raise ConfigError(f"compare.cases.{name}: {taken[0]} is shared by all cases; take it out of the case")
         try:
             made = check(merge(whole, case))
         except ConfigError as error:
@@ -92,7 +98,7 @@ def cases(run: Run) -> dict[str, Run]:
 
 
 def anchored(run: Run, base_dir: Path) -> Run:
-    """The run with the paths that are relative to its file made absolute, so that its file may be anywhere."""
+    """The run with absolute paths in place of those relative to its file, so that the file may be anywhere."""
     rewards: dict[str, Reward] = {}
     for name, reward in run.rewards.items():
         if isinstance(reward, FunctionReward) and reward.function.rpartition(":")[0].endswith(".py"):
@@ -107,7 +113,7 @@ def anchored(run: Run, base_dir: Path) -> Run:
 
 
 def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, at: str = "") -> dict[str, Any]:
-    """`new` over `old`, neither changed; unions as the module's docstring says."""
+    """`new` over `old`, as the module's docstring says; neither is changed."""
     out = dict(old)
     for key, value in new.items():
         here = f"{at}.{key}" if at else str(key)
@@ -123,7 +129,7 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, a
             )
         )
         both = isinstance(value, Mapping) and isinstance(was, Mapping)
-        if at == "rewards" and value is None:  # as a case leaves one out
+        if at == "rewards" and value is None:  # a case of compare.cases leaves a reward out in this way
             out.pop(key, None)
             continue
         out[key] = merge(was or {}, value, flags, here) if both and not whole else value

@@ -2,8 +2,8 @@
 
     training prompts -> one sampled response each -> combined reward -> states of a sample of its tokens -> network
 
-In one process and without Ray: states are two thousand times larger than the token that they belong to, and never leave
-the machine that computes them."""
+In one process, without Ray: the states of a token take some thousand times its size, so they stay on the machine that
+computes them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,18 @@ def main(args: Sequence[str]) -> int:
     parse = settings.parser("train-value", cli.VERBS["train-value"])
     parse.add_argument("--out", type=Path, help="directory to write; must not exist")
     parse.add_argument("--case", help="one of compare.cases")
-    parse.add_argument("--prompts", type=int, default=1000, help="training prompts: those after compare's (1000)")
-    parse.add_argument("--held-out", type=float, default=0.1, help="share of them that only measures (0.1)")
-    parse.add_argument("--states", type=int, default=16, help="pairs of neighbouring states kept of a response (16)")
-    parse.add_argument("--width", type=int, default=4096, help="of the hidden layers (4096)")
+    parse.add_argument(
+        "--prompts", type=int, default=1000, help="training prompts, after the first compare.prompts (1000)"
+    )
+    parse.add_argument("--held-out", type=float, default=0.1, help="share of the responses that is held out (0.1)")
+    parse.add_argument(
+        "--states", type=int, default=16, help="pairs of neighbouring states that are kept of a response (16)"
+    )
+    parse.add_argument("--width", type=int, default=4096, help="width of the hidden layers (4096)")
     parse.add_argument("--epochs", type=int, default=100, help="passes over the responses (100)")
     parse.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam (1e-4)")
-    parse.add_argument("--batch", type=int, default=64, help="responses of a step (64)")
-    parse.add_argument("--published", action="store_true", help="as the authors' code trains it, faults included")
+    parse.add_argument("--batch", type=int, default=64, help="responses in a step (64)")
+    parse.add_argument("--published", action="store_true", help="train as the authors' code does, with its faults")
     options, run, base_dir = settings.read(parse, args)
     for name in ("prompts", "states", "width", "epochs", "lr", "batch"):
         if not getattr(options, name) > 0:
@@ -47,7 +51,7 @@ def main(args: Sequence[str]) -> int:
     if options.out is None:
         raise ConfigError("--out: missing; name the directory to write the value network to")
     if options.out.exists():
-        raise ConfigError(f"--out: {str(options.out)!r} is there already; name another directory, or remove it")
+        raise ConfigError(f"--out: {str(options.out)!r} exists; name another directory, or remove it")
     cases = settings.cases(run)
     if options.case and options.case not in cases:
         raise ConfigError(f"--case {options.case!r} is not among compare.cases ({', '.join(cases)})")
@@ -60,8 +64,8 @@ def main(args: Sequence[str]) -> int:
     asked = [line for line in lines if isinstance(line, Prompt)]
     if len(asked) < 10:
         raise ConfigError(
-            f"prompts: {len(asked)} can be read after the first {run.compare.prompts}, which compare takes; a value "
-            "network wants thousands, and at least 10"
+            f"prompts: {len(asked)} can be read after the first {run.compare.prompts}, which compare uses; a value "
+            "network needs at least 10, and better thousands"
         )
     _train(options, located, base_dir, parts, asked)
     return 0
@@ -103,8 +107,8 @@ def _train(options: Any, run: Run, base_dir: Path, parts: dict[str, Any], asked:
 
 
 def _responses(run: Run, base_dir: Path, asked: Sequence[Prompt], keep: int) -> Iterator[States]:
-    """One response of each prompt by nucleus sampling, scored, and the states that are kept of it. A prompt that cannot
-    be rendered and a response without a finite reward are passed over and counted."""
+    """The kept states of one response to each prompt, drawn by nucleus sampling and scored. A prompt that cannot be
+    rendered and a response without a finite reward are skipped and counted."""
     from aisp_dist import rewards
     from aisp_dist.data import render
     from aisp_dist.engine import decode, model
@@ -119,7 +123,7 @@ def _responses(run: Run, base_dir: Path, asked: Sequence[Prompt], keep: int) -> 
     if lm.context_length is not None:
         limit = min(limit, lm.context_length - run.generator.max_new_tokens)
     sampling = Sampling(decode=TopP(0.95, 1.0))
-    passed = 0
+    skipped = 0
     for start in range(0, len(asked), _TOGETHER):
         rounds = {}
         for prompt in asked[start : start + _TOGETHER]:
@@ -127,19 +131,19 @@ def _responses(run: Run, base_dir: Path, asked: Sequence[Prompt], keep: int) -> 
                 tokens = render.render(prompt, run.prompts, lm.tokenizer, limit)
                 rounds[prompt.id] = prompt, Round(run.seed, prompt.id, tokens, 0, 0, 1, sampling)
             except render.Unrenderable:
-                passed += 1
+                skipped += 1
         drawn = engine.run(round for _, round in rounds.values())
         for (prompt, round), rollout in zip(rounds.values(), drawn, strict=True):
             response = rollout.trajectories[0]
             raw = {name: score(prompt, [response.text]) for name, score in scorers.items()}
             (total,), _ = combine(selecting, run.combine, raw)
             if total.value is None:
-                passed += 1
+                skipped += 1
                 continue
             z_TD, _ = lm.dense((*round.prompt_tokens, *response.token_ids[:-1]))
             own = z_TD[len(round.prompt_tokens) - 1 :]
             yield value.sample(own, total.value, keep, f"{run.seed}/{prompt.id}")
-        say(f"{min(start + _TOGETHER, len(asked))}/{len(asked)} prompts" + (f", {passed} passed over" * (passed > 0)))
+        say(f"{min(start + _TOGETHER, len(asked))}/{len(asked)} prompts" + (f", {skipped} skipped" * (skipped > 0)))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _arms(run: Run, names: Sequence[str] | None) -> dict[str, Method]:
 
 
 def _tuning_prompts(run: Run, base_dir: Path) -> Run:
-    """The run on the tuning prompts: those after the ones that compare takes. Raises ConfigError for too few."""
+    """The run on the tuning prompts: those after the prompts of compare. Raises ConfigError for too few."""
     after = run.prompts.model_copy(update={"skip": run.prompts.skip + run.compare.prompts, "limit": run.tune.prompts})
     there = prompts.count(prepare.check(run.model_copy(update={"prompts": after}), base_dir).prompts)
     if there < run.tune.prompts:

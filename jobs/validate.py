@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from aisp_dist.analysis import arms
-from aisp_dist.config import ConfigError, Prompts
+from aisp_dist.config import ConfigError, Prompts, as_published
 from aisp_dist.data import prompts
 from aisp_dist.output import schema
 from aisp_dist.records import BadInput
@@ -25,8 +25,9 @@ def main(args: Sequence[str]) -> int:
         prepare.check(case, base_dir)
     method = run.method
     print(
-        f"valid: {method.kind} with {method.num_samples} x {method.num_iterations} samples a prompt, from "
-        f"{run.prompts.source} to {run.output}, rewards {', '.join(run.rewards)}"
+        f"valid: {method.name}{' as published' * as_published(method)} with {method.num_samples} x "
+        f"{method.num_iterations} samples a prompt, from {run.prompts.source} to {run.output}, rewards "
+        f"{', '.join(run.rewards)}"
     )
     print(*told, sep="\n", end="\n" if told else "")
     return 0

@@ -245,7 +245,7 @@ def test_code_that_may_run_is_loaded(indexed, definitions):
         (["--tasks", "gsm8k", "--num-fewshot", "-1"], "--num-fewshot is -1"),
         (["--tasks", "gsm8k", "--arms", "base,best"], "'best' is not among base, best-of-n-top-p"),
         (["--tasks", "gsm8k", "--gold-column", "reward"], "'reward' is a column of the output itself"),
-        (["--tasks", "gsm8k", "--output", "s3://bucket/run"], "give a local output"),
+        (["--tasks", "gsm8k", "--output", "s3://bucket/run"], "is not a local directory"),
     ],
 )
 def test_faults_of_the_command_are_found_before_lm_eval_is(project, args, words, monkeypatch):

@@ -163,3 +163,21 @@ def test_a_recorded_configuration_is_read_in_this_versions_form(old, same):
 )
 def test_a_record_that_makes_no_sense_is_left_as_it_is(method):
     assert recorded({"method": method})["method"] == method
+
+
+def test_a_record_is_read_without_what_had_no_effect():
+    http = {"kind": "http", "url": "http://h:1", "model": "m", "protocol": "classify", "scale": [0.0, 1.0]}
+    rewards = {
+        "main": {"kind": "model", "model": "demo", "weight": 2.0},
+        "held": {"kind": "function", "function": "a.py:f", "use": "report", "weight": 2.0},
+        "far": http | {"max_tokens": 9, "weight": 0.5},
+    }
+    method = {"kind": "best_of_n", "spend": {"target": 1.0, "plateau": None, "min_gain": 0.5}}
+    whole = {"output": "o", "generator": {"model": "demo"}, "rewards": rewards, "method": method}
+    with pytest.raises(
+        config.ConfigError, match="held: weight is 2, .*far: scale is .*min_gain is 0.5 without plateau"
+    ):
+        load.check(whole)
+    run = load.check(recorded(whole))
+    assert {name: reward.weight for name, reward in run.rewards.items()} == {"main": 2.0, "held": 1.0, "far": 0.5}
+    assert run.method.spend == config.Spend(target=1.0)

@@ -104,8 +104,8 @@ def test_its_rewards_are_what_they_say():
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ({"output": "x"}, "compare.cases.bad: output is that of the whole"),
-        ({"compare": {"cases": {}}}, "compare.cases.bad: compare.cases is that of the whole"),
+        ({"output": "x"}, "compare.cases.bad: output is shared by all cases"),
+        ({"compare": {"cases": {}}}, "compare.cases.bad: compare.cases is shared by all cases"),
         ({"method": {"kind": "beam"}}, "compare.cases.bad: method: kind is 'beam'"),
         ({"generator": {"modle": "x"}}, "compare.cases.bad: generator.modle: unknown key; did you mean 'model'"),
         ({"compare": {"arms": {"less": {"kind": "best_of_n", "num_samples": 2}}}}, "less has 16; change num_samples"),

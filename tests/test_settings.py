@@ -18,13 +18,13 @@ BASE = {
     "generator": {"model": "demo"},
     "rewards": {
         "main": {"kind": "model", "model": "demo"},
-        "words": {"kind": "function", "function": "r.py:f", "use": "report"},
+        "words": {"kind": "function", "function": "r.py:f"},
+        "held": {"kind": "function", "function": "r.py:g", "use": "report"},
         "judge": {
             "kind": "http",
             "url": "http://h:1/v1",
             "model": "m",
             "rubric": "{prompt} {response}",
-            "use": "report",
         },
     },
     "method": {"kind": "aisp", "num_samples": 16, "num_iterations": 8, "lambda": {"ess": 0.1}},
@@ -131,7 +131,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "method.after_eos": "marginal",
     "method.shuffle_rewards": True,
     "rewards.main.weight": 2.0,
-    "rewards.main.use": "select",
+    "rewards.main.use": "report",
     "rewards.main.model": "m2",
     "rewards.main.revision": "r",
     "rewards.main.dtype": "float32",
@@ -193,7 +193,7 @@ def test_every_key_of_the_schema_is_covered():
 @pytest.mark.parametrize("key", VALUES)
 def test_every_key_is_overridden_by_a_flag_and_by_a_later_file(key, tmp_path):
     value = VALUES[key]
-    assert dig(read(tmp_path), key) != value or key == "rewards.main.use"
+    assert dig(read(tmp_path), key) != value
     flag = value if isinstance(value, str) else json.dumps(value)
     assert dig(read(tmp_path, f"--{key}", flag), key) == value
     if key.startswith(("rewards.", "method.")):
@@ -276,7 +276,13 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--generator.quantization", "awq"], "generator.quantization: .*'int8' or 'nf4'.*'awq'"),
         (["--method.nope", "1"], "--method.nope"),
         (["--method", "null"], "method: "),
-        (["--rewards.main.use", "report"], "none has use: select"),
+        (
+            ["--rewards.main.use", "report", "--rewards.words.use", "report", "--rewards.judge.use", "report"],
+            "none has use: select",
+        ),
+        (["--rewards.main.use", "report", "--rewards.main.weight", "2"], "rewards.main: weight is 2, .* no effect"),
+        (["--rewards.judge.protocol", "classify", "--rewards.judge.max_tokens", "9"], "max_tokens is 9, .* no effect"),
+        (["--rewards.judge.protocol", "classify", "--rewards.judge.scale", "[0, 1]"], "scale is .* no effect"),
         (["--guard.action", "stop"], "guard: action is stop, but every bound is null"),
         (["--guard.max_truncated", "0", "--guard.action", "halt"], "guard.action: .*'warn' or 'stop'"),
         (["--guard.max_truncated", "1.5"], "guard.max_truncated: .*less than 1"),
@@ -332,7 +338,6 @@ def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
         free = key.startswith(("save.", "guard.", "runtime.", "compare.", "tune.")) or key in (
             "output",
             "prompts.limit",
-            "rewards.main.use",
         )
         free |= key.startswith("rewards.") and key.rpartition(".")[2] in FREE_REWARD
         value = VALUES[key]

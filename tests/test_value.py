@@ -127,7 +127,7 @@ def test_train_value_writes_a_network_that_a_run_takes_and_others_refuse(tmp_pat
     about = json.loads((tmp_path / "v/value.json").read_text())
     assert about["responses"] == 16 and about["hidden_size"] == 160 and "correlation" in capsys.readouterr().out
     first = prepare.prepare(*read()[1:]).fingerprint
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists; name another"):
         train_value.main([str(config), "--out", str(tmp_path / "v"), *flags])
     with pytest.raises(ConfigError, match=r"method.published: True, but .* --published False"):
         prepare.prepare(*read("--method.published", "true")[1:])

@@ -83,10 +83,15 @@ def _locate(loc: Sequence[str | int], values: Any, absent: bool) -> tuple[str, A
     """The user's dotted key for pydantic's location, which names union members too, and the value found there.
     `absent`: the last part is a key that the user did not give or should not have given."""
     keys: list[str] = []
+    tag: Any = None  # the kind of the section that `values` is, which pydantic puts before the keys in it
     for i, part in enumerate(loc):
+        if tag is not None and part == tag:
+            tag = None
+            continue
         known = values if isinstance(values, Mapping) else range(len(values)) if isinstance(values, list) else ()
         if part in known:
             values = values[part]
+            tag = values.get("kind") if isinstance(values, Mapping) else None
         elif not (absent and i == len(loc) - 1):
             continue
         keys.append(str(part))

@@ -50,11 +50,14 @@ def refusal(method: Mapping[str, Any]) -> str:
 
 def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `config` of a run.json, of this version or of 0.1.0, as this version's. Without `compare` and `tune`, which
-    are no part of an output. A method that cannot be translated stays as it is, for `Run` to refuse."""
+    are no part of an output, and without settings that had no effect, which `Run` refuses. A method that cannot be
+    translated stays as it is, for `Run` to refuse."""
     kept = {key: value for key, value in config.items() if key not in ("compare", "tune")}
     if isinstance(method := config.get("method"), Mapping):
         with suppress(*_WRONG):
-            kept["method"] = translated(method) or method
+            kept["method"] = _effective_method(translated(method) or method)
+    if isinstance(rewards := config.get("rewards"), Mapping):
+        kept["rewards"] = {name: _effective_reward(r) if isinstance(r, Mapping) else r for name, r in rewards.items()}
     return kept
 
 
@@ -67,6 +70,20 @@ def readable(config: Mapping[str, Any]) -> dict[str, Any]:
         with suppress(*_WRONG):
             kept["method"] = _algorithm1(_filled(method))
     return kept
+
+
+def _effective_method(method: Mapping[str, Any]) -> dict[str, Any]:
+    spend = method.get("spend")
+    if isinstance(spend, Mapping) and spend.get("plateau") is None:
+        return {**method, "spend": {key: value for key, value in spend.items() if key != "min_gain"}}
+    return dict(method)
+
+
+def _effective_reward(reward: Mapping[str, Any]) -> dict[str, Any]:
+    idle = {"weight"} if reward.get("use") == "report" else set()
+    if reward.get("kind") == "http" and reward.get("protocol", "chat") != "chat":
+        idle |= {"scale", "max_tokens"}
+    return {key: value for key, value in reward.items() if key not in idle}
 
 
 def _filled(method: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,15 @@ class RewardBase(Section):
         "report: held out; scored on the selected and the base answer, never selects", "select"
     )
 
+    @model_validator(mode="after")
+    def weighs(self) -> RewardBase:
+        if self.use == "report" and self.weight != 1:
+            raise ValueError(
+                f"weight is {self.weight:g}, which has no effect with use: report, since that reward is in no sum; "
+                "leave weight out, or give use: select"
+            )
+        return self
+
 
 class ModelReward(RewardBase):
     """A sequence-classification reward model with one output."""
@@ -113,6 +122,12 @@ class HttpReward(RewardBase, Endpoint):
             for field in ("{prompt}", "{response}")[self.protocol != "chat" :]:
                 if field not in self.rubric:
                     raise ValueError(f"rubric: has no {field}, so it could not be read; put it where the text belongs")
+        if self.protocol != "chat":
+            for field in ("scale", "max_tokens"):
+                if (value := getattr(self, field)) != type(self).model_fields[field].default:
+                    raise ValueError(
+                        f"{field} is {value}, which has no effect with protocol: {self.protocol}; leave it out"
+                    )
         if self.scale[0] >= self.scale[1]:
             raise ValueError(f"scale: {self.scale[0]:g} is not below {self.scale[1]:g}; give smallest, then largest")
         return self

@@ -1,10 +1,10 @@
-"""The value network of RE-Control (Kong et al. 2024): what reward a response will get, from the pre-logit of any of its
-tokens; and the ascent of a pre-logit along it. Owns the network, its training and its directory; draws nothing.
+"""The value network of RE-Control (Kong et al. 2024): it predicts the reward of a response from the pre-logit of any of
+its tokens, and a pre-logit ascends its gradient. Owns the network, its training and its directory; draws nothing.
 
 The published code (github.com/Lingkai-Kong/RE-Control, train_value_model.py and inference_intervention.py) differs from
-its paper in three things, which `published` keeps: the reward is learnt at the first token of a response (an argmax
-over its mask), where the paper says the last; the temporal difference has a gradient on both of its sides; and the
-network that generation uses has one hidden layer, where the one that is trained has two (here: one in both).
+its paper in three places, which `published` keeps: it learns the reward at the first token of a response (an argmax
+over its mask), the paper at the last; its temporal difference has a gradient on both sides; and the network that
+generation uses has one hidden layer, the trained one two (here: one in both).
 
 Shapes: N states, D hidden size, H width, R responses.
 """
@@ -62,8 +62,8 @@ class Value:
 
 
 class States(NamedTuple):
-    """What is kept of one response for training. now, next [M, D]: pre-logits of neighbouring tokens, standing for
-    `pairs` of them; ends [2, D]: of its first and last token; reward: the raw one."""
+    """The part of a response that is kept for training. now, next [M, D]: pre-logits of M pairs of neighbouring tokens,
+    a sample of all `pairs`. ends [2, D]: pre-logits of the first and the last token. reward: the raw reward."""
 
     now: torch.Tensor
     next: torch.Tensor
@@ -73,7 +73,7 @@ class States(NamedTuple):
 
 
 def sample(z_TD: torch.Tensor, reward: float, keep: int, seed: str) -> States:
-    """At most `keep` of the pairs of neighbours, a choice that `seed` decides, and both ends."""
+    """At most `keep` pairs of neighbouring states of a response, chosen by `seed`, and both ends."""
     pairs = len(z_TD) - 1
     word = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
     chosen = np.sort(np.random.default_rng(word).permutation(pairs)[:keep])
@@ -83,8 +83,8 @@ def sample(z_TD: torch.Tensor, reward: float, keep: int, seed: str) -> States:
 
 
 class Figures(NamedTuple):
-    """Of the responses held out: mean loss of the last epoch, and how V at the token that learns the reward, and at the
-    first, correlate with it (nan for fewer than three)."""
+    """Of the held-out responses: the mean loss after the last epoch, and the correlation of the reward with V at the
+    token that learns it and with V at the first token (nan for fewer than three responses)."""
 
     loss: float
     correlation: float
@@ -103,9 +103,10 @@ def train(
     published: bool,
     device: torch.device,
 ) -> tuple[Value, tuple[float, float], Figures]:
-    """The network; mean and deviation of the training rewards, which it learns in those units; and how good it is.
-    Loss of a response (Kong et al. 2024, eq. 7): sum_t (V_t - V_{t+1})^2 + (V_T - r)^2, the sum by its sample of pairs;
-    V_{t+1} is a constant in it unless `published`. Raises ValueError for rewards that are all equal."""
+    """The network, mean and deviation of the training rewards, and how good the network is. It predicts the reward less
+    that mean, in units of that deviation. Loss of a response (Kong et al. 2024, eq. 7): sum_t (V_t - V_{t+1})^2 +
+    (V_T - r)^2, where the sum is estimated from the sample of pairs and V_{t+1} has no gradient unless `published`.
+    Raises ValueError for rewards that are all equal."""
     rewards = np.array([r.reward for r in responses])
     mean, deviation = float(rewards.mean()), float(rewards.std())
     if not deviation > 0:
@@ -149,7 +150,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def save(value: Value, about: dict[str, Any], folder: Path) -> None:
-    """A directory with weights and what they are of; there with everything in it or not at all."""
+    """Write a directory with the weights and a description. It appears whole, by a rename."""
     staged = folder.with_name(f".{folder.name}.staged")
     staged.mkdir(parents=True, exist_ok=True)
     tensors = {f"{i}.{n}": t.cpu().contiguous() for i, pair in enumerate(value.layers) for n, t in zip("wb", pair)}  # noqa: B905

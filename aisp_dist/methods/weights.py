@@ -1,4 +1,5 @@
-"""Importance weights of (18), and the temperature that gives them an effective sample size. Pure numbers."""
+"""Importance weights, (18) of arXiv 2510.26219, and the temperature that gives them an effective sample size. Pure
+numbers."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from aisp_dist.config import Ess
 def importance_weights(
     rewards: Sequence[float | None], penalties: Sequence[float], lambda_: float | Ess
 ) -> tuple[float, ...]:
-    """w = softmax(r / lambda - penalty) over one iteration, (18), rounded to fp32 as the trace keeps them.
+    """w = softmax(r / lambda - penalty) over one iteration, (18), rounded to fp32 as the trace stores it.
 
-    A missing reward has weight 0; with none at all every weight is 0, which leaves u where it was.
+    A missing reward has weight 0. Where all are missing every weight is 0, which keeps u.
     """
     scored = [i for i, r in enumerate(rewards) if r is not None]
     if not scored:
@@ -29,7 +30,7 @@ def importance_weights(
 
 
 def softmax(rewards: Sequence[float], penalties: Sequence[float], lambda_: float) -> list[float]:
-    top = max(rewards)  # taken off before the division, so that a tiny lambda cannot overflow
+    top = max(rewards)  # subtracted before the division, so that a tiny lambda cannot overflow
     logs = [(r - top) / lambda_ - p for r, p in zip(rewards, penalties, strict=True)]
     high = max(logs)
     exps = [math.exp(value - high) for value in logs]
@@ -38,18 +39,21 @@ def softmax(rewards: Sequence[float], penalties: Sequence[float], lambda_: float
 
 
 def ess_temperature(rewards: Sequence[float], penalties: Sequence[float], target: float) -> float:
-    """The lambda at which 1 / sum w^2 = target, by secants and bisection on its logarithm.
+    """The lambda at which the effective sample size 1 / sum w^2 is `target`, by Brent's method on log lambda.
 
-    Free of the reward's unit: the search starts from the spread of the rewards. Where the target is out of reach (all
-    rewards equal, or fewer finite ones than it asks for) the end of the bracket on its side is returned.
+    It scales with the rewards, since the bracket is around their spread. Where the target is out of reach (fewer finite
+    rewards than it asks for, or many equal ones at the top) the nearer end of the bracket is returned; 1 where all
+    rewards are equal.
     """
+    from scipy.optimize import brentq  # its import takes longer than `aisp validate` without it
+
     top = max(rewards)
     spread = top - min(rewards)
     if spread == 0:
         return 1.0
 
     def excess(log_lambda: float) -> float:
-        """log(ESS / target), which grows with lambda; of weights that need not sum to one."""
+        """log(ESS / target), which grows with lambda. The weights need not sum to one here."""
         scale = math.exp(-log_lambda)
         logs = [(r - top) * scale - p for r, p in zip(rewards, penalties, strict=True)]
         high = max(logs)
@@ -57,16 +61,8 @@ def ess_temperature(rewards: Sequence[float], penalties: Sequence[float], target
         return math.log(sum(exps) ** 2 / sum(e * e for e in exps) / target)
 
     low, high = math.log(spread) - 16, math.log(spread) + 16
-    f_low, f_high = excess(low), excess(high)
-    if f_low >= 0 or f_high <= 0:
-        return math.exp(low if f_low >= 0 else high)
-    for step in range(90):  # about 12 are enough; with bisections alone among them it would be 60
-        middle = (low + high) / 2 if step % 3 == 0 else (low * f_high - high * f_low) / (f_high - f_low)
-        f = excess(middle)
-        if abs(f) < 1e-12 or not low < middle < high:
-            break
-        if f < 0:
-            low, f_low = middle, f
-        else:
-            high, f_high = middle, f
-    return math.exp(middle)
+    if excess(low) >= 0:
+        return math.exp(low)
+    if excess(high) <= 0:
+        return math.exp(high)
+    return math.exp(brentq(excess, low, high, xtol=1e-12))

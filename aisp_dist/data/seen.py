@@ -1,33 +1,34 @@
-"""The memory of which ids were given out, at about 25 bytes an id whatever its length. Knows nothing of prompts."""
+"""Which ids are taken, at about 25 bytes an id whatever its length. Knows nothing of prompts."""
 
 from __future__ import annotations
 
 import hashlib
 
-# A record: 8 bytes of the id's hash; source_index (5), content's digest (5), last occurrence number (4) of its bearer.
-# Of 10M ids two share their hash with a chance of 3e-6. The later one would then be taken for a repeat, as `id#2` or a
-# failed row: ids stay unique and the same in every run. One of 1e12 conflicts goes unseen and is a repeat, `id#2`.
+# A record: 8 bytes of the id's hash; of the input that took the id source_index (5), the content's digest (5) and the
+# last occurrence number (4).
+# Among 10M ids the chance that two share their hash is 3e-6. The later one would count as a repeat (`id#2`, or a failed
+# row); ids stay unique and the same in every run. One in 1e12 conflicts is not seen and counts as a repeat.
 _HASH, _DIGEST, _NUMBER, _WIDTH = 8, 13, 18, 22
 _FILL = 64  # records of a bucket, on average: few enough to search, enough to make its own overhead small
 
 
 class Ids:
-    """Linear hashing (Litwin 1980): records of an id's hash lie in one bucket, one of the buckets is split in two after
-    every _FILL ids, and so memory grows evenly: nothing is ever copied but a bucket."""
+    """Linear hashing (Litwin 1980): an id's hash names the bucket of its record, and one bucket is split in two after
+    every _FILL ids. So memory grows evenly, and no more than one bucket is copied at a time."""
 
     def __init__(self) -> None:
         self._buckets = [bytearray()]
         self._count = 0
 
     def conflict(self, id: str, digest: str) -> int | None:
-        """The source_index of the first bearer of this id, if its content (`digest`, in hex) is another."""
+        """The source_index of the input that took this id, if its content differs (`digest`, in hex); else None."""
         bucket, at = self._find(_key(id))
         if at < 0 or bucket[at + _DIGEST : at + _NUMBER] == _bits(digest):
             return None
         return int.from_bytes(bucket[at + _HASH : at + _DIGEST])
 
     def claim(self, id: str, source_index: int, digest: str) -> str:
-        """`id`, or `id#2`, `id#3`, ... where it is taken; the answer is taken from now on."""
+        """Take an id: `id` itself, or `id#2`, `id#3`, ... where that is taken."""
         key, unique = _key(id), id
         bucket, at = self._find(key)
         if at >= 0:

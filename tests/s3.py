@@ -27,13 +27,15 @@ class _Handler(WSGIRequestHandler):
 
 class Server:
     """left: changes until the client is dead to it, after which it hears nothing; lost: numbers of the changes that are
-    done and answered with an error; deaf: conditions are ignored. requests: what was asked."""
+    done and answered with an error; deaf: conditions are ignored; before_change: told the path of each change before it
+    is done. requests: what was asked."""
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.app = DomainDispatcherApplication(create_backend_app)
         self.lock, self.changing, self.requests = threading.Lock(), threading.Lock(), []
         self.left, self.lost, self.deaf = float("inf"), (), False
+        self.before_change = lambda path: None
         self.http = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Handler)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         self.address = f"127.0.0.1:{self.http.port}"
@@ -60,6 +62,8 @@ class Server:
             number = sum(method in ("PUT", "POST", "DELETE") for method, *_ in self.requests)
             self.left -= change
             dead = self.left < 0
+        if change:
+            self.before_change(environ["PATH_INFO"])
         if self.deaf:
             for condition in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
                 environ.pop(condition, None)

@@ -329,20 +329,20 @@ def test_a_smaller_limit_keeps_what_a_larger_one_finished(tmp_path):
     assert run(root, prompts(3), rows_per_file=50) == []
 
 
-@pytest.mark.parametrize("answers", range(5))
+@pytest.mark.parametrize("answers", range(6))
 def test_an_orphan_neither_stages_nor_commits_nor_tidies_up_once_the_lease_is_lost(home, answers):
     """The lease goes to another run after the orphan's first, second, ... question; the other then ends the work. The
-    orphan asks before it stages, before each of the three tables, and before it tidies up."""
+    orphan asks before it begins, before it stages, before each of the three tables, and before it tidies up."""
     root, asked = home / "out", itertools.count()
     orphan = store(root, still_owner=lambda: next(asked) < answers)
     for line in orphan.plan(prompts(4)):
         orphan.add(result(line))
     with pytest.raises(LeaseLost, match="another run has taken"):
         orphan.flush()
-    assert len(staging.names(at(root), 0)) == (answers > 0)
+    assert len(staging.names(at(root), 0)) == (answers > 1)
     written = [table for table in ("candidates", "failed", "data") if root.names(table)]
-    assert written == ["candidates", "failed", "data"][: max(0, answers - 1)]
-    assert run(root, prompts(4)) == ([] if answers else [0, 1, 2, 3])
+    assert written == ["candidates", "failed", "data"][: max(0, answers - 2)]
+    assert run(root, prompts(4)) == ([] if answers > 1 else [0, 1, 2, 3])
     with pytest.raises(LeaseLost):
         orphan.flush()
     assert tables(root) == tables(write(home / "want", prompts(4)))

@@ -16,7 +16,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,11 +30,13 @@ from aisp_dist.config import ConfigError, StorageOptions, known_place
 
 PART = re.compile(r"part-\d{6,}\.parquet")  # name of a part file
 _CONNECT, _REQUEST = 5.0, 30.0  # seconds; three attempts each
-_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")  # answers of a conditional PUT
+_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict")  # answers of a conditional request
+_MISSING = ("NoSuchKey", "404")  # the second where an answer has no body
 _IGNORED = (
     "ignores conditional writes (If-None-Match, If-Match), so that two runs could own one output; give an output in a "
     "store that honours them"
 )
+Fence = Callable[[], None]  # raises where a change may not be made any more
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,17 @@ class Place:
             raise FileNotFoundError(f"{self}/{folder} holds no part file")
         return ds.dataset(names, filesystem=files, format="parquet")
 
-    def write(self, name: str, data: bytes) -> None:
-        """Replace a file's content. Raises OSError; then the file has the old content, or rarely the new one."""
+    def write(self, name: str, data: bytes, fence: Fence | None = None) -> None:
+        """Replace a file's content. Raises OSError; then the file has the old content, or rarely the new one.
+
+        fence: called at the last moment; what it raises prevents the write. Locally no `update` comes between it and
+        the write. On S3 the write fails where the object has changed since, and the fence is asked again.
+        """
         if self.remote:
-            self._s3("put_object", name, Body=data)
+            if fence is None:
+                self._s3("put_object", name, Body=data)
+            else:
+                self._fenced(name, fence, lambda version: self._put_if(name, data, version))
             return
         path, temporary = Path(self.uri, name), Path(self.uri, ".staging", f"{secrets.token_hex(8)}.tmp")
         for folder in (path.parent, temporary.parent):
@@ -116,24 +125,36 @@ class Place:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        try:
+            with self._locked() if fence else nullcontext():
+                if fence:
+                    fence()
+                os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         _sync_dir(path.parent)
 
-    def remove(self, name: str) -> None:
-        """Remove a file, if it exists."""
+    def remove(self, name: str, fence: Fence | None = None) -> None:
+        """Remove a file, if it exists. fence: as in `write`."""
         if self.remote:
-            self._s3("delete_object", name)
+            if fence is None:
+                self._s3("delete_object", name)
+            else:
+                self._fenced(name, fence, lambda version: self._delete_if(name, version))
         elif (path := Path(self.uri, name)).exists():
-            path.unlink()
+            with self._locked() if fence else nullcontext():
+                if fence:
+                    fence()
+                path.unlink(missing_ok=True)
             _sync_dir(path.parent)
 
-    def clear(self, folder: str, keep: Collection[str] = ()) -> None:
-        """Remove the files of a folder, except those to keep; and the folder, if none is kept."""
-        for name in self.names(folder):
-            if name not in keep:
-                self.remove(f"{folder}/{name}")
-        if not keep and not self.remote:
-            with suppress(FileNotFoundError):
+    def clear(self, folder: str, names: Collection[str]) -> None:
+        """Remove these files of a folder; and the folder, if nothing else is in it."""
+        for name in names:
+            self.remove(f"{folder}/{name}")
+        if not self.remote:
+            with suppress(OSError):  # it is gone, or another process has put a file there
                 Path(self.uri, folder).rmdir()
 
     def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
@@ -146,12 +167,12 @@ class Place:
                 if (new := change(old)) != old:
                     self.write(name, new)
             return
-        for _ in range(50):
-            old, condition = self._read_version(name)
-            if (new := change(old)) == old or self._put_if(name, new, condition):
-                return
-            time.sleep(random.uniform(0, 0.2))
-        raise OSError(errno.EAGAIN, f"{self}/{name}: others changed it 50 times while this process tried to")
+
+        def changed() -> bool:
+            old, version = self._read_version(name)
+            return (new := change(old)) == old or self._put_if(name, new, version)
+
+        self._again(name, changed)
 
     def append(self, name: str, data: bytes) -> None:
         """Add to the end of a file. On S3 this writes the whole object again."""
@@ -232,6 +253,42 @@ class Place:
             return None, {"IfNoneMatch": "*"}
         return found["Body"], {"IfMatch": found["ETag"]}
 
+    def _fenced(self, name: str, fence: Fence, change: Callable[[dict[str, str]], bool]) -> None:
+        """Make a change of exactly the version of an object that was there when the fence was asked."""
+
+        def changed() -> bool:
+            try:
+                version = {"IfMatch": self._s3("head_object", name)["ETag"]}
+            except FileNotFoundError:
+                version = {"IfNoneMatch": "*"}
+            fence()
+            return change(version)
+
+        self._again(name, changed)
+
+    def _again(self, name: str, changed: Callable[[], bool]) -> None:
+        for _ in range(50):
+            if changed():
+                return
+            time.sleep(random.uniform(0, 0.2))
+        raise OSError(errno.EAGAIN, f"{self}/{name}: others changed it 50 times while this process tried to")
+
+    def _delete_if(self, name: str, version: dict[str, str]) -> bool:
+        """DELETE of a version, where the store knows conditional deletes; False where another version is there."""
+        if "IfMatch" not in version:
+            return True  # there is none
+        try:
+            self._s3("delete_object", name, **version)
+        except FileNotFoundError:
+            pass  # another removed it, or our own first request did
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if "NotImplemented" not in str(error):
+                raise
+            self._s3("delete_object", name)
+        return True
+
     def _put_if(self, name: str, data: bytes, condition: dict[str, str]) -> bool:
         """PUT under a condition; False where it fails. If an answer was lost and the request repeated, the condition
         fails because of our own first request, which the content then shows."""
@@ -252,7 +309,7 @@ class Place:
             return answer | {"Body": answer["Body"].read()} if "Body" in answer else answer
         except ClientError as error:
             code = error.response["Error"]["Code"]
-            kind = {"NoSuchKey": FileNotFoundError}.get(code, FileExistsError if code in _CONFLICTS else OSError)
+            kind = FileNotFoundError if code in _MISSING else FileExistsError if code in _CONFLICTS else OSError
             raise kind(f"{self}/{name}: {' '.join(str(error).split())}") from None
         except BotoCoreError as error:
             raise OSError(f"{self}/{name}: {' '.join(str(error).split())}") from None

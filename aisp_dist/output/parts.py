@@ -115,20 +115,26 @@ def read_rows(place: Place, part: int, end: int, schemas: Tables, columns: Seque
 
 
 def merge(rows: Sequence[Tables], end: int) -> Tables:
-    """One part's rows below `end` from several places, oldest first, in input order: a done row beats a failed one,
-    else the later wins."""
-    data = _latest([tables.data for tables in rows], lambda ordinal: ordinal < end)
+    """One part's rows below `end` from several places, oldest first, in input order: a done row beats a failed one, of
+    two done rows the earlier counts and brings its candidates, of two failed ones the later."""
+    source: dict[int, int] = {}
+    for number, tables in enumerate(rows):
+        for ordinal in ordinals(tables.data):
+            source.setdefault(ordinal, number)
+    data = _latest([t.data for t in rows], lambda ordinal, number: ordinal < end and source[ordinal] == number)
     done = ordinals(data)
-    failed = _latest([tables.failed for tables in rows], lambda ordinal: ordinal < end and ordinal not in done)
-    return Tables(data, failed, _latest([tables.candidates for tables in rows], done.__contains__))
+    failed = _latest([t.failed for t in rows], lambda ordinal, number: ordinal < end and ordinal not in done)
+    kept = _latest([t.candidates for t in rows], lambda o, number: o in done and source[o] == number)
+    return Tables(data, failed, kept)
 
 
 def ordinals(table: pa.Table) -> set[int]:
     return set(table["source_index"].to_pylist())
 
 
-def _latest(tables: Sequence[pa.Table], wanted: Callable[[int], bool]) -> pa.Table:
-    table = pa.concat_tables(tables)
-    last = {ordinal: row for row, ordinal in enumerate(table["source_index"].to_pylist())}
-    rows = [row for ordinal, row in sorted(last.items()) if wanted(ordinal)]
-    return table.take(pa.array(rows, pa.int64())).combine_chunks()
+def _latest(tables: Sequence[pa.Table], wanted: Callable[[int, int], bool]) -> pa.Table:
+    """The last wanted row of each ordinal. wanted: of an ordinal, and the number of the table that has it."""
+    found = [(n, ordinal) for n, table in enumerate(tables) for ordinal in table["source_index"].to_pylist()]
+    last = {ordinal: row for row, (number, ordinal) in enumerate(found) if wanted(ordinal, number)}
+    rows = [row for _, row in sorted(last.items())]
+    return pa.concat_tables(tables).take(pa.array(rows, pa.int64())).combine_chunks()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from aisp_dist.output.filesystem import Place
+from aisp_dist.output.filesystem import Fence, Place
 from aisp_dist.output.schema import Row, Tables
 
 _INPUTS = pa.schema([("source_index", pa.int64()), ("digest", pa.string())])
@@ -55,8 +55,17 @@ def names(place: Place, part: int) -> list[str]:
     return [name for name in place.names(folder(part)) if _NAME.fullmatch(name)]
 
 
-def write(place: Place, part: int, owner: str, fingerprint: str, schemas: Tables, rows: Sequence[Finished]) -> None:
-    """Add a segment to a part. Its name has the owner, so that an orphan cannot overwrite another run's segment."""
+def write(
+    place: Place,
+    part: int,
+    owner: str,
+    fingerprint: str,
+    schemas: Tables,
+    rows: Sequence[Finished],
+    fence: Fence | None = None,
+) -> None:
+    """Add a segment to a part. Its name has the owner, so that an orphan cannot overwrite another run's segment. fence:
+    as in Place.write."""
     inputs = pa.Table.from_pylist(
         [{"source_index": row.source_index, "digest": row.digest} for row in rows],
         _INPUTS.with_metadata({"fingerprint": fingerprint}),
@@ -75,7 +84,7 @@ def write(place: Place, part: int, owner: str, fingerprint: str, schemas: Tables
             stream.write_table(table)
     payload = sink.getvalue().to_pybytes()
     number = max((int(name.split("-")[1]) for name in names(place, part)), default=-1) + 1
-    place.write(f"{folder(part)}/seg-{number:06d}-{owner}", _MAGIC + _hash(payload) + b"\n" + payload)
+    place.write(f"{folder(part)}/seg-{number:06d}-{owner}", _MAGIC + _hash(payload) + b"\n" + payload, fence)
 
 
 def read(place: Place, part: int, schemas: Tables | None = None) -> list[Segment]:
@@ -84,9 +93,9 @@ def read(place: Place, part: int, schemas: Tables | None = None) -> list[Segment
     return [segment for segment in found if segment is not None]
 
 
-def discard(place: Place, part: int, keep: Sequence[Segment] = ()) -> None:
-    """Remove the segments of a part, except those to keep."""
-    place.clear(folder(part), {segment.name for segment in keep})
+def discard(place: Place, part: int, names: Collection[str]) -> None:
+    """Remove segments of a part. Only these names, since another owner may stage there by now."""
+    place.clear(folder(part), names)
 
 
 def _read(place: Place, part: int, name: str, schemas: Tables | None) -> Segment | None:

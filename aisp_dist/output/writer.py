@@ -8,10 +8,12 @@ input order. Its range is open from `plan` to its commit:
 Replacing data/part-k is the commit. It comes last and has the range in its metadata: before it the old part counts,
 after it the new one. Staged segments are removed after the commit, so a process that is killed at any moment leaves
 every finished row in a part or in a segment, and the next process merges both: a done row beats a failed one (done rows
-are never computed again), else the later row wins. Rows are a function of the run and the input, so a repeated merge
-changes nothing.
+are never computed again), of two done rows the earlier one counts, committed before staged, and of two failed ones the
+later. So a repeated merge changes nothing.
 
-Knows no machines and no models; asks `still_owner` who owns the output.
+Knows no machines and no models; asks `still_owner` who owns the output, at the last moment before each change: a write
+that hangs while the output changes hands finds that out (Place.write). What may still land after that is a segment on
+S3, whose done rows count less than what is committed.
 """
 
 from __future__ import annotations
@@ -141,7 +143,8 @@ class Store:
                 whole = sorted(part for part, opened in self._open.items() if not opened.missing)
                 waiting = {part: list(rows) for part, rows in self._buffer.items()}
             for part, rows in sorted(waiting.items()):
-                staging.write(self._place, part, self._writer, self._fingerprint, self._schemas, rows)
+                known = self._writer, self._fingerprint, self._schemas
+                staging.write(self._place, part, *known, rows, self._check_owner)
                 with self._lock:
                     del self._buffer[part][: len(rows)]
                     if not self._buffer[part]:
@@ -266,6 +269,7 @@ class Store:
 
     def _commit(self, part: int) -> None:
         opened = self._open[part]
+        names = staging.names(self._place, part)
         staged = staging.read(self._place, part, self._schemas)
         rows = [segment.tables for segment in staged]
         if opened.committed or not staged:
@@ -286,16 +290,16 @@ class Store:
             if table.num_rows or name == "data"
         }
         for name in ("candidates", "failed", "data"):  # data is the commit
-            self._check_owner()
             if name in built:
-                self._place.write(parts.name(name, part), built[name])
+                self._place.write(parts.name(name, part), built[name], self._check_owner)
             else:
-                self._place.remove(parts.name(name, part))
+                self._place.remove(parts.name(name, part), self._check_owner)
         with self._lock:
             del self._open[part]
             self._close(tables.data.num_rows, tables.failed.num_rows)
         self._check_owner()
-        staging.discard(self._place, part, keep=[s for s in staged if max(s.digests) >= opened.end])
+        kept = {segment.name for segment in staged if max(segment.digests) >= opened.end}
+        staging.discard(self._place, part, [name for name in names if name not in kept])
 
     def _close(self, num_done: int, num_failed: int, planned: int = 0) -> None:
         before, done, failed, committed = self._closed

@@ -28,9 +28,9 @@ log = logging.getLogger("aisp")
 
 
 def is_fault(error: BaseException) -> bool:
-    """True for a process, node or server that went away; False for an exception that the method raised itself."""
+    """True for a process or node that went away; False for an exception that the method raised itself."""
     if isinstance(error, RayTaskError):
-        return isinstance(error.cause, (RayActorError, WorkerCrashedError, MemoryError, Unavailable))
+        return isinstance(error.cause, (RayActorError, WorkerCrashedError, MemoryError))
     return isinstance(error, RayError)
 
 
@@ -82,19 +82,23 @@ class RayReplica:
         self.starts = 0
         self.handle: Any = None
         self.loaded: Any = None  # what load() answered
+        self.waits = False  # the process is well, and the server behind it does not answer: load() is asked again
 
     async def restart(self, why: str) -> None:
         """A process where there was none, or another. Raises ConfigError from its load(), Fault after `startup` s."""
-        if self.handle is not None:
-            ray.kill(self.handle)
-        name = self.name if not self.starts else f"{self.name}-restart-{self.starts}"
-        self.starts += 1
-        self.handle = ray.remote(self.cls).options(name=name, **self.options).remote(*self.args)
+        if not self.waits:
+            if self.handle is not None:
+                ray.kill(self.handle)
+            name = self.name if not self.starts else f"{self.name}-restart-{self.starts}"
+            self.starts += 1
+            self.handle = ray.remote(self.cls).options(name=name, **self.options).remote(*self.args)
+        self.waits = False
         try:
             self.loaded = await asyncio.wait_for(self.call("load"), self.startup)
         except RayTaskError as error:  # first: one whose cause is a TimeoutError is a TimeoutError too
             if isinstance(error.cause, ConfigError):
                 raise ConfigError(str(error.cause)) from None
+            self.waits = isinstance(error.cause, Unavailable)
             raise Fault(f"{self.name} cannot load: {reason(cause(error))}") from error
         except TimeoutError:
             raise Fault(
@@ -177,7 +181,7 @@ async def start_pools(
                 args: tuple[Any, ...] = (run, base_dir, name, group)
             else:
                 name, cls = f"scorer-{group.role}-{i}{suffix}", Scorer
-                args = (group.role, run.rewards[group.role], base_dir, run.prompts.keep, name, group)
+                args = (group.role, run.rewards[group.role], base_dir, run.prompts.keep, name, group, timeouts.reward)
             bundle = (bundles or {}).get((group.role, i))
             replicas.append(RayReplica(name, cls, args, group, timeouts.startup, mask, bundle))
         decodes = group.role == "generator"

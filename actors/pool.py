@@ -8,6 +8,9 @@ An error that the callee raises is an answer. It is confirmed by one more try, o
 becomes RowError if the process that raised it still answers what it answered before. A process that does not is broken:
 it is replaced, and the call is tried alone in the fresh one.
 
+A server behind the callee that does not answer (Unavailable) is neither: the call is repeated after a pause, and the
+process stays. After `timeout` seconds of that the run ends with Fault.
+
 A call over its time limit is tried alone in a fresh process. Over the limit twice, with another prompt answered there
 in between by the same kind of call, it becomes RowError.
 
@@ -27,8 +30,11 @@ from typing import Any, NamedTuple
 from actors.fleet import Call, Fault, Fleet, Replica, Slot, cause
 from aisp_dist.align import RowError, reason
 from aisp_dist.records import Late
+from aisp_dist.rewards.client import Unavailable
 
 log = logging.getLogger("aisp")
+
+_PAUSE = 1.0  # seconds before a server that is down is asked again: the first time; twice as long each time
 
 
 class _NoAnswer(Exception):
@@ -37,6 +43,10 @@ class _NoAnswer(Exception):
 
 class _Raised(_NoAnswer):
     """The callee raised; its process is alive."""
+
+
+class _Down(_NoAnswer):
+    """The server behind the callee did not answer; the callee's process is well."""
 
 
 class _Over(_NoAnswer):
@@ -100,6 +110,7 @@ class Pool:
         Raises RowError where the call itself is to blame, Fault after too many faults.
         """
         faults, raised, slot = 0, None, None
+        pauses, patience = 0, asyncio.get_running_loop().time() + (self.timeout or 0.0)
         while faults <= self.retries:
             sound: bool | None = True
             try:
@@ -112,6 +123,13 @@ class Pool:
             except _Lost as error:
                 faults += error.counts
                 self._repeats(slot, home, method, error)
+            except _Down as error:
+                if pauses and asyncio.get_running_loop().time() > patience:
+                    raise Fault(f"{error}; it was asked again for {self.timeout or 0:g} s ({self.key})") from None
+                log.warning("%s; asking again", error)
+                self._repeats(slot, home, method, error)
+                await asyncio.sleep(min(_PAUSE * 2**pauses, (self.timeout or 0.0) / 4))
+                pauses += 1
             except _Over as error:
                 self._repeats(slot, home, method, error)
                 break
@@ -182,6 +200,8 @@ class Pool:
         epoch = slot.epoch
         try:
             await self._try(slot, *witness)
+        except _Down:
+            return None
         except _NoAnswer as error:
             self.fleet.restart(slot, epoch, f"it fails on what was answered before: {error}", sacrificed=True)
             return False
@@ -209,6 +229,8 @@ class Pool:
                 raise _Over(late) from None
             if isinstance(why := cause(error), Late):
                 raise _Over(str(why)) from None
+            if isinstance(why, Unavailable):
+                raise _Down(str(why)) from None
             if not self.is_fault(error):
                 raise _Raised(reason(why)) from None
             self.fleet.restart(slot, epoch, reason(why))

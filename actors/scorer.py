@@ -23,8 +23,11 @@ class Scorer:
         columns: Sequence[str],
         name: str,
         group: Group,
+        limit: float,
     ) -> None:
+        """limit: timeouts.reward."""
         self.reward, self.settings, self.base_dir, self.columns = reward, settings, base_dir, columns
+        self.limit = 0.9 * limit  # a server that is slow is told from a process that hangs
         self.name, self.group = name, group
         self.answered = 0
         self.busy_seconds = 0.0
@@ -43,7 +46,7 @@ class Scorer:
             if torch.cuda.is_available() and self.group.num_gpus:
                 torch.cuda.set_per_process_memory_fraction(self.group.memory)
             quiet.libraries()
-        self.scores = rewards.load(self.reward, self.settings, self.base_dir, columns=self.columns)
+        self.scores = rewards.load(self.reward, self.settings, self.base_dir, columns=self.columns, limit=self.limit)
         self.began = time.monotonic()
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> list[Score]:

@@ -339,6 +339,7 @@ class Session:
         import ray
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
+        from actors.fleet import Fault
         from actors.table import TooManyFailed
 
         try:
@@ -353,7 +354,8 @@ class Session:
                 raise Exit(3, str(cause)) from None
             if isinstance(cause, GuardStop):
                 raise Exit(1, str(cause)) from None
-            raise Exit(1, f"{type(cause).__name__}: {cause}; the same command resumes from what is written") from error
+            name = "" if isinstance(cause, Fault) else f"{type(cause).__name__}: "
+            raise Exit(1, f"{name}{cause}; the same command resumes from what is written") from error
         except RayError as error:
             raise Exit(1, f"{type(error).__name__}: {error}; the same command resumes") from error
 

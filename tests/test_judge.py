@@ -95,7 +95,7 @@ def test_a_cached_answer_is_not_asked_again_and_a_torn_line_is_as_if_it_were_not
 def test_what_was_answered_before_the_server_died_is_kept(server, tmp_path):
     cache = tmp_path / "answers.jsonl"
     server.faults = [None] * 3 + [(500, {})] * 50
-    with pytest.raises(Unavailable, match="it answers 500, 1 times"):
+    with pytest.raises(Unavailable, match="it answers 500, 1 time"):
         compare_answers(settings(server, max_parallel=1), PAIRS, cache)
     assert len(cache.read_text().splitlines()) == 3
     server.faults, server.seen = [], []

@@ -9,7 +9,6 @@ import pytest
 from judge_server import chat, serving
 from pydantic import ValidationError
 
-from actors.cluster import is_fault
 from aisp_dist.config import ConfigError, HttpReward
 from aisp_dist.records import Prompt, Score
 from aisp_dist.rewards import load
@@ -94,9 +93,9 @@ def test_a_fault_that_passes_is_not_seen(server, fault):
 def test_a_fault_that_stays_is_the_infrastructures_and_never_a_score(server, fault):
     score = made(server, retries=1)
     server.faults = [fault] * 99
-    with pytest.raises(Unavailable, match=str(fault[0])) as error:
+    with pytest.raises(Unavailable, match=f"^{server.url}/chat/completions.* {fault[0]}") as error:
         score(PROMPT, ["x", "y"])
-    assert is_fault_of(error.value)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value), "it crosses processes"
 
 
 def test_a_server_that_is_gone_or_too_slow_is_infrastructure(server):
@@ -108,11 +107,17 @@ def test_a_server_that_is_gone_or_too_slow_is_infrastructure(server):
         load("http", settings(server, url="http://127.0.0.1:9/v1", retries=0))
 
 
-def is_fault_of(error):
-    """As the pool sees it: through Ray, pickled."""
-    from ray.exceptions import RayTaskError
-
-    return is_fault(RayTaskError("score", "", pickle.loads(pickle.dumps(error))))
+@pytest.mark.parametrize("fault", ["slow", (429, {"Retry-After": "60"}), (503, {})])
+def test_a_call_ends_before_its_limit_whatever_the_server_does(server, fault):
+    score = load("http", settings(server, retries=99), limit=0.3)
+    if fault == "slow":
+        server.delay = lambda body: 1.0
+    else:
+        server.faults = [fault] * 99
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match=f"^{server.url}/chat/completions: "):
+        score(PROMPT, [str(i) for i in range(20)])
+    assert time.monotonic() - began < 5
 
 
 def test_retry_after_is_waited_for(server):
@@ -228,7 +233,7 @@ def test_a_proxy_that_fails_is_named(server, monkeypatch, name):
         load("http", settings(server, url="http://judge.invalid/v1", retries=0))
     assert "secret" not in str(error.value)
     monkeypatch.setenv("NO_PROXY", "judge.invalid")
-    with pytest.raises(Unavailable, match=r"no answer \(ConnectError\), 1 times$"):
+    with pytest.raises(Unavailable, match=r"no answer \(ConnectError\), 1 time$"):
         load("http", settings(server, url="http://judge.invalid/v1", retries=0))
 
 

@@ -3,6 +3,7 @@ package loads no torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,10 +23,12 @@ def load(
     base_dir: Path | None = None,
     device: str | None = None,
     columns: Sequence[str] = (),
+    limit: float = math.inf,
 ) -> RewardFn:
     """The reward called `name` in the configuration, ready to score. base_dir: where function paths start, the
     configuration's directory (default: the current one). device: of a model, as torch names it (default: cuda where
-    there is one, else cpu). columns: prompts.keep, what functions are handed. Raises ConfigError."""
+    there is one, else cpu). columns: prompts.keep, what functions are handed. limit: seconds that a server may
+    take for one call. Raises ConfigError."""
     if isinstance(settings, ModelReward):
         from aisp_dist.rewards import model
 
@@ -33,7 +36,7 @@ def load(
     if isinstance(settings, HttpReward):
         from aisp_dist.rewards import http
 
-        return http.load(name, settings)
+        return http.load(name, settings, limit)
     from aisp_dist.rewards import function
 
     return function.load(name, settings, base_dir, columns)

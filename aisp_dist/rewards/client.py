@@ -3,6 +3,7 @@ request; knows neither rewards nor judges."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -17,7 +18,14 @@ from urllib.parse import urlsplit
 from urllib.request import proxy_bypass
 
 import httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_random_exponential,
+)
 
 from aisp_dist.config import ConfigError
 from aisp_dist.config.rewards import Endpoint
@@ -78,19 +86,20 @@ class Client:
         with ThreadPoolExecutor(self.settings.max_parallel) as threads:
             return list(threads.map(function, items))
 
-    def post(self, url: str, body: dict[str, Any]) -> Any:
-        """The JSON of an answer, or Refused where it is about this request. Raises Unavailable: no connection, 429 or
-        5xx after all retries; Rejected."""
+    def post(self, url: str, body: dict[str, Any], deadline: float = math.inf) -> Any:
+        """The JSON of an answer, or Refused where it is about this request. deadline: of time.monotonic. Raises
+        Unavailable: no connection, 429 or 5xx after all retries, or no answer before the deadline; Rejected."""
         retrying = Retrying(
-            stop=stop_after_attempt(self.settings.retries + 1),
+            stop=stop_after_attempt(self.settings.retries + 1) | stop_before_delay(deadline - time.monotonic()),
             wait=_wait,
             retry=retry_if_exception_type(_Again),
             reraise=True,
         )
         try:
-            answer: httpx.Response = retrying(self._once, url, body)
+            answer: httpx.Response = retrying(self._once, url, body, deadline)
         except _Again as error:  # of a type that crosses processes
-            raise Unavailable(f"{url}: {error}, {self.settings.retries + 1} times") from None
+            times = retrying.statistics["attempt_number"]
+            raise Unavailable(f"{url}: {error}, {times} time{'s' * (times > 1)}") from None
         if answer.status_code in _ABOUT_THE_REQUEST:
             return Refused(f"the server answers {answer.status_code}: {' '.join(answer.text.split())[:300]}")
         if not answer.is_success:
@@ -100,9 +109,9 @@ class Client:
         except ValueError:
             return Refused("the answer is no JSON")
 
-    def chat(self, messages: list[dict[str, str]]) -> str | Refused:
+    def chat(self, messages: list[dict[str, str]], deadline: float = math.inf) -> str | Refused:
         """What the model says to these messages, greedily. Raises as `post`."""
-        answer = self.post(*self.chat_request(messages))
+        answer = self.post(*self.chat_request(messages), deadline)
         return answer if isinstance(answer, Refused) else said(answer)
 
     def chat_request(self, messages: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
@@ -110,10 +119,13 @@ class Client:
         body = {"model": self.settings.model, "messages": messages, "max_tokens": self.settings.max_tokens}
         return f"{self.settings.url}/chat/completions", body | {"temperature": 0} | self.settings.body
 
-    def _once(self, url: str, body: dict[str, Any]) -> httpx.Response:
+    def _once(self, url: str, body: dict[str, Any], deadline: float) -> httpx.Response:
         self._wait_for_turn()
+        left = min(self.settings.timeout, deadline - time.monotonic())
+        if left <= 0:
+            raise _Again("the time for the answers of one round is over, and it has not been asked for all")
         try:
-            answer = self._http.post(url, json=body)
+            answer = self._http.post(url, json=body, timeout=left)
         except httpx.TransportError as error:
             way = f" by way of the proxy in {self._proxy}; list the host in NO_PROXY to ask it directly"
             raise _Again(f"no answer ({type(error).__name__}){way if self._proxy else ''}") from None

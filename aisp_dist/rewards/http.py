@@ -1,10 +1,11 @@
 """A reward behind HTTP: a chat model that is asked for a number, or a reward model that a server runs. Owns the wire
-formats and what an answer must be; what a lost connection means is endpoint.py's."""
+formats and what an answer must be; what a lost connection means is client.py's."""
 
 from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +20,9 @@ _NUMBER = re.compile(
 _PROBES = ("How many legs has a spider?", "A spider has eight legs."), ("Name a colour.", "Blue is a colour.")
 
 
-def load(name: str, settings: HttpReward) -> Callable[[Prompt, Sequence[str]], list[Score]]:
+def load(name: str, settings: HttpReward, limit: float = math.inf) -> Callable[[Prompt, Sequence[str]], list[Score]]:
     """The server behind its address, asked once for each distinct response, `max_parallel` at a time; scores come in
-    the order of the responses.
+    the order of the responses. limit: seconds for the responses of one call.
 
     chat: the rubric as one user message; the reply must be one number on the scale (`7`, `Score: 7`, `7/10`).
     classify: vLLM's POST /classify beside the API's /v1, with `input` (the rubric filled in) or `messages`, and with
@@ -30,14 +31,14 @@ def load(name: str, settings: HttpReward) -> Callable[[Prompt, Sequence[str]], l
     classify_sglang: SGLang's POST /classify of a server started with --is-embedding: raw `embedding` of one number.
     (SGLang's /v1/classify is no use: it answers the softmax, which is 1 for one class.)
     What cannot be read is a quarantined score. Raises ConfigError for a missing key, a server that rejects url, model
-    or key, and probabilities; here and later endpoint.Unavailable where it does not answer.
+    or key, and probabilities; here and later client.Unavailable where it does not answer.
     """
     client = Client(f"rewards.{name}", settings)
     root = settings.url.removesuffix("/v1")
 
-    def ask(prompt: Prompt, response: str, **more: Any) -> float | Refused:
+    def ask(prompt: Prompt, response: str, deadline: float = math.inf, **more: Any) -> float | Refused:
         if settings.protocol == "chat":
-            text = client.chat([{"role": "user", "content": _fill(settings, prompt, response)}])
+            text = client.chat([{"role": "user", "content": _fill(settings, prompt, response)}], deadline)
             return text if isinstance(text, Refused) else number(text, settings.scale)
         body: dict[str, Any] = {"model": settings.model}
         if settings.protocol == "classify_sglang":
@@ -48,12 +49,12 @@ def load(name: str, settings: HttpReward) -> Callable[[Prompt, Sequence[str]], l
             messages = (*as_chat(prompt.content), ("assistant", response))
             chat = [{"role": role, "content": text} for role, text in messages]
             body |= {"messages": chat, "add_generation_prompt": False, "use_activation": False}
-        answer = client.post(f"{root}/classify", body | settings.body | more)
+        answer = client.post(f"{root}/classify", body | settings.body | more, deadline)
         return answer if isinstance(answer, Refused) else _logit(answer, settings.protocol)
 
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
-        distinct = list(dict.fromkeys(responses))
-        answers = client.map(lambda response: ask(prompt, response), distinct)
+        distinct, deadline = list(dict.fromkeys(responses)), time.monotonic() + limit
+        answers = client.map(lambda response: ask(prompt, response, deadline), distinct)
         found = dict(zip(distinct, answers, strict=True))
         return [
             Score(None, a.reason) if isinstance(a, Refused) else Score(a) for a in map(found.__getitem__, responses)

@@ -314,7 +314,8 @@ def test_unknown_keys_are_refused_with_a_suggestion(tmp_path):
 
 def test_a_wrong_kind_names_those_that_exist(tmp_path):
     with pytest.raises(
-        ConfigError, match="method: kind is 'beam'; it must be 'aisp', 'batched_aisp', 'population', 'best_of_n'"
+        ConfigError,
+        match="method: kind is 'beam'; it must be 'aisp', 'batched_aisp', 'population', 'qalign', 'best_of_n'",
     ):
         read(tmp_path, values=BASE | {"method": {"kind": "beam"}})
     with pytest.raises(ConfigError, match="rewards.main: kind is None"):

@@ -14,6 +14,7 @@ from aisp_dist.config import (
     Gaussian,
     Nucleus,
     Population,
+    Qalign,
     ReControl,
     Tune,
 )
@@ -24,6 +25,8 @@ METHODS = [
     BatchedAisp(num_prompts=2, budget=8, lambda_=0.3),
     Population(),
     Population(sampling=Nucleus(top_p=0.9)),
+    Qalign(),
+    Qalign(beta=0.5, sampling={"flip_rate": 0.28}),
     BestOfN(),
     BestOfN(sampling=Gaussian(gaussian=1.0)),
     Args(),

@@ -13,6 +13,7 @@ from aisp_dist.config.methods import (
     Method,
     MethodSection,
     Population,
+    Qalign,
     ReControl,
     as_published,
 )
@@ -20,7 +21,7 @@ from aisp_dist.config.outdated import readable, recorded
 from aisp_dist.config.rewards import FunctionReward, HttpReward, JudgeSettings, ModelReward, Reward, RewardBase
 from aisp_dist.config.run import Generator, Prompts, Run, Save, Top, TopBottom
 from aisp_dist.config.runtime import Replicas, RewardReplicas, Runtime, StorageOptions, Timeouts, known_place
-from aisp_dist.config.sampling import Ar1, Ess, FlipRate, Gaussian, Limit, Mixture, Nucleus, Spend
+from aisp_dist.config.sampling import Ar1, Deviations, Ess, FlipRate, Gaussian, Limit, Mixture, Nucleus, Spend
 
 __all__ = [
     "Aisp",
@@ -31,6 +32,7 @@ __all__ = [
     "BestOfN",
     "Compare",
     "ConfigError",
+    "Deviations",
     "Ess",
     "FlipRate",
     "FunctionReward",
@@ -47,6 +49,7 @@ __all__ = [
     "Nucleus",
     "Population",
     "Prompts",
+    "Qalign",
     "ReControl",
     "Replicas",
     "Reward",

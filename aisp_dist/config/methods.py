@@ -16,6 +16,7 @@ from aisp_dist.config.base import Section, doc
 from aisp_dist.config.sampling import (
     Ar1,
     Count,
+    Deviations,
     Ess,
     FlipRate,
     Gaussian,
@@ -35,6 +36,10 @@ _NUCLEUS: Grid = {"sampling.temperature": (0.4, 0.6, 0.8, 1.0), "sampling.top_p"
 _LIMIT = "how far from the base model a selected answer may be, as {nll: 0.3, diversity: 0.9}; null: no limit"
 _SPEND = "stopping rule of a prompt, as {plateau: 2}; null: every prompt has num_iterations"
 _SHUFFLE = "control: the search learns from permuted rewards; the true rewards select"
+_DRAWN = (
+    "how tokens are drawn: {flip_rate: 0.28}, the top_p that does this to each prompt's base answer, or "
+    "{top_p: 0.9, temperature: 1.0}"
+)
 
 
 class MethodSection(Section):
@@ -211,24 +216,59 @@ class Population(MethodSection):
     num_samples: Count = doc("samples of an iteration", 16)
     num_iterations: Count = doc("iterations; the first draws whole answers", 16)
     ess: float = doc("effective number of earlier answers that are continued", 8.0, ge=1)
-    sampling: FlipRate | Nucleus = doc(
-        "how tokens are drawn: {flip_rate: 0.28}, the top_p that does this to each prompt's base answer, or "
-        "{top_p: 0.9, temperature: 1.0}",
-        FlipRate(flip_rate=0.28),
-    )
+    sampling: FlipRate | Nucleus = doc(_DRAWN, FlipRate(flip_rate=0.28))
     spend: Spend | None = doc(_SPEND, None)
     limit: Limit | None = doc(_LIMIT, None)
     shuffle_rewards: bool = doc(_SHUFFLE, False)
 
     def draws(self) -> tuple[Sampling, Rates]:
-        measured = needs_likelihood(self.limit)
-        if isinstance(self.sampling, FlipRate):
-            return Sampling(likelihood=measured), Rates(drawing=self.sampling.flip_rate)
-        return Sampling(decode=self.sampling.record(), likelihood=measured), Rates()
+        return _draws(self.sampling, self.limit)
 
     def grid(self) -> Grid:
-        drawn: Grid = {"sampling.flip_rate": (0.2, 0.3, 0.4)} if isinstance(self.sampling, FlipRate) else _NUCLEUS
-        return {**drawn, "ess": (4.0, 8.0, 16.0)}
+        return {**_drawn_grid(self.sampling), "ess": (4.0, 8.0, 16.0)}
+
+
+class Qalign(MethodSection):
+    """QAlign (Faria and Smith 2025): Metropolis chains over answers, whose target is the base model's distribution
+    times exp(reward / beta). A move redraws the chain's answer from a random token on."""
+
+    algorithm = "qalign"
+    kind: Literal["qalign"] = doc("the method", "qalign")
+    chains: Count = doc("chains side by side: the samples of an iteration", 16)
+    num_iterations: Count = doc("answers that each chain draws; the first is a whole one", 16)
+    beta: float | Deviations = doc(
+        "temperature of the target, in units of the reward; or (ours) in deviations of the rewards so far: {sd: 0.25}",
+        Deviations(sd=0.25),
+    )
+    sampling: FlipRate | Nucleus = doc(_DRAWN, Nucleus(top_p=0.95))
+    spend: Spend | None = doc(_SPEND, None)
+    limit: Limit | None = doc(_LIMIT, None)
+    shuffle_rewards: bool = doc(_SHUFFLE, False)
+
+    @model_validator(mode="after")
+    def sound(self) -> Qalign:
+        if isinstance(self.beta, float) and self.beta <= 0:
+            raise ValueError(f"beta is {self.beta:g}; it must be above 0 (the paper has .5 and 1), or {{sd: 0.25}}")
+        if self.shuffle_rewards and self.chains == 1:
+            raise ValueError(
+                "chains is 1 with shuffle_rewards, which permutes rewards among the chains of an iteration and would "
+                "change nothing; give chains: 2 or more"
+            )
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        return self.chains
+
+    def shuffled(self, control: bool) -> Self:
+        return self if self.chains == 1 else super().shuffled(control)
+
+    def draws(self) -> tuple[Sampling, Rates]:
+        return _draws(self.sampling, self.limit)
+
+    def grid(self) -> Grid:
+        beta = "beta" if isinstance(self.beta, float) else "beta.sd"
+        return {**_drawn_grid(self.sampling), beta: (0.1, 0.25, 0.5, 1.0)}
 
 
 class BestOfN(MethodSection):
@@ -250,10 +290,9 @@ class BestOfN(MethodSection):
         return "best-of-n gaussian" if isinstance(self.sampling, Gaussian) else "best-of-n top-p"
 
     def draws(self) -> tuple[Sampling, Rates]:
-        measured = needs_likelihood(self.limit)
         if isinstance(self.sampling, Gaussian):
-            return Sampling(self.sampling.gaussian, likelihood=measured), Rates()
-        return Sampling(decode=self.sampling.record(), likelihood=measured), Rates()
+            return Sampling(self.sampling.gaussian, likelihood=needs_likelihood(self.limit)), Rates()
+        return _draws(self.sampling, self.limit)
 
     def grid(self) -> Grid:
         return {"sampling.gaussian": SIGMA2S} if isinstance(self.sampling, Gaussian) else _NUCLEUS
@@ -313,7 +352,18 @@ class ReControl(OneAnswer):
         return {"step_size": (0.1, 0.3, 1.0, 3.0)}
 
 
-Method = Annotated[Aisp | BatchedAisp | Population | BestOfN | Args | ReControl, Discriminator("kind")]
+Method = Annotated[Aisp | BatchedAisp | Population | Qalign | BestOfN | Args | ReControl, Discriminator("kind")]
+
+
+def _draws(sampling: FlipRate | Nucleus, limit: Limit | None) -> tuple[Sampling, Rates]:
+    measured = needs_likelihood(limit)
+    if isinstance(sampling, FlipRate):
+        return Sampling(likelihood=measured), Rates(drawing=sampling.flip_rate)
+    return Sampling(decode=sampling.record(), likelihood=measured), Rates()
+
+
+def _drawn_grid(sampling: FlipRate | Nucleus) -> Grid:
+    return {"sampling.flip_rate": (0.2, 0.3, 0.4)} if isinstance(sampling, FlipRate) else _NUCLEUS
 
 
 def as_published(method: MethodSection) -> bool:

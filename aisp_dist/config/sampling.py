@@ -16,6 +16,10 @@ class Ess(Section):
     ess: float = doc("effective sample size to reach, as a fraction of num_samples", gt=0, lt=1)
 
 
+class Deviations(Section):
+    sd: float = doc("multiple of the standard deviation of a prompt's rewards so far", gt=0)
+
+
 class FlipRate(Section):
     flip_rate: float = doc("share of the base answer's tokens that come out differently", gt=0, lt=1)
 

@@ -105,7 +105,7 @@ async def probe(
                 await score(name, prompt, ["Yes.", "No."])
                 break
             except RowError as error:
-                errors.append(str(error))
+                errors.append(str(error).removeprefix(f"{name}: "))
         else:
             if errors:
                 raise ConfigError(f"rewards.{name}: it fails on each of the first {len(errors)} prompts: {errors[0]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -56,7 +56,8 @@ def serving():
             for key, text in {**headers, "Content-Length": str(len(data))}.items():
                 self.send_header(key, text)
             self.end_headers()
-            self.wfile.write(data)
+            with suppress(BrokenPipeError):  # a client that would not wait
+                self.wfile.write(data)
 
         def log_message(self, *args):
             pass

@@ -61,6 +61,7 @@ def refused(capsys, *args: str) -> str:
         (["--generator.tensor_parallel", "2"], "generator.tensor_parallel: 2 is not implemented"),
         (["--rewards.words.function", "gone.py:words"], "gone.py"),
         (["--rewards.words.function", "no_such_module_here:words"], "no_such_module_here"),
+        (["--rewards.words.function", "rewards.py:brief"], "rewards.py has no function 'brief' (it has words)"),
         (["--rewards", '{"m": {"kind": "model", "model": "./nowhere"}}'], "rewards.m.model"),
         (["--output", "run.yaml"], "is a file"),
         (["--output", "run.yaml/sub"], "is a file"),
@@ -186,6 +187,14 @@ def validated(capsys, *args: str) -> tuple[int, str]:
         cli.run("validate", ["run.yaml", *args])
     said = capsys.readouterr()
     return left.value.code, said.out + said.err
+
+
+def test_validate_looks_functions_up(project, capsys):
+    for function in ("rewards.py:brief", "gone.py:words"):
+        with pytest.raises(SystemExit) as left:
+            cli.run("validate", ["run.yaml", "--rewards.words.function", function])
+        said = capsys.readouterr()
+        assert left.value.code == 2 and said.out == "" and said.err.startswith("aisp: rewards.words.function: ")
 
 
 def test_validate_names_the_lines_that_will_fail(project, capsys):

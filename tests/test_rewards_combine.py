@@ -91,7 +91,7 @@ def test_what_is_quarantined_has_a_reason():
     assert values(combined) == [None] * 3
     assert [c.reason for c in combined] == [
         "b: nan",
-        "no reward applies (a, b gave none)",
+        "no reward applies (a, b gave None); return a number from one of them",
         "the combined reward is inf",
     ]
 

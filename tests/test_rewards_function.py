@@ -10,7 +10,7 @@ from trl.rewards import think_format_reward
 from aisp_dist.config import ConfigError, FunctionReward
 from aisp_dist.records import Prompt, Score
 from aisp_dist.rewards import RewardError, load
-from aisp_dist.rewards.function import digest
+from aisp_dist.rewards.function import check, digest
 
 DATA = Path(__file__).parent / "data"
 CHAT = Prompt("p", 0, (("user", "Hi"),), (("topic", "rain"), ("notes", ["n"])))
@@ -59,7 +59,8 @@ def test_async_functions_and_columns():
 def test_none_does_not_apply_and_what_is_not_finite_is_quarantined():
     none, nan, inf, one = scorer("sometimes")(CHAT, ["none", "", "inf", "x"])
     assert none == Score(None) and one == Score(1.0)
-    assert nan == Score(None, "the reward is nan") and inf == Score(None, "the reward is inf")
+    assert nan == Score(None, "the reward is nan; return a finite number")
+    assert inf == Score(None, "the reward is inf; return a finite number")
 
 
 def test_an_argument_that_nobody_hands_over_is_refused_before_the_run():
@@ -78,15 +79,25 @@ def test_a_function_cannot_change_the_prompt():
     ("function", "words"),
     [
         ("too_few", "1 values for 2 completions"),
-        ("raises", "ZeroDivisionError"),
-        ("leaves", "SystemExit"),
+        (
+            "raises",
+            "words: my_rewards.py:raises raised ZeroDivisionError in line 27 of my_rewards.py: division by zero",
+        ),
+        ("leaves", "raised SystemExit in line 31 of my_rewards.py: 3"),
         ("texts", "'1.0', of type str"),
     ],
 )
 def test_errors_name_reward_and_cause(function, words):
     with pytest.raises(RewardError, match="words: ") as error:
         scorer(function)(CHAT, ["a", "b"])
-    assert words in str(error.value)
+    assert words in str(error.value) and str(error.value).count("words") == 1
+
+
+def test_an_error_names_the_users_line_and_no_librarys(tmp_path):
+    (tmp_path / "near.py").write_text("import json\n\n\ndef parsed(text):\n    return json.loads(text)\n")
+    score = written(tmp_path, "import near\ndef f(completions):\n    return [near.parsed('{')]\n")
+    with pytest.raises(RewardError, match=r"^words: f.py:f raised JSONDecodeError in line 5 of near.py: Expecting"):
+        score(CHAT, ["a"])
 
 
 @pytest.mark.parametrize(
@@ -117,6 +128,37 @@ def test_what_cannot_be_imported_is_refused(tmp_path, function, words):
     with pytest.raises(ConfigError) as error:
         load("words", named(function), tmp_path)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("absent.py:f", "no file"),
+        ("r.py:brief", "r.py has no function 'brief' (it has one, two); name one that is there"),
+        ("empty.py:f", "(it has none)"),
+        ("broken.py:f", "broken.py, line 2: "),
+        ("no_such_module:f", "no module 'no_such_module'"),
+        ("trl.rewards.other_rewards:absent", "(it has get_repetition_penalty_reward"),
+    ],
+)
+def test_a_name_that_is_not_there_is_found_without_running_the_file(tmp_path, function, words):
+    (tmp_path / "r.py").write_text("raise SystemExit\nX = 1\ndef one(): ...\nif X:\n    async def two(): ...\n")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "broken.py").write_text("\ndef f(:")
+    with pytest.raises(ConfigError, match=r"^rewards.r.function: ") as error:
+        check("rewards.r.function", named(function), tmp_path)
+    assert words in str(error.value)
+
+
+BINDINGS = """def f(): ... | f = print | from m import g as f | import f.g | class f: ... | f: object = 1 | (f := 1)
+for f in (): ... | with a as (f, b): ... | from m import * | def __getattr__(name): ... | globals()['f'] = 1"""
+
+
+@pytest.mark.parametrize("source", [source.strip() for line in BINDINGS.splitlines() for source in line.split("|")])
+def test_every_way_to_bind_a_name_is_known(tmp_path, source):
+    (tmp_path / "r.py").write_text(source)
+    check("key", named("r.py:f"), tmp_path)
+    check("key", named("r.py:f.method"), tmp_path)
 
 
 def test_files_of_one_name_are_two_modules_and_find_their_neighbours(tmp_path):
@@ -203,7 +245,7 @@ def test_an_entry_point_names_a_function(tmp_path, monkeypatch):
     score = load("short", named("shortness"))
     assert score(CHAT, ["a"]) == [Score(-1.0)]
     assert digest(named("shortness")) == digest(named("pkg_short:R.f"))
-    with pytest.raises(ConfigError, match=r"function 'longness': is no entry point \(.*shortness.*\)"):
+    with pytest.raises(ConfigError, match=r"'longness' is no entry point \(.*shortness.*\)"):
         digest(named("longness"))
     install("other", "pkg_other", "pkg_other:R.f")
     with pytest.raises(ConfigError, match="declared by several packages"):

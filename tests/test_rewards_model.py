@@ -158,7 +158,7 @@ def test_numbers_that_are_none_are_quarantined(tmp_path):
         model.model.embed_tokens.weight[tokenizer().convert_tokens_to_ids("!")] = math.nan
     model.save_pretrained(tmp_path)
     good, bad = load("main", settings(tmp_path), device="cpu")(PROMPT, ["fine", "broken!"])
-    assert good.value is not None and bad == Score(None, "the reward is nan")
+    assert good.value is not None and bad == Score(None, "the reward is nan; give it dtype: float32")
 
 
 def test_a_template_that_refuses_quarantines(tmp_path):

@@ -85,7 +85,7 @@ def locate_reward(name: str, reward: Reward, base_dir: Path) -> Reward:
         template = templates.locate(f"rewards.{name}.chat_template", reward.chat_template, base_dir)
         return reward.model_copy(update={"model": where, "chat_template": template})
     if isinstance(reward, FunctionReward):
-        function.digest(reward, base_dir)
+        function.check(f"rewards.{name}.function", reward, base_dir)
     return reward
 
 

@@ -59,7 +59,7 @@ def _total(
             mean, deviation = statistics.get(name, (0.0, 1.0))
             terms.append(settings[name].weight * ((score.value - mean) / deviation))
     if not terms:
-        return Score(None, f"no reward applies ({', '.join(scores)} gave none)")
+        return Score(None, f"no reward applies ({', '.join(scores)} gave None); return a number from one of them")
     total = sum(terms)
     if not math.isfinite(total):
         return Score(None, f"the combined reward is {total}")

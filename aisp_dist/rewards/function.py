@@ -3,6 +3,7 @@ call and the digest of its source; imports no torch, though the function may."""
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import copy
 import hashlib
@@ -12,7 +13,8 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from numbers import Real
 from operator import attrgetter
@@ -30,6 +32,7 @@ _TRAINING = {
     "trainer_state": "and there is no trainer",
     "environments": "and there are no environments",
 }
+_DYNAMIC = {"*", "__getattr__", "globals", "exec", "setattr"}  # by these a module has names that parsing cannot see
 _LOGS: dict[str, Callable[[str, Any], None]] = {
     "log_extra": lambda column, values: _log.debug("reward column %s: %s", column, values),
     "log_metric": lambda name, value: _log.debug("reward metric %s: %s", name, value),
@@ -80,6 +83,7 @@ def load(
             f"prompts.keep ({', '.join(columns) or 'none'}); keep that column or give a default"
         )
 
+    shown = f"{name}: {settings.function.rpartition('/')[2]}"  # rows hold no path
     loop = asyncio.Runner()  # one for all calls: clients that the function keeps belong to their loop
 
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
@@ -89,10 +93,57 @@ def load(
             if inspect.isawaitable(values):
                 values = loop.run(_result(values))
         except (Exception, SystemExit) as error:
-            raise RewardError(f"{name}: {settings.function} raised {type(error).__name__}: {error}") from error
-        return _scores(f"{name}: {settings.function}", values, len(responses))
+            where = _where(error, function)
+            raise RewardError(f"{shown} raised {type(error).__name__}{where}: {error}") from error
+        return _scores(shown, values, len(responses))
 
     return score
+
+
+def check(key: str, settings: FunctionReward, base_dir: Path | None = None) -> None:
+    """Raise ConfigError, which begins with `key`, where the source file is missing or binds no such name. The file is
+    parsed, not run; where it binds names as it runs, there is nothing to say."""
+    try:
+        place, _, attribute = _resolve(settings.function).rpartition(":")
+        file = _source(settings.function, place, base_dir)
+        tree = ast.parse(file.read_bytes() if file.suffix == ".py" else b"from compiled import *")
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise ConfigError(f"{key}: {file.name}{line}: {error.args[0]}; correct the file") from None
+    names = dict(_bound(tree))
+    if names.keys().isdisjoint({attribute.partition(".")[0], *_DYNAMIC}):
+        functions = ", ".join(sorted(name for name, is_function in names.items() if is_function)) or "none"
+        raise ConfigError(
+            f"{key}: {settings.function!r}: {file.name} has no function {attribute!r} (it has {functions}); name one "
+            "that is there"
+        )
+
+
+def _bound(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """The names that a module binds or looks up at its top level, and whether each is a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, not isinstance(node, ast.ClassDef)
+            continue
+        if isinstance(node, ast.alias):
+            yield node.asname or node.name.partition(".")[0], False
+        elif isinstance(node, ast.Name) and (isinstance(node.ctx, ast.Store) or node.id in _DYNAMIC):
+            yield node.id, False
+        yield from _bound(node)
+
+
+def _where(error: BaseException, function: Callable[..., Any]) -> str:
+    """` in line 7 of my_rewards.py`: the last line of the user's own that led to an error; files of the same folder are
+    the user's too. Empty where none is known."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    home = Path(code.co_filename).parent
+    own = [frame for frame in frames if Path(frame.filename).parent == home and frame.lineno]
+    return f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""
 
 
 def digest(settings: FunctionReward, base_dir: Path | None = None) -> str:
@@ -113,7 +164,7 @@ def _resolve(function: str) -> str:
         names = ", ".join(sorted(known.names)) or "none"
         what = f"is declared by several packages ({', '.join(found)})" if found else f"is no entry point ({names})"
         raise ConfigError(
-            f"function {function!r}: {what} of the group {_GROUP}; name file.py:function, module:function or one "
+            f"{function!r} {what} of the group {_GROUP}; name file.py:function, module:function or one "
             "that is installed"
         )
     return found[0].partition(" ")[0]  # without [extras]
@@ -123,18 +174,14 @@ def _source(function: str, place: str, base_dir: Path | None) -> Path:
     if place.endswith(".py"):
         file = (base_dir or Path()) / place
         if not file.is_file():
-            raise ConfigError(f"function {function!r}: no file {str(file)!r}; the path is relative to the config file")
+            raise ConfigError(f"{function!r}: no file {str(file)!r}; the path is relative to the config file")
         return file
     try:
         spec = importlib.util.find_spec(place) if place else None
     except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"function {function!r}: no module {place!r} ({error}); install it or name file.py:function"
-        ) from None
+        raise ConfigError(f"{function!r}: no module {place!r} ({error}); install it or name file.py:function") from None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise ConfigError(
-            f"function {function!r}: no module {place!r} with a file; name module:function or file.py:function"
-        )
+        raise ConfigError(f"{function!r}: no module {place!r} with a file; name module:function or file.py:function")
     return Path(spec.origin)
 
 
@@ -212,4 +259,4 @@ def _score(what: str, value: Any, rule: str) -> Score:
         number = float(value)
     except OverflowError:
         raise RewardError(f"{what} returned an integer too large for a float") from None
-    return Score(number) if math.isfinite(number) else Score(None, f"the reward is {number}")
+    return Score(number) if math.isfinite(number) else Score(None, f"the reward is {number}; return a finite number")

@@ -118,4 +118,4 @@ def _logit(answer: Any, protocol: str) -> float | Refused:
         return Refused(f"the model has {len(values)} outputs; a reward model has exactly one")
     if isinstance(values[0], bool) or not isinstance(values[0], (int, float)):
         return Refused(f"the reward is {values[0]!r}")
-    return float(values[0]) if math.isfinite(values[0]) else Refused(f"the reward is {values[0]}")
+    return float(values[0]) if math.isfinite(values[0]) else Refused(f"the server's reward is {values[0]}, not finite")

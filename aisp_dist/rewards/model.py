@@ -113,7 +113,7 @@ def template(tokenizer: Any, settings: ModelReward) -> Any:
 
 
 def _score(value: float) -> Score:
-    return Score(value) if math.isfinite(value) else Score(None, f"the reward is {value}")
+    return Score(value) if math.isfinite(value) else Score(None, f"the reward is {value}; give it dtype: float32")
 
 
 def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""`aisp bench decode`: the engine's speed beside other ways to decode, in the same run.
+"""`aisp bench decode|run`: speed beside peers, in the same run.
 
 One JSON document on stdout, everything else on stderr. torch is loaded only to measure.
 """
@@ -16,28 +16,35 @@ from typing import Any
 from jobs import cli, settings
 
 PEERS = ("generate", "repeated_static", "vllm")
-ABOUT = {"decode": "the engine beside model.generate, repeated KV and vLLM, on the same prompts and noise"}
+ABOUT = {
+    "decode": "the engine beside model.generate, repeated KV and vLLM, on the same prompts and noise",
+    "run": "a configuration's first prompts from end to end, beside vLLM's generate and the same rewards",
+}
 
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("bench", cli.VERBS["bench"], config=False)
     about = "; ".join(f"{what}: {text}" for what, text in ABOUT.items())
     parse.add_argument("what", choices=ABOUT, help=f"{about}. `aisp bench WHAT --help` lists its flags")
-    parse.parse_args(args[:1])
+    what = parse.parse_args(args[:1]).what
+    if what == "run":
+        from jobs import bench_run
+
+        return document(what, lambda: bench_run.measure(args[1:]))
     options = parser().parse_args(args[1:])
 
     from aisp_dist.bench import decode
 
-    return document("decode", decode.measure, options)
+    return document(what, lambda: decode.measure(options))
 
 
-def document(what: str, measure: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace) -> int:
-    """Measure and print the JSON document. Returns the exit code: 1 where the check of agreement fails."""
+def document(what: str, measure: Callable[[], dict[str, Any]]) -> int:
+    """Measure and print the JSON document. Returns the exit code: 1 where a check of agreement fails."""
     load = os.getloadavg()[0]
     with contextlib.redirect_stdout(sys.stderr):
-        result = measure(options)
+        result = measure()
     print(json.dumps({"bench": what, "load_average_before": load, **result}, indent=2))
-    return 0 if result["agrees"] else 1
+    return 0 if result.get("agrees", True) else 1
 
 
 def parser() -> argparse.ArgumentParser:

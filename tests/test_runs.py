@@ -115,6 +115,16 @@ def undisturbed(cluster, tmp_path_factory):
     return tables(folder / "out"), folder
 
 
+def test_bench_run_relabels_and_leaves_nothing(cluster, project):
+    flags = ["run", "run.yaml", "--prompts", "2", "--repeat", "2", "--peers", "none"]
+    found = json.loads(aisp("bench", *flags, cwd=project, env=cluster).stdout)
+    (ours,) = found["contenders"].values()
+    assert found["method"] == "population" and len(ours["tokens"]) == 2 and min(ours["tokens"]) > 2 * 8 * 3
+    assert all(reward is not None for reward in ours["mean_reward"])
+    assert 0 < found["time"]["generator busy"] <= 1 and "words busy" in found["time"]
+    assert not (project / "out").exists()
+
+
 def test_a_run_can_be_read_by_pandas_and_datasets_and_verified(cluster, undisturbed):
     folder = undisturbed[1]
     frame = pd.concat(pd.read_parquet(f) for f in sorted((folder / "out" / "data").glob("*.parquet")))

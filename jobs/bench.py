@@ -30,7 +30,8 @@ def main(args: Sequence[str]) -> int:
     if what == "run":
         from jobs import bench_run
 
-        return document(what, lambda: bench_run.measure(args[1:]))
+        read = settings.read(bench_run.parser(), args[1:])
+        return document(what, lambda: bench_run.measure(*read))
     options = parser().parse_args(args[1:])
 
     from aisp_dist.bench import decode

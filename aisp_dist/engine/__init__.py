@@ -5,10 +5,11 @@ checkpoints.py, sizes.py        find a checkpoint, read its size and quantisatio
 attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
 step.py, nucleus.py             one token for every row on the model's device; draws from the nucleus
 control.py, noise.py            the control of a round from its trace, keyed noise
+starts.py                       given first tokens of answers, passed through the model before their rows begin
 memory.py, admissible.py        what fits, which rounds can be decoded
 calibrate.py, guide.py          a sampling by its effect, what ARGS and RE-Control add to a step
 service.py                      one engine for many callers
 """
 
 # Part of the fingerprint. Raise it with every change that may give other rows for the same configuration and seed.
-VERSION = 2
+VERSION = 3

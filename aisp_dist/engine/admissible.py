@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aisp_dist.engine import noise
+from aisp_dist.engine import noise, starts
 from aisp_dist.engine.guide import Guide
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Ascent, Round, TokenReward
@@ -29,18 +29,21 @@ def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], ow
         raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")
     if round.sampling.sigma2 or round.sampling.decode:
         noise.sample_word(round.iteration, round.stop - 1)
-    if length > capacity:
+    kept = length + max(map(starts.size, zip(round.starts)), default=0)
+    if kept > capacity:
         raise ValueError(
-            f"{length} prompt tokens take {length * lm.token_bytes / 1e9:.2f} GB of keys and values, but beside "
-            f"those of the rows only {capacity * lm.token_bytes / 1e9:.2f} GB are left; lower "
+            f"{kept} tokens of a prompt and a start take {kept * lm.token_bytes / 1e9:.2f} GB of keys and values, but "
+            f"beside those of the rows only {capacity * lm.token_bytes / 1e9:.2f} GB are left; lower "
             "prompts.max_tokens, generator.batch_rows or generator.max_new_tokens"
         )
     if round.starts:
+        if round.sampling.sigma2:
+            raise ValueError(f"starts with noise of variance {round.sampling.sigma2}; a round has one or the other")
         if len(round.starts) != round.stop - round.start:
             raise ValueError(f"{len(round.starts)} starts for {round.stop - round.start} samples; give one each")
         if max(map(len, round.starts)) >= max_new_tokens:
             raise ValueError(f"a start has {max(map(len, round.starts))} tokens; the limit is {max_new_tokens - 1}")
         if odd := {t for start in round.starts for t in start if not 0 <= t < vocab or t in end_ids}:
             raise ValueError(f"a start holds {min(odd)}, an end token or outside the vocabulary of {vocab}")
-    if any(len(w.weights) != len(w.lengths) or (w.given and len(w.given) != len(w.weights)) for w in round.trace):
-        raise ValueError("an iteration of the trace must have as many lengths, and as many starts or none, as weights")
+    if any(len(w.weights) != len(w.lengths) for w in round.trace):
+        raise ValueError("an iteration of the trace must have as many lengths as weights")

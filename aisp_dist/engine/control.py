@@ -50,20 +50,17 @@ def cost(control: Control, round: Round, sample: int, dots: list[float]) -> tupl
     """(sum_t m_t . e_t, sum_t |m_t|^2) of a trajectory. dots: m_t . e_t of its own steps.
 
     The sums run over all T steps for `full`, for which the noise after the end is drawn here, and over the trajectory's
-    own steps for `marginal`. Steps whose token was given count only if their noise acts on later steps; otherwise it
-    changed nothing and is integrated out."""
+    own steps for `marginal`."""
     length, steps = len(dots), len(control.squares)
-    first = len(round.starts[sample - round.start]) if round.starts and _memoryless(control.filter) else 0
-    dots = dots[first:]
     if round.sampling.after_eos == "marginal":
-        return math.fsum(dots), math.fsum(control.squares[first:length])
+        return math.fsum(dots), math.fsum(control.squares[:length])
     rest = (
         _noise(round, control.filter, round.iteration, sample, control.m_TD.shape[1], length)
         if length < steps
         else None
     )
     after = [] if rest is None else _dots(control.m_TD[length:], rest)
-    return math.fsum(dots + after), math.fsum(control.squares[first:])
+    return math.fsum(dots + after), control.u_sq
 
 
 def moves(control: Control, round: Round, sample: int | None) -> torch.Tensor:
@@ -72,8 +69,8 @@ def moves(control: Control, round: Round, sample: int | None) -> torch.Tensor:
     x_TD, made = control.m_TD, control.filter
     if sample is not None:
         x_TD = x_TD + _noise(round, made, round.iteration, sample, x_TD.shape[1])
-    if _memoryless(made):
-        return x_TD  # L = 1
+    if not made.feed.any():
+        return x_TD  # the noise of a step acts at that step only: L = 1
     state_1D, v_TD = torch.zeros_like(x_TD[:1]), torch.empty_like(x_TD)
     for t in range(len(x_TD)):
         at = torch.tensor([t + 1], device=x_TD.device)
@@ -85,20 +82,16 @@ def _update(m_TD: torch.Tensor, time_filter: noise.Filter, round: Round, iterati
     """m^{k+1} from m^k and the weights of iteration k.
 
     `full`: m + sum_i w_i e_i, since the weights sum to one. `marginal`: after a sample's end, its v is replaced by its
-    mean alpha m. For given tokens whose noise acts on no other step, v stays at m. Samples are added in ascending
-    order, each product rounded before its sum, so that the bits are fixed. A weight of zero contributes nothing, and an
-    iteration without any other weight leaves m as it was."""
+    mean alpha m. Samples are added in ascending order, each product rounded before its sum, so that the bits are fixed.
+    A weight of zero contributes nothing, and an iteration without any other weight leaves m as it was."""
     sampling, entry = round.sampling, round.trace[iteration]
     if not any(entry.weights):
         return m_TD
     steps = torch.arange(1, len(m_TD) + 1, device=m_TD.device)
     folded = m_TD if sampling.after_eos == "full" else torch.zeros_like(m_TD)
-    given = entry.given if entry.given and _memoryless(time_filter) else (0,) * len(entry.weights)
-    for sample, (weight, length, first) in enumerate(zip(entry.weights, entry.lengths, given, strict=True)):
+    for sample, (weight, length) in enumerate(zip(entry.weights, entry.lengths, strict=True)):
         if weight:
             term = _noise(round, time_filter, iteration, sample, m_TD.shape[1])
-            if first:
-                term = torch.where(steps[:, None] > first, term, 0.0)
             if sampling.after_eos == "marginal":
                 term = torch.where(steps[:, None] <= length, m_TD + term, sampling.alpha * m_TD)
             folded = folded + weight * term
@@ -115,11 +108,6 @@ def _noise(
     word = torch.tensor(noise.sample_word(iteration, sample), device=device)
     e_TD = math.sqrt(round.sampling.sigma2) * noise.white(key, steps, word, dim)
     return torch.where(gain[:, None] > 0, e_TD, 0.0)
-
-
-def _memoryless(time_filter: noise.Filter) -> bool:
-    """Whether the noise of a step acts at that step only."""
-    return not time_filter.feed.any()
 
 
 def _dots(a_TD: torch.Tensor, b_TD: torch.Tensor) -> list[float]:

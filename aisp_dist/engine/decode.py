@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 from aisp_dist.data.detokenize import text_after
-from aisp_dist.engine import attention, memory, noise
+from aisp_dist.engine import attention, memory, noise, starts
 from aisp_dist.engine.admissible import check
 from aisp_dist.engine.control import Control, cost, rebuild
 from aisp_dist.engine.guide import Guide, Unscored, choose
@@ -43,12 +43,13 @@ class DecodeError(RuntimeError):
 
 @dataclass(eq=False)
 class _Prompt:
-    """What the rounds of a prompt share. age: smaller for older prompts; prefix: None until prefilled; control: of the
-    latest round; rounds: number in flight, 0 for an idle prompt."""
+    """What the rounds of a prompt share. age: smaller for older prompts; prefix: None until prefilled; tiles, control:
+    of the latest round; rounds: number in flight, 0 for an idle prompt."""
 
     tokens: tuple[int, ...]
     age: int
     prefix: attention.Prefix | None = None
+    tiles: starts.Tiles = field(default_factory=dict)
     control: Control | None = None
     rounds: int = 0
 
@@ -68,12 +69,14 @@ class _Job:
 
 @dataclass(eq=False)
 class Row:
-    """A trajectory, waiting or in a slot. age: its prompt's, then its own; length: its tokens so far."""
+    """A trajectory, waiting or in a slot. age: its prompt's, then its own; start: its given tokens; length: its tokens
+    so far."""
 
     age: tuple[int, int]
     job: _Job
     sample: int
-    length: int = 0
+    start: tuple[int, ...]
+    length: int
 
 
 class Engine:
@@ -134,7 +137,8 @@ class Engine:
         job = _Job(round, prompt, noise.prompt_key(round.seed, round.prompt_id))
         self._jobs.append(job)
         for sample in range(round.start, round.stop):
-            row = Row((prompt.age, next(self._age)), job, sample)
+            start = round.starts[sample - round.start] if round.starts else ()
+            row = Row((prompt.age, next(self._age)), job, sample, start, len(start))
             heapq.heappush(self._waiting, (row.age, row))
 
     @torch.inference_mode()
@@ -195,23 +199,34 @@ class Engine:
         seats = []
         for slot, row in enumerate(self.rows):
             if row is None and self._waiting:
-                if not self._room(self._waiting[0][1].job.prompt):
+                if not self._room(self._waiting[0][1]):
                     break
                 _, row = heapq.heappop(self._waiting)
                 self.rows[slot] = row
                 job, prefix = row.job, self._prefill(row.job)
-                self.kv.seat(slot, prefix)
+                tiles = self._tiles(row, prefix)
+                self.kv.seat(slot, prefix, [tile.kv for tile in tiles])
                 word = noise.sample_word(job.round.iteration, row.sample) if job.round.iteration >= 0 else 0
                 plan = self.batch.plans.line(job.round.sampling)
-                start = job.round.starts[row.sample - job.round.start] if job.round.starts else ()
-                seats.append(Seat(slot, prefix.length, plan, job.line, job.key, word, prefix.z_D, start))
+                nll = [loss for tile in tiles for loss in tile.nll or ()][: len(row.start)]
+                seats.append(Seat(slot, prefix.length, plan, job.line, job.key, word, prefix.z_D, row.start, nll))
         if seats:
             self.batch.seat(seats)
 
-    def _room(self, prompt: _Prompt) -> bool:
-        """Whether the prompt is prefilled or has room to be. Drops prefixes that no row uses to make room."""
-        while not prompt.prefix and not self.kv.room(len(prompt.tokens)):
-            if not self._evict():
+    def _room(self, row: Row) -> bool:
+        """Whether the row's prompt and start have passed through the model or have room to. Drops what no row uses to
+        make room."""
+        prompt = row.job.prompt
+
+        def short() -> bool:
+            tiled = starts.chain(prompt.tiles, row.start, row.job.round.sampling.likelihood) is not None
+            need = (0 if prompt.prefix else len(prompt.tokens)) + (0 if tiled else starts.size([row.start]))
+            return need > 0 and not self.kv.room(need)
+
+        while short():
+            if prompt.tiles:
+                self._keep(prompt, {})
+            elif not self._evict():
                 return False
         return True
 
@@ -227,6 +242,12 @@ class Engine:
         if prompt.prefix:
             self.kv.drop(prompt.prefix)
             prompt.prefix = prompt.control = None
+            self._keep(prompt, {})
+
+    def _keep(self, prompt: _Prompt, tiles: starts.Tiles) -> None:
+        """Puts these tiles of a prompt in place of those that it had."""
+        self.kv.free += starts.held(prompt.tiles) - starts.held(tiles)
+        prompt.tiles = tiles
 
     def _decode(self) -> None:
         """One token for every row."""
@@ -271,6 +292,18 @@ class Engine:
             prompt.control = job.control
             job.line = self.batch.controls.put(job.control.m_TD) if job.round.trace else 0
         return prompt.prefix
+
+    def _tiles(self, row: Row, prefix: attention.Prefix) -> list[starts.Tile]:
+        """The tiles of the row's start. With the first ones of a round come those of all its samples, if there is room,
+        so that they fill the passes; tiles of earlier rounds go."""
+        job, measured = row.job, row.job.round.sampling.likelihood
+        found = starts.chain(job.prompt.tiles, row.start, measured)
+        if found is None:
+            wanted = job.round.starts if self.kv.room(starts.size(job.round.starts)) else (row.start,)
+            self._keep(job.prompt, starts.extend(self.lm, prefix, job.prompt.tiles, wanted, measured))
+            found = starts.chain(job.prompt.tiles, row.start, measured)
+        assert found is not None
+        return found
 
     def _retire(self) -> None:
         """Takes trajectories that ended out of their slots, and gives up rounds whose logits are not finite."""
@@ -337,7 +370,7 @@ class Engine:
         job.prompt.rounds -= 1
         idle = controls = 0
         for key, prompt in reversed(list(self.prompts.items())):
-            idle += 0 if prompt.rounds else len(prompt.tokens)
+            idle += 0 if prompt.rounds else len(prompt.tokens) + starts.held(prompt.tiles)
             controls += prompt.control is not None and not prompt.rounds
             if not prompt.rounds and controls > len(self.rows) // 4:
                 prompt.control = None  # the next round rebuilds it from its trace

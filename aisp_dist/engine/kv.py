@@ -49,12 +49,19 @@ class KVCache:
         """Forgets a prefix that no row uses."""
         self.free += prefix.length
 
-    def seat(self, slot: int, prefix: Prefix) -> None:
-        """Starts an empty suffix of this prefix in a slot."""
+    def seat(self, slot: int, prefix: Prefix, given: Sequence[Sequence[KV]] = ()) -> None:
+        """Starts a suffix of this prefix in a slot. given: keys and values [K, TILE, C] by layer of its first tokens,
+        TILE by TILE; what lies behind the last given token is overwritten before it is seen."""
         self.prefixes[slot], self._seating = prefix, None
         for block in self.blocks:
             for store in (x for kv in block for x in kv):
                 store[slot] = 0  # a masked key has weight 0, but 0 * NaN of an earlier row would not be 0
+        self._reach(TILE * len(given) - 1, prefix)
+        for number, tile in enumerate(given):
+            at, place = divmod(number * TILE, self.block_size)
+            for kv, new in zip(self.blocks[at], tile, strict=True):
+                for store, values in zip(kv, new, strict=True):
+                    store[slot, :, place : place + TILE] = values
 
     def leave(self, slot: int) -> None:
         """Empties a slot."""
@@ -66,12 +73,7 @@ class KVCache:
         """The pass that writes one token of every slot at this place of its suffix (0 for empty slots) and attends.
         At least one slot must be taken."""
         prefix = next(prefix for prefix in self.prefixes if prefix)
-        while len(self.blocks) * self.block_size <= max(places):
-            shapes = [[(self.num_rows, len(x), self.block_size, x.shape[2]) for x in kv] for kv in prefix.kv]
-            made = [
-                [x.new_zeros(s) for x, s in zip(*both, strict=True)] for both in zip(prefix.kv, shapes, strict=True)
-            ]
-            self.blocks.append([(k, v) for k, v in made])
+        self._reach(max(places), prefix)
         if self._seating is None:
             groups: dict[int, tuple[Prefix, list[int]]] = {}
             for slot, own in enumerate(self.prefixes):
@@ -79,6 +81,15 @@ class KVCache:
                     groups.setdefault(id(own), (own, []))[1].append(slot)
             self._seating = Seating(self.num_rows, list(groups.values()), prefix.z_D.device)
         return DecodePass(self, self._seating, places)
+
+    def _reach(self, place: int, prefix: Prefix) -> None:
+        """Makes the blocks up to this place of a suffix, in the shapes of the prefix."""
+        while len(self.blocks) * self.block_size <= place:
+            shapes = [[(self.num_rows, len(x), self.block_size, x.shape[2]) for x in kv] for kv in prefix.kv]
+            made = [
+                [x.new_zeros(s) for x, s in zip(*both, strict=True)] for both in zip(prefix.kv, shapes, strict=True)
+            ]
+            self.blocks.append([(k, v) for k, v in made])
 
 
 @dataclass(frozen=True, eq=False)

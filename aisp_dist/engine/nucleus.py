@@ -35,6 +35,11 @@ def log_normalizer(logits_RV: torch.Tensor, temperature_R: torch.Tensor | None =
     return logits_RV.logsumexp(-1)
 
 
+def nll(logits_RV: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
+    """-log P(token) at temperature 1, fp64 [R]."""
+    return log_normalizer(logits_RV) - logits_RV.gather(1, token_R[:, None])[:, 0]
+
+
 def draw(
     logits_RV: torch.Tensor,
     normalizer_R: torch.Tensor,

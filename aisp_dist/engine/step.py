@@ -38,7 +38,8 @@ _DRAWN = 32  # rows whose tokens are drawn or measured together: a draw takes 60
 
 class Seat(NamedTuple):
     """What a row starts from. slot: its place among the rows; length: of its prompt; plan, control: lines in Plans and
-    Controls; key, word: of its noise; z_D: z_0, the prompt's last hidden state; start: its given first tokens."""
+    Controls; key, word: of its noise; z_D: z_0, the prompt's last hidden state; start: its given first tokens, which
+    have passed through the model already; nll: theirs, where measured."""
 
     slot: int
     length: int
@@ -48,6 +49,7 @@ class Seat(NamedTuple):
     word: int
     z_D: torch.Tensor
     start: tuple[int, ...] = ()
+    nll: Sequence[float] = ()
 
 
 class Plans:
@@ -117,24 +119,26 @@ class Batch:
         self.z0_BD = torch.zeros(num_rows, dim, dtype=lm.dtype, device=device)
         self.filter_BD = torch.zeros(num_rows, dim, device=device)
         self.tokens_BT = torch.zeros(num_rows, num_steps, dtype=torch.long, device=device)
-        self.start_BT = torch.full((num_rows, num_steps), -1, device=device)  # given tokens, -1 elsewhere
         self.dots_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # m_t . e_t
         self.nll_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # of tokens, where measured
         self.ends_V = torch.zeros(lm.vocab_size, dtype=torch.bool, device=device)
         self.ends_V[sorted(end for end in end_ids if end < lm.vocab_size)] = True
 
     def seat(self, seats: Sequence[Seat]) -> None:
-        """Puts new trajectories into their slots, at their first step."""
+        """Puts new trajectories into their slots, at the step after their given tokens."""
         device = self.rows_BF.device
         slots = torch.tensor([seat.slot for seat in seats], device=device)
-        rows = [(1, 0, 1, 0, s.length, s.plan, s.control, *s.key, s.word) for s in seats]
+        rows = [
+            (len(s.start) + 1, 0, 1, s.start[-1] if s.start else 0, s.length, s.plan, s.control, *s.key, s.word)
+            for s in seats
+        ]
         self.rows_BF[slots] = torch.tensor(rows, device=device)
         self.z0_BD[slots] = torch.stack([seat.z_D for seat in seats])
         self.filter_BD[slots] = 0
-        self.start_BT[slots] = -1
         for seat in seats:
-            if seat.start:
-                self.start_BT[seat.slot, : len(seat.start)] = torch.tensor(seat.start, device=device)
+            for store, values in ((self.tokens_BT, seat.start), (self.nll_BT, seat.nll)):
+                if values:
+                    store[seat.slot, : len(values)] = torch.tensor(values, dtype=store.dtype, device=device)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Empties rows."""
@@ -163,8 +167,6 @@ class Batch:
         token_B, finite_B = self.select(logits_BV, drawn)
         if choose:
             token_B = choose(logits_BV, token_B)
-        start_B = self.start_BT.gather(1, self.rows_BF[:, STEP, None] - 1)[:, 0]
-        token_B = torch.where(start_B >= 0, start_B, token_B)
         if measured:
             self.measure(logits_BV if z_BD is base_BD else self.lm.logits(base_BD), token_B)
         self.record(token_B, finite_B)
@@ -214,9 +216,9 @@ class Batch:
 
     def measure(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> None:
         """Keeps -log P_LLM(y_t | x, y_<t), from the base model's logits, in `nll_BT`."""
-        parts = zip(torch.split(logits_BV, _DRAWN), torch.split(token_B[:, None], _DRAWN), strict=True)
-        nll_B1 = torch.cat([nucleus.log_normalizer(part)[:, None] - part.gather(1, token) for part, token in parts])
-        self.nll_BT.scatter_(1, self.rows_BF[:, STEP, None] - 1, nll_B1)
+        parts = zip(torch.split(logits_BV, _DRAWN), torch.split(token_B, _DRAWN), strict=True)
+        nll_B = torch.cat([nucleus.nll(part, token) for part, token in parts])
+        self.nll_BT.scatter_(1, self.rows_BF[:, STEP, None] - 1, nll_B[:, None])
 
     def record(self, token_B: torch.Tensor, finite_B: torch.Tensor) -> None:
         """Appends the tokens, marks rows that end, and moves the others on. An empty slot stays at its first step."""

@@ -49,7 +49,7 @@ def rows(columns: Columns, ids: Sequence[str]) -> list[Row]:
 
 def last_round(output: Output, row: Row, prompt_tokens: tuple[int, ...]) -> Round:
     """The search of a row after its last iteration; without trace where the output keeps none."""
-    trace = tuple(Weights(*(tuple(step[n]) for n in ("weights", "lengths", "given"))) for step in row["trace"])
+    trace = tuple(Weights(*(tuple(step[n]) for n in ("weights", "lengths"))) for step in row["trace"])
     trace = trace if any(entry.weights for entry in trace) else ()
     sampling, _ = output.run.method.draws()
     if row["trace"]:  # a flip rate was turned into numbers for each prompt

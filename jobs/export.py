@@ -79,7 +79,9 @@ def _options(args: Sequence[str]) -> Any:
     parse.add_argument("outputs", nargs="+", metavar="OUTPUT", help="finished outputs; those of one kind of prompt")
     parse.add_argument("--to", action="append", required=True, choices=export.KINDS, help="may be repeated")
     parse.add_argument("--out", required=True, help="local directory to write; must not exist")
-    parse.add_argument("--rejected", default="base", help="base (default), worst, median, or lowest-above:FLOOR")
+    parse.add_argument(
+        "--rejected", default="base", help="base (default), original, worst, median, or lowest-above:FLOOR"
+    )
     parse.add_argument("--sft-format", default="prompt-completion", choices=("prompt-completion", "messages"))
     for name, (kind, about) in _FILTERS.items():
         parse.add_argument(f"--{name}", type=kind, help=about)

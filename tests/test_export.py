@@ -203,7 +203,8 @@ def test_a_fault_in_the_middle_leaves_nothing(folder, tmp_path, monkeypatch):
     ("flags", "said"),
     [
         (["bare", "--to", "dpo", "--rejected", "worst"], "kept none .save.candidates: none.; use --rejected base"),
-        (["chat", "--to", "dpo", "--rejected", "best"], "--rejected is 'best'; give base, worst, median"),
+        (["chat", "--to", "dpo", "--rejected", "original"], "has none; use another rule, or a run with prompts.drop_"),
+        (["chat", "--to", "dpo", "--rejected", "best"], "--rejected is 'best'; give base, original, worst, median"),
         (["chat", "--to", "dpo", "--rejected", "lowest-above:nan"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--rejected", "lowest-above:x"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--held-out-agrees", "nobody"], "'nobody' is no reward of"),

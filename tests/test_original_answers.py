@@ -15,14 +15,15 @@ from test_verify import RUN, edit
 
 import aisp_dist
 from aisp_dist.align import align
-from aisp_dist.analysis import summary
+from aisp_dist.analysis import compare, summary
+from aisp_dist.analysis.report import contents, page
 from aisp_dist.config import ConfigError, Prompts, Run
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest, schema
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.verify import verify
 from aisp_dist.records import BadInput, Done, Original, Prompt, Rollout, Score, Trajectory
-from jobs import cli
+from jobs import cli, export
 from jobs.rescore import _Scorer
 
 COLUMNS = {"original_completion": "original"}
@@ -182,7 +183,10 @@ def test_the_columns_are_there_with_the_key_alone():
 def folder(tmp_path_factory):
     """A project with a finished output: two dialogues that came with an answer, and a prompt without one."""
     folder = finished.project(tmp_path_factory.mktemp("answers"))
-    lines(folder / "prompts.jsonl", [dialogue("What is it?", "aaaa"), dialogue("Why?", "b c d"), {"prompt": "How?"}])
+    lines(
+        folder / "prompts.jsonl",
+        [dialogue("What is it?", "aaaa"), dialogue("Why?", "bcd xyz xyz xyz"), {"prompt": "How?"}],
+    )
     finished.output(folder, "out", prompts=PROMPTS)
     return folder
 
@@ -203,7 +207,7 @@ def rows_of(output):
 
 def test_the_rows_have_the_scores_of_the_answers_that_were_there(folder):
     rows = rows_of(folder / "out")
-    assert [row["original_completion"] for row in rows] == ["aaaa", "b c d", None]
+    assert [row["original_completion"] for row in rows] == ["aaaa", "bcd xyz xyz xyz", None]
     for row in rows[:2]:
         answer = [[{"role": "assistant", "content": row["original_completion"]}]]
         found = {score["name"]: score["value"] for score in row["original_rewards"]}
@@ -233,7 +237,7 @@ def test_rescoring_scores_them_too_and_asks_only_for_what_has_changed(folder, mo
         scores = [{s["name"]: s["value"] for s in r["original_rewards"] or ()} for r in (row, old)]
         assert row["original_reward"] == scores[1].get("words")
         assert scores[0] == ({**scores[1], "new": scores[1]["main"]} if scores[1] else {})
-    originals = {"aaaa", "b c d"}
+    originals = {"aaaa", "bcd xyz xyz xyz"}
     assert {name for name, texts in asked if originals & set(texts)} == {"new"}
 
 
@@ -267,3 +271,29 @@ def test_the_summary_says_whether_the_new_answers_are_better(folder):
     assert table.splitlines()[1].split()[:2] == ["reward", f"{mean:.3f}"] and "held out: words" in table
     plain = finished.output(folder, "plain", prompts={"id_column": None, "keep": []})
     assert "original" not in summary.text(summary.read(Place.at(plain)))
+
+
+def test_the_comparison_and_the_report_say_so_too(folder):
+    found = contents.read([Place.at(folder / "out")])
+    originals, rows = found.comparison.originals, rows_of(folder / "out")[:2]
+    assert (originals.prompts, originals.better) == (2, sum(row["reward"] > row["original_reward"] for row in rows) / 2)
+    names = {"original": "original_reward", "base": "base_reward", "main": "reward"}
+    for name, column in names.items():
+        assert getattr(originals, name).mean == pytest.approx(sum(row[column] for row in rows) / 2)
+    said = f"2 prompts came with an answer; out is better for {originals.better:.1%} of them"
+    assert said in compare.text(found.comparison) and said in page.render(found, 1).decode()
+    plain = contents.read([Place.at(finished.output(folder, "without", prompts={"id_column": None, "keep": []}))])
+    assert plain.comparison.originals is None and "came with an answer" not in page.render(plain, 1).decode()
+
+
+def test_pairs_are_made_where_the_selected_answer_is_better(folder, tmp_path):
+    words = [str(folder / "out"), "--to", "dpo", "--rejected", "original", "--out", str(tmp_path / "pairs")]
+    assert export.main(words) == 0
+    pairs = pq.read_table(tmp_path / "pairs/dpo").to_pylist()
+    rows = {row["id"]: row for row in rows_of(folder / "out")}
+    better = [id for id, row in rows.items() if row["original_reward"] and row["reward"] > row["original_reward"]]
+    assert [pair["id"] for pair in pairs] == better
+    for pair in pairs:
+        row = rows[pair["id"]]
+        assert pair["chosen"] == row["completion"] and pair["rejected"][0]["content"] == row["original_completion"]
+        assert (pair["chosen_reward"], pair["rejected_reward"]) == (row["reward"], row["original_reward"])

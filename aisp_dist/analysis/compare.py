@@ -57,14 +57,30 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Originals:
+    """The answers that the dialogues came with (prompts.drop_last_answer), on the prompts where they, the greedy answer
+    and the main arm's have a reward. Mean rewards; better, equal: shares of the prompts on which the main arm's reward
+    is higher, and the same."""
+
+    prompts: int
+    original: Interval
+    base: Interval
+    main: Interval
+    better: float
+    equal: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Every arm, the greedy answers first. loss: the prompt on which the main arm loses most to best-of-n (first seed),
-    with both answers. left_out: prompts that failed in some arm."""
+    with both answers. left_out: prompts that failed in some arm. originals: None where no prompt came with an answer
+    that has a reward."""
 
     main: str
     arms: tuple[Arm, ...]
     loss: dict[str, Any] | None
     left_out: int
+    originals: Originals | None = None
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,7 +129,42 @@ def compare(arms: Mapping[str, Sequence[Columns]], main: str) -> Comparison:
             )
         )
     seen = outputs.in_any([ids for columns in everything for ids in (columns.rows.index, columns.failed)])
-    return Comparison(main, tuple(found), _loss(arms, shared, main), len(seen) - len(shared))
+    originals = _originals(arms[main], shared)
+    return Comparison(main, tuple(found), _loss(arms, shared, main), len(seen) - len(shared), originals)
+
+
+def _originals(seeds: Sequence[Columns], shared: Any) -> Originals | None:
+    if any(("original", "reward") not in columns.rows for columns in seeds):
+        return None
+    sides = [[c.rows[side, "reward"].loc[shared] for c in seeds] for side in ("original", "base", "selected")]
+    original, base, main = rewards = np.mean(np.array(sides, dtype=np.float64), axis=1)  # 3 sides x [P]
+    both = np.isfinite(rewards).all(axis=0)
+    if not both.any():
+        return None
+    gains = (main - original)[both]
+    means = [interval(side[both]) for side in (original, base, main)]
+    better, equal = float((gains > 0).mean()), float((gains == 0).mean())
+    return Originals(int(both.sum()), means[0], means[1], means[2], better, equal)
+
+
+def originals_table(result: Comparison, digits: int = 3) -> list[list[str]]:
+    """The head, and the mean rewards of original, base and main arm; empty where no prompt came with an answer."""
+    found = result.originals
+    if found is None:
+        return []
+    rows = {"original": found.original, BASE: found.base, result.main: found.main}
+    return [["", "reward"], *([name, _cell(cell, digits)] for name, cell in rows.items())]
+
+
+def originals_text(result: Comparison) -> str:
+    """How often the main arm is better, in a sentence; empty where no prompt came with an answer."""
+    found = result.originals
+    if found is None:
+        return ""
+    return (
+        f"{found.prompts} prompts came with an answer; {result.main} is better for {found.better:.1%} of them, equal "
+        f"for {found.equal:.1%}"
+    )
 
 
 def _cost(seeds: Sequence[Columns], shared: Any) -> dict[str, float | None]:
@@ -203,6 +254,8 @@ def text(result: Comparison) -> str:
     left_out = f"; {result.left_out} that failed in some arm are left out" if result.left_out else ""
     out.append(f"over {most} prompts{left_out}")
     out += [f"{arm.name}: over the {arm.prompts} of them with a reward" for arm in result.arms if arm.prompts < most]
+    if result.originals:
+        out += ["", originals_text(result), *aligned(originals_table(result, digits=2))]
     if loss := result.loss:
         out += [
             "",

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from aisp_dist.analysis.metrics import repetition
 from aisp_dist.analysis.outputs import Output, Row, answer, batches
 from aisp_dist.config import ConfigError
-from aisp_dist.output.schema import ARROW, TRAINERS, ColumnType
+from aisp_dist.output.schema import ARROW, ORIGINAL, TRAINERS, ColumnType
 
 Kind = Literal["sft", "dpo", "kto", "reward", "prompts", "alpaca_eval"]
 KINDS: tuple[Kind, ...] = ("sft", "dpo", "kto", "reward", "prompts", "alpaca_eval")
@@ -35,10 +35,10 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 
 @dataclass(frozen=True)
 class Rejected:
-    """Which answer of a prompt is the rejected one: the base model's greedy one, or of the kept candidates the worst,
-    the median, or the worst whose reward is at least `floor`."""
+    """Which answer of a prompt is the rejected one: the base model's greedy one, the original that the dialogue came
+    with, or of the kept candidates the worst, the median, or the worst whose reward is at least `floor`."""
 
-    rule: Literal["base", "worst", "median", "lowest-above"]
+    rule: Literal["base", "original", "worst", "median", "lowest-above"]
     floor: float = -math.inf
 
     @classmethod
@@ -48,11 +48,13 @@ class Rejected:
         try:
             if rule == "lowest-above" and math.isfinite(float(floor)):
                 return cls("lowest-above", float(floor))
-            if rule in ("base", "worst", "median") and not floor:
+            if rule in ("base", "original", "worst", "median") and not floor:
                 return cls(rule)  # type: ignore[arg-type]
         except ValueError:
             pass
-        raise ConfigError(f"--rejected is {text!r}; give base, worst, median, or lowest-above:FLOOR with a number")
+        raise ConfigError(
+            f"--rejected is {text!r}; give base, original, worst, median, or lowest-above:FLOOR with a number"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,14 @@ def kept_columns(found: Sequence[Output]) -> tuple[Columns, list[str]]:
 
 
 def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
-    """One example for each row of data/, in its order. Raises ConfigError where the rule needs candidates that were not
-    kept."""
-    needs = rejected.rule != "base"
+    """One example for each row of data/, in its order. Raises ConfigError where the rule needs answers that the output
+    does not have."""
+    needs = rejected.rule not in ("base", "original")
+    if rejected.rule == "original" and ORIGINAL not in output.record["columns"]:
+        raise ConfigError(
+            f"--rejected original takes the answers that the dialogues came with, and {output} has none; use another "
+            "rule, or a run with prompts.drop_last_answer: true"
+        )
     if needs and output.run.save.candidates == "none":
         raise ConfigError(
             f"--rejected {rejected.rule} chooses among candidates, and {output} kept none (save.candidates: none); "
@@ -119,14 +126,16 @@ def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
     kept = _rows(output, "candidates", ["source_index", *_CANDIDATE]) if needs else iter(())
     beside = next(kept, None)
     columns = [name for name in output.record["columns"] if name not in TRAINERS]
-    for row in _rows(output, "data", [*_DATA, *columns]):
+    side = rejected.rule
+    beyond = [f"{side}_reward", f"{side}_rewards"] if side == "original" else []
+    for row in _rows(output, "data", [*_DATA, *beyond, *columns]):
         while beside is not None and beside["source_index"] < row["source_index"]:
             beside = next(kept, None)
         if needs:
             mine = beside is not None and beside["source_index"] == row["source_index"]
             worse = _worse(rejected, beside["candidates"] if beside is not None and mine else [])
         else:
-            worse = {name: row[f"base_{name}"] for name in ("reward", "rewards")} | {"text": row["base_completion"]}
+            worse = {n: row[f"{side}_{n}"] for n in ("reward", "rewards")} | {"text": row[f"{side}_completion"]}
         text, reward, rewards = (
             (worse["text"], worse["reward"], _named(worse["rewards"])) if worse else (None, None, dict[str, float]())
         )
@@ -158,8 +167,8 @@ def _worse(rejected: Rejected, kept: Sequence[Row]) -> Row | None:
     return ranked[statistics.median_low(range(len(ranked))) if rejected.rule == "median" else 0]
 
 
-def _named(scores: Sequence[Row]) -> dict[str, float | None]:
-    return {score["name"]: score["value"] for score in scores}
+def _named(scores: Sequence[Row] | None) -> dict[str, float | None]:
+    return {score["name"]: score["value"] for score in scores or ()}
 
 
 class Sieve:

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from aisp_dist.analysis.arms import BASE
-from aisp_dist.analysis.compare import table
+from aisp_dist.analysis.compare import originals_table, originals_text, table
 from aisp_dist.analysis.report import figures, samples
 from aisp_dist.analysis.report.contents import Contents
 from aisp_dist.analysis.report.figures import Look, panel
@@ -60,7 +60,7 @@ def render(contents: Contents, count: int) -> bytes:
         settings=_settings(contents),
         verdict=found,
         table=table(contents.comparison),
-        sections=[build(contents, look) for build in _SECTIONS],
+        sections=[section for build in _SECTIONS if (section := build(contents, look))],
         look=look,
         answers=answers,
         data=samples.script(answers),
@@ -102,6 +102,13 @@ def _line_panel(drawn: Lines, look: Looks, x: str, y: str, title: str) -> Panel:
 def _measured(contents: Contents, name: str) -> dict[str, Any]:
     """One entry of evaluation.json by arm, where there is one."""
     return {arm: found[name] for arm, found in contents.evaluations.items() if found.get(name)}
+
+
+def _originals(contents: Contents, look: Looks) -> Section | None:
+    if (result := contents.comparison).originals is None:
+        return None
+    text = f"{originals_text(result)}. Mean rewards are over these prompts."
+    return Section("The answers that were there", text, table=originals_table(result))
 
 
 def _progress(contents: Contents, look: Looks) -> Section:
@@ -240,7 +247,8 @@ def _machine(contents: Contents, look: Looks) -> Section:
     return Section("Answers and machines", text, table=rows)
 
 
-_SECTIONS: tuple[Callable[[Contents, Looks], Section], ...] = (
+_SECTIONS: tuple[Callable[[Contents, Looks], Section | None], ...] = (
+    _originals,
     _progress,
     _budget,
     _tradeoff,

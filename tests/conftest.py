@@ -23,13 +23,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """For `-n 2`: one worker runs all files that start Ray, one after the other; each other file runs on one worker."""
+    """For `-n 2`: one worker runs the tests that kill processes, the other all other files that start Ray, since each has
+    long waits; then each file runs on one worker."""
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "ray" if _starts_ray(Path(str(config.rootpath), file)) else file
+            if not _starts_ray(Path(str(config.rootpath), file)):
+                return file
+            return "kills" if "kill" in Path(file).name else "ray"
 
     return ByFile(config, log)
 

@@ -23,8 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """For `-n 2`: one worker runs the tests that kill processes, the other all other files that start Ray, since each has
-    long waits; then each file runs on one worker."""
+    """For `-n 2`: one worker runs the tests that kill processes, the other all other files that start Ray, since both
+    have long waits; then each file runs on one worker."""
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

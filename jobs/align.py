@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from actors.table import Table, TooManyFailed
 from aisp_dist.align import window
-from aisp_dist.config import ConfigError
+from aisp_dist.config import ConfigError, Run
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest
 from jobs import cli, cost, prepare, session, settings
+from jobs.connection import Connection
 from jobs.progress import Progress, say
 
 
@@ -23,8 +24,13 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument(
         "--shard", metavar="I/N", help="only this one of N shards, from 0: one job of many on one output"
     )
+    parse.add_argument(
+        "--plan", action="store_true", help="say where on the cluster each process would run; load and write nothing"
+    )
     options, run, base_dir = settings.read(parse, args)
     shard = _shard(options.shard, run.runtime.shards) if options.shard else None
+    if options.plan:
+        return _plan(prepare.check(run, base_dir), 1 if shard else run.runtime.shards)
     prepared = prepare.prepare(run, base_dir, shard or (0, 1))
     table = replace(prepared.table(options.retry_failed), shard=shard or (0, 1))
     try:
@@ -43,6 +49,15 @@ def main(args: Sequence[str]) -> int:
         with Progress(prepared.output, prepared.located, shard=table.shard) as progress:
             cluster.relabel(prepared, table, progress)
     return _end(prepared, progress.seconds, progress.samples)
+
+
+def _plan(located: Run, coordinators: int) -> int:
+    connection = Connection(located, say)
+    try:
+        print(*session.planned(located, coordinators).lines(), sep="\n")
+    finally:
+        connection.close()
+    return 0
 
 
 def _end(prepared: prepare.Prepared, seconds: float, samples: int) -> int:

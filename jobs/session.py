@@ -17,11 +17,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from actors import placement
 from actors.counts import Counts, share
+from actors.placement import Plan
 from actors.table import Table
 from aisp_dist.align import window
 from aisp_dist.analysis.guard import GuardStop
-from aisp_dist.config import ConfigError
+from aisp_dist.config import ConfigError, Run
 from aisp_dist.output import lease, manifest
 from aisp_dist.output.filesystem import Place
 from jobs import cost, prepare
@@ -103,18 +105,14 @@ class Session:
     def _start_all(self) -> None:
         self.connection = Connection(self.prepared.run, self.say)
 
-        import ray  # after the settings that a Connection makes
-
-        from actors import cluster, placement
+        from actors import cluster  # brings Ray, after the settings that a Connection makes
 
         # Set after ray.init, whose own handler ends the process. The handler only notes the signal, since an exception
         # raised inside Ray's compiled code becomes a SystemError.
         for number in self.handlers:
             signal.signal(number, self._note)
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         run = self.prepared.located
-        pilot = Place.at(run.output, run.runtime.storage_options) / "compare"
-        self.plan = placement.plan(run, machines, len(self.shards), prepare.model_sizes(run), cost.measured(pilot))
+        self.plan = planned(run, len(self.shards))
         for line in self.plan.lines():
             self.say(line)
         self.bundles = cluster.reserve(self.plan, run.runtime.timeouts.startup)
@@ -361,6 +359,15 @@ class Session:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+
+
+def planned(run: Run, coordinators: int) -> Plan:
+    """Where the processes of a located run will be on the cluster that is connected. Raises ConfigError."""
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    pilot = Place.at(run.output, run.runtime.storage_options) / "compare"
+    return placement.plan(run, machines, coordinators, prepare.model_sizes(run), cost.measured(pilot))
 
 
 def _sum(shards: Sequence[_Shard]) -> Counts:

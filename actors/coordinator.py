@@ -74,10 +74,10 @@ class Coordinator:
         """Start generators and scorers. Answers a line for the log with the first prompt as the model will read it,
         special tokens included, since a wrong template shows there. Raises ConfigError for a model or function that
         cannot be used or fails on each of the first prompts."""
-        from aisp_dist.engine import model  # brings torch, which the driver need not load
+        from aisp_dist.engine import pretrained  # brings torch, which the driver need not load
 
         self.tokenizer, (pools, self.context_length) = await asyncio.gather(
-            asyncio.to_thread(model.tokenizer, self.run.generator), self.start()
+            asyncio.to_thread(pretrained.tokenizer, self.run.generator), self.start()
         )
         self.backend = RayBackend(pools)
         await probe(self.run, prompts.read(self.run.prompts), self.backend.score_once)

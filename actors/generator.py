@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors import quiet
 from actors.placement import Group
+from aisp_dist import quiet
 from aisp_dist.config import Run
 from aisp_dist.records import Calibration, Rollout, Round, Sampling
 

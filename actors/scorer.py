@@ -7,9 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors import quiet
 from actors.placement import Group
-from aisp_dist import rewards
+from aisp_dist import quiet, rewards
 from aisp_dist.config import ModelReward, Reward
 from aisp_dist.records import Prompt, Score
 
@@ -40,13 +39,12 @@ class Scorer:
         """Load the reward. Raises ConfigError for one that cannot be used."""
         if isinstance(self.settings, ModelReward):
             import torch
-            import transformers  # noqa: F401  # quiet.libraries reaches what is imported
 
             torch.set_num_threads(self.group.threads)
             if torch.cuda.is_available() and self.group.num_gpus:
                 torch.cuda.set_per_process_memory_fraction(self.group.memory)
-            quiet.libraries()
         self.scores = rewards.load(self.reward, self.settings, self.base_dir, columns=self.columns, limit=self.limit)
+        quiet.libraries()
         self.began = time.monotonic()
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> list[Score]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from actors import quiet
+from aisp_dist import quiet
 from aisp_dist.config import ConfigError
 
 VERBS = {

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from actors import quiet
+from aisp_dist import quiet
 from aisp_dist.config import ConfigError
 from jobs import cli, prepare, settings
 from jobs.progress import say

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from actors import quiet
+from aisp_dist import quiet
 from aisp_dist.config import ConfigError, JudgeSettings, Reward, Run, load
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.fingerprint import locate_reward
@@ -58,16 +58,14 @@ def main(args: Sequence[str]) -> int:
     wanted = _rewards(options, runs[0].run)
     generator = None if options.no_model else trials.generator(runs[0])
 
-    import transformers  # noqa: F401  # quiet.libraries reaches what is imported
-
     from aisp_dist import rewards
     from aisp_dist.analysis import judge
     from aisp_dist.analysis.evaluate import document, texts
     from aisp_dist.rewards import client
 
-    quiet.libraries()
     columns = runs[0].run.prompts.keep
     loaded = {name: rewards.load(name, reward, base, columns=columns) for name, (reward, base) in wanted.items()}
+    quiet.libraries()
     embed = texts.embedder(options.embeddings) if options.embeddings else None
     place = runs[0].place
     cache = None if place.remote else Path(place.uri, "judge.jsonl")

@@ -14,12 +14,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from actors import quiet
 from actors.table import Table
-from aisp_dist import engine, rewards
+from aisp_dist import engine, quiet, rewards
 from aisp_dist.analysis import outputs, rescore, summary
 from aisp_dist.analysis.outputs import Output, Row
-from aisp_dist.config import ConfigError, ModelReward
+from aisp_dist.config import ConfigError
 from aisp_dist.config.load import check, read_yaml
 from aisp_dist.output import fingerprint, manifest, parts, schema
 from aisp_dist.output.filesystem import Place
@@ -47,12 +46,9 @@ def main(args: Sequence[str]) -> int:
     prepared = _prepare(parent, Path(options.config), options.out)
     known = rescore.unchanged(parent.record["components"], prepared.components)
     scorer = _Scorer(prepared)
-    if any(isinstance(reward, ModelReward) for reward in prepared.run.rewards.values()):
-        import transformers  # noqa: F401  # quiet.libraries reaches what is imported
-
-        quiet.libraries()
     for name in prepared.run.rewards.keys() - known:
         scorer.load(name)  # a reward that cannot be loaded ends the command before anything is written
+    quiet.libraries()
     note = {"output": str(parent), "run_id": parent.record["run_id"], "candidates": kept, "samples": drawn}
     record = prepared.record() | {"directory": parent.record["directory"], "rescored": note}
     if (before := manifest.read_run(prepared.output)) is not None:

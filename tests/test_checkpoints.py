@@ -80,8 +80,9 @@ def test_gguf_is_called_gguf(path, config):
     (path / "model.safetensors").rename(path / "model-q4.gguf")
     if not config:
         (path / "config.json").unlink()
-    assert "holds GGUF weights; name a directory" in refusal(path)
-    assert "is a GGUF file; name a directory" in refusal(path / "model-q4.gguf")
+    assert "holds GGUF weights; name the file, model-q4.gguf in it" in refusal(path)
+    assert "is no GGUF file of version 2 or 3 that can be read" in refusal(path / "model-q4.gguf")
+    assert "is a GGUF file, which rewards are not read from; name a" in refusal(path / "model-q4.gguf", "reward")
     assert "is a file; name a directory" in refusal(path / "tokenizer.json")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import finished
 import pytest
+import tiny_gguf
 import yaml
 
 from jobs import cli
@@ -109,7 +110,7 @@ def test_libraries_are_quiet_about_their_own_future():
     code = """
 import logging, warnings
 from transformers.utils import logging as theirs
-from actors import quiet
+from aisp_dist import quiet
 quiet.libraries()
 warnings.warn("old spelling", FutureWarning)
 warnings.warn("look at this")
@@ -129,3 +130,24 @@ logging.getLogger("torchao.extensions").warning("Skipping import of cpp extensio
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert "old spelling" in shown.stderr
+
+
+def test_loading_models_in_a_users_process_prints_nothing_and_changes_none_of_its_settings(tmp_path):
+    code = """
+import logging, sys, warnings
+from aisp_dist import relabel
+def rows(model):
+    run = {"generator": {"model": model, "max_new_tokens": 2}, "rewards": {"main": {"kind": "model", "model": "demo"}}}
+    run["method"] = {"kind": "best_of_n", "num_samples": 2, "num_iterations": 1}
+    return list(relabel(run, prompts=["Hi"]))
+assert rows("demo")[0]["reason"] is None
+from transformers.utils import logging as theirs
+assert rows(sys.argv[1])[0]["reason"] is None
+assert theirs.is_progress_bar_enabled() and not logging.getLogger("transformers").handlers[0].filters
+assert logging.getLogger("torchao").level == logging.NOTSET
+"""
+    file = tiny_gguf.save(tmp_path / "m.gguf")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=env)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("rewards.main prefers the worse answer")]
+    assert (done.returncode, done.stdout, said) == (0, "", []), done.stderr

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from aisp_dist import demo, rewards
 from aisp_dist.config import ConfigError, Generator, ModelReward
-from aisp_dist.engine import kv, model
+from aisp_dist.engine import kv, model, pretrained
 from aisp_dist.engine.decode import Engine
 from aisp_dist.records import BASE_ITERATION, Round, Sampling
 
@@ -39,9 +39,9 @@ def test_dtype_and_template_can_be_chosen(llama: Path, tmp_path: Path) -> None:
     settings = Generator(model=str(llama), dtype="bfloat16", chat_template=str(template))
     assert model.load(settings).dtype == torch.bfloat16
     message = [{"role": "user", "content": "Hi"}]
-    assert model.tokenizer(settings).apply_chat_template(message, tokenize=False) == "Hi!"
+    assert pretrained.tokenizer(settings).apply_chat_template(message, tokenize=False) == "Hi!"
     with pytest.raises(ConfigError, match=r"generator.chat_template: .*nowhere"):
-        model.tokenizer(Generator(model=str(llama), chat_template="nowhere.jinja"))
+        pretrained.tokenizer(Generator(model=str(llama), chat_template="nowhere.jinja"))
 
 
 @pytest.mark.parametrize("family", ["falcon", "bloom"])

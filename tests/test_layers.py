@@ -14,11 +14,12 @@ NETWORK = "value.py"  # RE-Control's value network, the one file of methods/ tha
 PURE = ["aisp_dist/align.py", *(f"aisp_dist/methods/{p.name}" for p in (ROOT / "aisp_dist/methods").glob("*.py"))]
 PURE.remove(f"aisp_dist/methods/{NETWORK}")
 
-# Which parts of the library each part may import. Records and keyed draws are below everything; analysis is on top.
-BELOW = {"records", "philox"}
+# Which parts of the library each part may import. Those without arrows are below everything; analysis is on top.
+BELOW = {"records", "philox", "quiet"}
 ARROWS = {
     "records": set(),
     "philox": set(),
+    "quiet": set(),
     "demo": set(),
     "config": {"records"},
     "data": BELOW | {"config", "demo"},

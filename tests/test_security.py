@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from aisp_dist import rewards
 from aisp_dist.config import ConfigError, Generator, ModelReward, Prompts
 from aisp_dist.data import prompts, sources
-from aisp_dist.engine import checkpoints, model
+from aisp_dist.engine import checkpoints, model, pretrained
 
 pytestmark = pytest.mark.ray
 
@@ -235,7 +235,7 @@ def with_code(request, tmp_path, monkeypatch):
 def test_code_of_a_checkpoint_stays_where_it_is(with_code, tmp_path):
     for load in (
         lambda: model.load(Generator(model=str(with_code)), "cpu"),
-        lambda: model.tokenizer(Generator(model=str(with_code))),
+        lambda: pretrained.tokenizer(Generator(model=str(with_code))),
         lambda: rewards.load("r", ModelReward(model=str(with_code)), device="cpu"),
         lambda: checkpoints.digest("generator.model", str(with_code), None),
     ):

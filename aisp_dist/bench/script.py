@@ -19,7 +19,7 @@ from aisp_dist.bench.apart import Work
 from aisp_dist.config import Run
 from aisp_dist.data import prompts
 from aisp_dist.data.chat import end_of_turn
-from aisp_dist.engine import model
+from aisp_dist.engine import pretrained
 from aisp_dist.records import Prompt
 from aisp_dist.rewards.combine import combine
 
@@ -51,7 +51,7 @@ def script(run: Run, base_dir: Path, count: int, engine: Mapping[str, Any]) -> I
     run: located. engine: arguments of vllm.LLM, over those that the configuration gives."""
     on_cpu = _settle()
     vllm = importlib.import_module("vllm")
-    tokenizer, settings = model.tokenizer(run.generator), run.generator
+    tokenizer, settings = pretrained.tokenizer(run.generator), run.generator
     lines = [line for line in islice(prompts.read(run.prompts), count) if isinstance(line, Prompt)]
     asked = [tokens_of(run, line, tokenizer, None) for line in lines]
     arguments = {

@@ -62,9 +62,11 @@ class Prompts(Section):
 class Generator(Section):
     """The base model and how it decodes."""
 
-    model: str = doc("demo, a local path, or a hub id")
+    model: str = doc("demo, a local directory, file.gguf, package:file.gguf, or a hub id")
     revision: str | None = doc("hub revision; null: today's commit, which a resume uses again", None)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto: the checkpoint's own", "auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc(
+        "auto: the checkpoint's own; bfloat16 for a quantised GGUF file", "auto"
+    )
     chat_template: str | None = doc("file with a chat template that replaces the tokenizer's", None)
     quantization: Literal["int8", "nf4"] | None = doc(
         "quantise a plain checkpoint while it loads: int8 (torchao, weights only) or nf4 (bitsandbytes); null: load it "

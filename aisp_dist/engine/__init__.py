@@ -1,7 +1,8 @@
 """The local decode engine: rounds in, trajectories out. Start at decode.Engine.
 
-model.py, lm.py, quantized.py   load a language model and check that the engine decodes it correctly
-checkpoints.py, sizes.py        find a checkpoint, read its size and quantisation from its files
+checkpoints.py, intact.py, gguf.py, sizes.py   find a checkpoint, read from its files what it is
+pretrained.py, quantized.py     load it by transformers
+model.py, lm.py                 take it over, check that the engine decodes it correctly
 attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
 step.py, nucleus.py             one token for every row on the model's device; draws from the nucleus
 control.py, noise.py            the control of a round from its trace, keyed noise

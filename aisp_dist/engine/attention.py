@@ -20,7 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface
+
+from aisp_dist import quiet
+
+with quiet.loading():  # the first import of torchao
+    from transformers import AttentionInterface
 
 NAME = "aisp_shared_prefix"
 # Ragged and unaligned shapes take other paths through the operators and give other bits. So queries to a prefix, tokens

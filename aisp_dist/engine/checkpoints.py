@@ -1,18 +1,21 @@
-"""Finds the checkpoint that a model's name stands for (embedded, a local directory, a hub id) and the digest of its
-files. No torch, so that a configuration can be checked before anything heavy is imported."""
+"""Finds the checkpoint that a model's name stands for (embedded, a local directory or GGUF file, a hub id) and the
+digest of its files. No torch, so that a configuration can be checked before anything heavy is imported."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from aisp_dist import demo
 from aisp_dist.config import ConfigError
-from aisp_dist.engine import intact
+from aisp_dist.engine import gguf, intact
 
+_IN_PACKAGE = re.compile(r"([A-Za-z_]\w*):([^:]+\.gguf)")  # package:file.gguf
 Role = Literal["generator", "reward"]
 EMBEDDED: dict[tuple[Role, str], str] = {
     ("generator", "demo"): "base",
@@ -22,17 +25,23 @@ EMBEDDED: dict[tuple[Role, str], str] = {
 
 
 def locate(key: str, name: str, role: Role) -> str:
-    """The absolute directory or the hub id that transformers loads for a configured model name.
+    """The absolute directory or GGUF file, or the hub id, that transformers loads for a configured model name.
 
     key: the configuration's, for messages. Raises ConfigError for what is missing, is no transformers checkpoint with
-    all of its weights, or has pickled weights only.
+    all of its weights, or has pickled weights only; and for a GGUF file that is not whole or, in a reward, any.
     """
     if embedded := EMBEDDED.get((role, name)):
         return str(demo.path(embedded))
     path = Path(name).expanduser()
+    if role == "generator" and not path.exists() and (inside := _IN_PACKAGE.fullmatch(name)):
+        path = _in_package(key, name, *inside.groups())
     if path.is_file():
-        what = "a GGUF file" if path.suffix == ".gguf" else "a file"
-        raise ConfigError(f"{key}: {name!r} is {what}; {intact.CHECKPOINT}")
+        if path.suffix != ".gguf" or role != "generator":
+            what = "a GGUF file, which rewards are not read from" if path.suffix == ".gguf" else "a file"
+            raise ConfigError(f"{key}: {name!r} is {what}; {intact.CHECKPOINT}")
+        if fault := gguf.fault(path):
+            raise ConfigError(f"{key}: {name!r} {fault}")
+        return str(path.resolve())
     if not path.is_dir():
         if path.is_absolute() or path.exists() or name.startswith((".", "~")) or name.count("/") > 1:
             raise ConfigError(f"{key}: {name!r} is not a directory; name one that holds a transformers checkpoint")
@@ -40,6 +49,21 @@ def locate(key: str, name: str, role: Role) -> str:
     if fault := intact.fault(path):
         raise ConfigError(f"{key}: {name!r} {fault}")
     return str(path.resolve())
+
+
+def _in_package(key: str, name: str, package: str, file: str) -> Path:
+    """A file of an installed package, which is not imported: what its code needs may be missing."""
+    spec = find_spec(package)
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    if not folders:
+        raise ConfigError(
+            f"{key}: {name!r} names a file of the package {package!r}, which is not installed here; install it (pip "
+            "install --no-deps leaves out what only its code needs), or name the file by its path"
+        )
+    if found := next((folder / file for folder in folders if (folder / file).is_file()), None):
+        return found
+    there = sorted(str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf"))
+    raise ConfigError(f"{key}: {name!r}: the package {package!r} has no such file; it has {', '.join(there) or 'none'}")
 
 
 def value_network(key: str, name: str) -> dict[str, Any]:
@@ -56,9 +80,9 @@ def value_network(key: str, name: str) -> dict[str, Any]:
 
 
 def cached(place: str, revision: str | None) -> Path | None:
-    """The directory of what `locate` answered. For a hub id, the one in the local cache, None if it is not there. No
-    network."""
-    if Path(place).is_dir():
+    """The directory or GGUF file of what `locate` answered. For a hub id, the directory in the local cache, None if it
+    is not there. No network."""
+    if Path(place).exists():
         return Path(place)
     from huggingface_hub import try_to_load_from_cache
 
@@ -71,19 +95,27 @@ def cached(place: str, revision: str | None) -> Path | None:
 
 @functools.cache
 def digest(key: str, place: str, revision: str | None) -> str:
-    """128 bits over every file of a local checkpoint; for a hub checkpoint its commit, which is a digest already.
+    """128 bits over a GGUF file or every file of a local directory; for a hub checkpoint its commit, which is a digest
+    already.
 
     place: what `locate` answered. Raises ConfigError for a hub id that cannot be resolved.
     """
+    whole = hashlib.blake2b(digest_size=16)
+    if Path(place).is_file():
+        _feed(whole, Path(place))
+        return whole.hexdigest()
     if not Path(place).is_dir():
         return commit(key, place, revision)
-    whole = hashlib.blake2b(digest_size=16)
     for file in sorted(f for f in Path(place).iterdir() if f.is_file() and not f.name.startswith(".")):
         whole.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                whole.update(chunk)
+        _feed(whole, file)
     return whole.hexdigest()
+
+
+def _feed(whole: hashlib.blake2b, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            whole.update(chunk)
 
 
 def commit(key: str, repo: str, revision: str | None) -> str:

@@ -34,7 +34,7 @@ def fault(path: Path) -> str | None:
             "merge_and_unload().save_pretrained(DIR), and the tokenizer's save_pretrained) and name that directory"
         )
     if any(name.endswith(".gguf") for name in files) and not weights:
-        return f"holds GGUF weights; {CHECKPOINT}"
+        return f"holds GGUF weights; name the file, {next(n for n in sorted(files) if n.endswith('.gguf'))} in it"
     if "config.json" not in files:
         below = sorted(config.parent.name for config in path.glob("*/config.json"))
         return f"holds no config.json; {f'did you mean its {below[-1]}/?' if below else CHECKPOINT}"

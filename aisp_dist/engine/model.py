@@ -1,5 +1,5 @@
-"""Loads the base model, switches its attention to the engine's, and checks that the engine decodes it correctly. Knows
-nothing of prompts, noise or scheduling.
+"""Takes over a language model: switches its attention to the engine's, and checks that the engine decodes it correctly.
+Knows nothing of prompts, noise or scheduling.
 
 No family has code of its own here. A family works if its layers attend through transformers' AttentionInterface with
 `layer_idx` and keyword `sliding_window`. `adapt` runs the model both ways and refuses one that differs.
@@ -12,19 +12,16 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import ModelOutput
 
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.data.chat import end_of_turn
 from aisp_dist.data.encode import surplus
-from aisp_dist.engine import attention, quantized, sizes
-from aisp_dist.engine.checkpoints import locate
+from aisp_dist.engine import attention, pretrained
 from aisp_dist.engine.kv import KVCache
 from aisp_dist.engine.lm import LM, Heads
 
@@ -53,79 +50,13 @@ class _Identity(nn.Module):
         return _DecoderOutput(last_hidden_state=inputs_embeds)
 
 
-def _source(settings: Generator) -> dict[str, Any]:
-    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-
-
-def _refusal(settings: Generator, error: Exception) -> ConfigError:
-    fix = "name a local directory, or a hub id that this machine can reach"
-    if isinstance(error, ImportError):
-        fix = "install the package that it needs (for quantised weights: pip install 'aisp-dist[quantized]')"
-    elif isinstance(error, RuntimeError):
-        fix = "name one that transformers itself loads"
-    elif "trust_remote_code" in str(error):
-        fix = "it needs code of its own; set generator.trust_remote_code: true if you trust that code"
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return ConfigError(f"generator.model: {settings.model!r} cannot be loaded: {fix} ({reason[0]})")
-
-
-def tokenizer(settings: Generator) -> Any:
-    """The generator's tokenizer, with generator.chat_template instead of its own if that is set. Raises ConfigError."""
-    from transformers import AutoTokenizer
-
-    checkpoint = locate("generator.model", settings.model, "generator")
-    try:
-        loaded = AutoTokenizer.from_pretrained(checkpoint, **_source(settings))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _refusal(settings, error) from error
-    if settings.chat_template is not None:
-        try:
-            loaded.chat_template = Path(settings.chat_template).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"generator.chat_template: {settings.chat_template!r} must be a readable text file with a Jinja "
-                f"template; fix the path or leave it null ({error})"
-            ) from error
-    return loaded
-
-
 def load(settings: Generator, device: torch.device | str | None = None) -> LM:
-    """The generator's model on a device (default: the first GPU, else the CPU), ready to decode. Raises ConfigError for
-    a missing path, a checkpoint without safetensors or with missing weights, remote code that is not trusted, a
-    quantisation that it cannot use, and a family that the engine would decode wrongly."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    checkpoint = locate("generator.model", settings.model, "generator")
-    sizes.check(settings, checkpoint)
+    """The generator's model on a device (default: the first GPU, else the CPU), ready to decode. Raises ConfigError as
+    pretrained.weights does, and for a family that the engine would decode wrongly."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    model = pretrained.weights(settings, chosen)
     try:
-        config = AutoConfig.from_pretrained(checkpoint, **_source(settings))
-        quantisation = quantized.options(settings, config, chosen)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # the error below names them
-            output_loading_info=True,
-            **quantisation,
-            **_source(settings),
-        )
-    except (ConfigError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _refusal(settings, error) from error
-    if wrong := sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}):
-        raise ConfigError(
-            f"generator.model: {settings.model!r} lacks the weights {wrong[:4]} in the shape of its config, so they "
-            "would be random; name a complete causal language model"
-        )
-    if quantisation:
-        quantized.check(settings, model)
-    else:
-        model.to(chosen)
-    try:
-        lm = adapt(model, tokenizer(settings), settings.fp32_head)
+        lm = adapt(model, pretrained.tokenizer(settings), settings.fp32_head)
     except Unsupported as error:
         raise ConfigError(f"generator.model: {settings.model!r}: {error}") from error
     if lm.turn_end is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_dist.config import ConfigError, Generator
+from aisp_dist.engine import gguf
 from aisp_dist.engine.checkpoints import cached
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -17,9 +18,12 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: an fp32 scale for every 64 weights
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json; the values of a multimodal model's text part replace those of the whole."""
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+def read_config(place: Path) -> dict[str, Any]:
+    """config.json of a directory, where the values of a multimodal model's text part replace those of the whole; or
+    what a GGUF file says by the same keys. Raises OSError, ValueError, EOFError."""
+    if place.is_file():
+        return gguf.read(place).config()
+    config: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
     text: dict[str, Any] = config.get("text_config") or {}
     return config | text
 
@@ -59,17 +63,19 @@ def tensors(directory: Path) -> Iterator[tuple[str, str, list[int], int]]:
                 yield name, entry["dtype"], entry["shape"], stop - start
 
 
-def weight_bytes(directory: Path, dtype: str = "auto", quantization: str | None = None) -> int:
-    """Bytes of a checkpoint's weights after loading. Exact for a plain checkpoint; a close estimate for `quantization`
-    while loading; for a quantised checkpoint the size of its files, or its dense size if transformers unpacks it
-    (compressed-tensors). Raises as `tensors` does."""
-    config = read_config(directory)
+def weight_bytes(place: Path, dtype: str = "auto", quantization: str | None = None) -> int:
+    """Bytes of a checkpoint's weights after loading. Exact for a plain checkpoint and a GGUF file; a close estimate for
+    `quantization` while loading; for a quantised checkpoint the size of its files, or its dense size if transformers
+    unpacks it (compressed-tensors). Raises as `tensors` does."""
+    config = read_config(place)
     item = _ITEM_BYTES.get(dtype_of(config, dtype))
+    if place.is_file():
+        return sum(math.prod(shape) * _ITEM_BYTES[dtype_of(config, dtype)] for _, shape, *_ in gguf.read(place).tensors)
     quantised = config.get("quantization_config") or {}
     groups = quantised.get("config_groups") or {}  # of compressed-tensors
     bits = next((group["weights"]["num_bits"] for group in groups.values() if group.get("weights")), 8)
     total = 0  # quantising while loading leaves embeddings, the head and experts as they are
-    for name, stored, shape, size in tensors(directory):
+    for name, stored, shape, size in tensors(place):
         count = math.prod(shape)
         if groups and item and stored not in _FLOATS and name.endswith(("weight", "weight_packed")):
             total += (count * 32 // bits if name.endswith("packed") else count) * item
@@ -101,8 +107,13 @@ def refuse_twice(settings: Generator, quantised: dict[str, Any] | None) -> None:
 
 
 def check(settings: Generator, place: str) -> None:
-    """Raise ConfigError if a quantised checkpoint is to be quantised, as far as its config can be read without the
-    network. place: what `checkpoints.locate` answered."""
+    """Raise ConfigError if a quantised checkpoint or a GGUF file is to be quantised, as far as its config can be read
+    without the network. place: what `checkpoints.locate` answered."""
+    if settings.quantization and Path(place).is_file():
+        raise ConfigError(
+            f"generator.quantization: {settings.quantization!r}, but {settings.model!r} is a GGUF file, whose weights "
+            "are dequantised while they load; leave it at null, or name a checkpoint with safetensors"
+        )
     directory = cached(place, settings.revision) if settings.quantization else None
     if directory:
         refuse_twice(settings, read_config(directory).get("quantization_config"))

@@ -42,7 +42,7 @@ def pin_rewards(run: Run, before: Mapping[str, Any]) -> dict[str, Reward]:
 
 def _pinned(key: str, role: checkpoints.Role, model: Any, old: Mapping[str, Any]) -> Any:
     place = checkpoints.locate(f"{key}.model", model.model, role)
-    if model.revision is not None or Path(place).is_dir():
+    if model.revision is not None or Path(place).exists():
         return model
     known = old.get("revision") if old.get("model") == model.model else None
     return model.model_copy(update={"revision": known or checkpoints.commit(f"{key}.model", place, None)})
@@ -134,8 +134,10 @@ def reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def model_name(run: Run) -> str:
     """The base model as rows name it: no path."""
     name = run.generator.model
-    embedded = ("generator", name) in checkpoints.EMBEDDED
-    return name if embedded or not Path(name).expanduser().is_dir() else Path(name).expanduser().resolve().name
+    if ("generator", name) in checkpoints.EMBEDDED:
+        return name
+    place = Path(checkpoints.locate("generator.model", name, "generator"))
+    return place.name if place.exists() else name
 
 
 def reward_digests(located: Mapping[str, Reward], base_dir: Path) -> dict[str, str]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from aisp_dist import quiet
 from aisp_dist.config import ConfigError, ModelReward
 from aisp_dist.data.chat import as_chat, encode_chat
 from aisp_dist.data.encode import Unrenderable, starts_with_bos, surplus
@@ -120,17 +120,20 @@ def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]
     path = checkpoints.locate(key, settings.model, "reward")
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        tokenizer = template(AutoTokenizer.from_pretrained(path, **common), settings)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            num_labels=1,
-            dtype=settings.dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # to name them below
-            output_loading_info=True,
-            key_mapping=HEADS,
-            **common,
-        )
+        with quiet.loading():
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+            tokenizer = template(AutoTokenizer.from_pretrained(path, **common), settings)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                num_labels=1,
+                dtype=settings.dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # to name them below
+                output_loading_info=True,
+                key_mapping=HEADS,
+                **common,
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigError(
             f"{key}: {settings.model!r} cannot be loaded as a sequence classifier ({str(error).splitlines()[0]}); give "

@@ -17,7 +17,7 @@ from aisp_dist import rewards
 from aisp_dist.analysis.doctor import Check, engine
 from aisp_dist.config import ConfigError, Generator, ModelReward, Prompts, Replicas, Run
 from aisp_dist.data import prompts, render
-from aisp_dist.engine import checkpoints, model, quantized, sizes
+from aisp_dist.engine import model, pretrained, sizes
 from aisp_dist.engine.decode import DecodeError, Engine
 from aisp_dist.records import Prompt, Round
 from aisp_dist.rewards.self_test import Defect
@@ -88,17 +88,10 @@ def _decoding(run: Run, place: torch.device, steps: int, say: Say) -> Checked[tu
 
 def own_generator(settings: Generator, place: torch.device) -> Any:
     """The generator's model as transformers alone loads and runs it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    where = checkpoints.locate("generator.model", settings.model, "generator")
-    source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    options = quantized.options(settings, AutoConfig.from_pretrained(where, **source), place)
-    own = AutoModelForCausalLM.from_pretrained(
-        where, dtype=settings.dtype, use_safetensors=True, **source, **options
-    ).eval()
+    own = pretrained.weights(settings, place)
     if settings.fp32_head:
         own.set_output_embeddings(copy.deepcopy(own.get_output_embeddings()).float())
-    return own if options else own.to(place)
+    return own
 
 
 def sample(settings: Prompts, tokenizer: Any, longest: int) -> list[tuple[Prompt, tuple[int, ...]]]:

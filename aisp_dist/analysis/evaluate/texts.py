@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aisp_dist import quiet
 from aisp_dist.analysis.metrics import Interval
 from aisp_dist.config import ConfigError
 
@@ -42,7 +43,8 @@ def embedder(model: str) -> Embed:
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise ConfigError(f"--embeddings: {model!r} is not a directory; {fix}")
     try:
-        loaded = SentenceTransformer(str(Path(model).expanduser()), model_kwargs={"use_safetensors": True})
+        with quiet.loading():
+            loaded = SentenceTransformer(str(Path(model).expanduser()), model_kwargs={"use_safetensors": True})
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--embeddings: {model!r} cannot be loaded; {fix} ({reason})") from None

@@ -66,7 +66,7 @@ def generator(output: Output) -> Generator:
     settings, digests = output.run.generator, output.record["components"]["digests"]
     known = ("generator", settings.model) in checkpoints.EMBEDDED
     near = Path(output.record["directory"], settings.model)  # relative to where the run was started
-    name = str(near) if not known and near.is_dir() else settings.model
+    name = str(near) if not known and near.exists() else settings.model
     place = checkpoints.locate("generator.model", name, "generator")
     now = {"generator.model": checkpoints.digest("generator.model", place, settings.revision)}
     template = settings.chat_template and Path(output.record["base_dir"], settings.chat_template)

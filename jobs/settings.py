@@ -7,6 +7,7 @@ whole, never merged; only a flag such as --method.num_iterations reaches into th
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -43,6 +44,14 @@ def _shapes(at: str, section: type[BaseModel]) -> set[str]:
     return found
 
 
+_WORDS = {
+    r"dict\[.*\]|JSON": "mapping",
+    r"(tuple|list)\[.*\]": "list",
+    r"\b(str|SecretStr)\b": "text",
+    r"\bint\b": "integer",
+    r"\bfloat\b": "number",
+    r"\bbool\b": "{true,false}",
+}
 _UNIONS = _shapes("save", Save).union(*(_shapes("method", method) for method in get_args(get_args(Method)[0])))
 
 
@@ -136,10 +145,32 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, a
     return out
 
 
+class _Flags(CliSettingsSource[Any]):
+    """Flags whose help has a user's names of values, not Python's."""
+
+    def _metavar_format(self, obj: Any) -> str:
+        text = super()._metavar_format(obj)
+        for python, word in _WORDS.items():
+            text = re.sub(python, word, text)
+        return text
+
+    def _help_format(self, *args: Any) -> str:
+        text: str = super()._help_format(*args)
+        return text.replace("default: None)", "default: null)").replace("default: ())", "default: [])")
+
+
 def _flags(values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
     """The dotted flags as nested values; the names of the rewards come from the files."""
     rewards = values.get("rewards")
     names = [str(name) for name in rewards] if isinstance(rewards, dict) else []
+    for flag in args:
+        new = re.match(r"--((?:runtime\.)?rewards)\.([^.=\s]+)", flag)
+        if new and new[2] not in names:
+            there = ", ".join(names) or "none"
+            raise ConfigError(
+                f"--{new[1]}.{new[2]}: there is no reward {new[2]!r} in the files (there: {there}); "
+                f'add one by --rewards \'{{"{new[2]}": {{"kind": ...}}}}\', or in a file'
+            )
     fields: dict[str, Any] = {}
     if names:
         of_reward = create_model("rewards", __base__=Section, **{n: (Reward, None) for n in names})  # type: ignore[call-overload]
@@ -153,7 +184,7 @@ def _flags(values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
         extra="forbid", cli_avoid_json=True, cli_hide_none_type=True, cli_parse_none_str="null", populate_by_name=True
     )
     try:
-        source: Any = CliSettingsSource(
+        source: Any = _Flags(
             settings,  # type: ignore[arg-type]
             cli_prog_name="aisp",
             cli_parse_args=list(args),

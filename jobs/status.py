@@ -22,14 +22,16 @@ def main(args: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(now, indent=2))
         return 0
+    last = now["metrics"]
     print(f"{now['done']} done, {now['failed']} failed in {now['parts']} parts; {now['staged']} more staged")
     for owner in now["owners"]:
         lives = {True: "lives", False: "is dead: the same command resumes", None: "is on another machine"}
         shard = "" if owner["shard"] == [0, 1] else "shard {} of {} ".format(*owner["shard"])
         print(f"{shard}owned by process {owner['process']} on {owner['host']}, which {lives[owner['alive']]}")
     if not now["owners"]:
-        print("no run owns it")
-    if last := now["metrics"]:
+        whole = last is not None and last["total"] == now["done"] + now["failed"]
+        print("not running; " + ("every input has its row" if whole else "the same command resumes"))
+    if last:
         ago = time.time() - last["time"]
         total = "?" if last["total"] is None else last["total"]
         of = f" of shards {', '.join(map(str, last['shards']))}" if "shards" in last else ""

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import finished
+import huggingface_hub
 import pytest
 
 from aisp_dist.config import ConfigError, Prompts
@@ -64,6 +65,27 @@ def test_another_spelling_of_the_same_content_is_the_same_run(project):
     ):
         assert prepared(**changes).components == here, changes
     assert prepared(base_dir=copy).components == here
+
+
+def test_a_hub_id_and_its_snapshot_in_the_cache_are_the_same_run(project, monkeypatch, tmp_path):
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub"
+    folder = cache / "models--some--model"
+    shutil.copytree(project / "model", folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.file_download.constants, "HF_HUB_OFFLINE", True)
+    reward = {"kind": "model", "self_test": False}
+    runs = [
+        prepared(
+            **section("generator", model=name),
+            rewards={"main": reward | {"model": name}},
+        )
+        for name in ("some/model", str(folder / "snapshots" / commit))
+    ]
+    assert runs[0].components == runs[1].components
+    assert runs[0].components["digests"]["generator.model"] == runs[0].components["digests"]["rewards.main"] == commit
+    assert prepared(**section("generator", model="./model")).fingerprint != runs[0].fingerprint
 
 
 def test_other_content_under_the_same_name_is_another_run_and_named(project):

@@ -93,6 +93,11 @@ def test_a_reward_that_raises_fails_its_row_and_no_other(project):
     )
 
 
+def test_what_is_no_configuration_is_refused_by_name():
+    with pytest.raises(ConfigError, match="the configuration is 3, of type int; give the path of a YAML file"):
+        aisp_dist.relabel(3)
+
+
 def test_no_more_prompts_are_read_than_a_window_ahead(project):
     read = []
 

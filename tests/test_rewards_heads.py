@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from tiny_chat import TEMPLATE, classifier, tokenizer
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
+from aisp_dist import demo
 from aisp_dist.config import ConfigError, ModelReward, Run
 from aisp_dist.output import fingerprint
 from aisp_dist.records import Prompt
@@ -178,13 +180,13 @@ def test_scores_that_are_no_numbers(tmp_path):
         load("main", ModelReward(model=str(tmp_path)), device="cpu")
 
 
-def test_a_wrong_preference_is_a_warning(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(self_test, "PAIRS", [(q, bad, good) for q, good, bad in self_test.PAIRS])
-    with caplog.at_level(logging.WARNING, "aisp"):
-        load("main", ModelReward(model="demo-judge"), device="cpu")
-    turned = caplog.text
-    monkeypatch.undo()
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, "aisp"):
-        load("main", ModelReward(model="demo-judge"), device="cpu")
-    assert turned != caplog.text and "prefers the worse answer" in turned + caplog.text
+def test_a_wrong_preference_is_a_warning_but_not_of_the_demos_models(tmp_path, caplog, monkeypatch):
+    shutil.copytree(demo.path("judge"), tmp_path / "own")
+    turned = [(q, bad, good) for q, good, bad in self_test.PAIRS]
+    for name in (str(tmp_path / "own"), "demo-judge", str(demo.path("judge"))):
+        caplog.clear()
+        for pairs in (turned, self_test.PAIRS):
+            monkeypatch.setattr(self_test, "PAIRS", pairs)
+            with caplog.at_level(logging.WARNING, "aisp"):
+                load("main", ModelReward(model=name), device="cpu")
+        assert ("prefers the worse answer" in caplog.text) == name.endswith("own")

@@ -238,7 +238,11 @@ def test_the_commands_take_the_output_and_write_no_secret(server, place, tmp_pat
     env = os.environ | server.env | {"PYTHONPATH": str(ROOT)}
     code = f"from jobs import status, verify; verify.main([{str(place)!r}]); status.main([{str(place)!r}])"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    for said in ("every input is there exactly once", "3 done, 0 failed in 2 parts", "no run owns it"):
+    for said in (
+        "every input is there exactly once",
+        "3 done, 0 failed in 2 parts",
+        "not running; the same command resumes",
+    ):
         assert said in done.stdout, done.stdout + done.stderr
     with pytest.raises(SystemExit) as left:
         cli.run("align", ["run.yaml", "--output", "s3://no-such-bucket/x"])

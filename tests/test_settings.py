@@ -250,9 +250,9 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
     [
         (["--method.sigma2", "-1"], "method.sigma2: sigma2 is -1; it must be above 0 and at most 1e12"),
         (["--method.sigma2", "0"], "method.sigma2: sigma2 is 0; it must be above 0"),
-        (["--method.num_samples", "0"], "method.num_samples: .*greater than or equal to 1"),
+        (["--method.num_samples", "0"], "method.num_samples: .*it is .*; it must be at least 1"),
         (["--method.lambda", "-2"], "method.lambda: lambda is -2; it must be above 0"),
-        (["--method.lambda.ess", "1.5"], "method.lambda.ess: .*less than 1"),
+        (["--method.lambda.ess", "1.5"], "method.lambda.ess: .*it must be below 1"),
         (["--tune.grids", '{"aisp": {"sigma2": []}}'], r"tune.grids: aisp: sigma2 is \[\]; give at least one value"),
         (["--tune.grids", '{"sigma2": [0.1]}'], "tune.grids: sigma2: name the arm first"),
         (["--compare.arms", '{"a": {"kind": "beam"}}'], "compare.arms.a: kind is 'beam'"),
@@ -260,7 +260,7 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--method.spend", '{"target": 1, "max_iterations": 9}'], "max_iterations is 9 without plateau"),
         (["--method.spend", '{"target": 1, "min_gain": 0.5}'], "min_gain is 0.5 without plateau"),
         (["--method.limit", "{}"], "method.limit: nll and diversity are null, so nothing is limited"),
-        (["--method.sigma2.flip_rate", "1.5"], "method.sigma2.flip_rate: .*less than 1"),
+        (["--method.sigma2.flip_rate", "1.5"], "method.sigma2.flip_rate: .*it must be below 1"),
         (["--method.noise", "pink"], "method.noise: .*'pink'"),
         (["--output", "gs://bucket/x"], "output: gs:// is not implemented; give a local directory, or s3://bucket"),
         (["--output", "s3://id:key@bucket/x"], "^output: not of the form s3://bucket/path; credentials go into"),
@@ -268,13 +268,22 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
             ["--runtime.generators.num_gpus", "2"],
             "runtime.generators.num_gpus: .*one model uses one GPU or a part of it",
         ),
-        (["--runtime.shards", "0"], "runtime.shards: .*greater than or equal to 1"),
+        (["--runtime.shards", "0"], "runtime.shards: .*it is .*; it must be at least 1"),
         (["--runtime.storage_options.secret_key", "x"], "access_key and secret_key come together"),
         (["--runtime.storage_options.endpoint_override", "http://id:x@host"], "endpoint_override: .*match pattern"),
-        (["--generator.tensor_parallel", "0"], "generator.tensor_parallel: .*greater than or equal to 1"),
+        (["--generator.tensor_parallel", "0"], "generator.tensor_parallel: .*it is .*; it must be at least 1"),
         (["--generator.tensor_parallel", "2"], "generator.tensor_parallel: 2 is not implemented; leave it at 1"),
-        (["--generator.quantization", "awq"], "generator.quantization: .*'int8' or 'nf4'.*'awq'"),
+        (["--generator.quantization", "awq"], "generator.quantization: it is 'awq'; it must be 'int8' or 'nf4'"),
         (["--method.nope", "1"], "--method.nope"),
+        (["--method.num_samples", "many"], "method.num_samples: it is 'many'; it must be a whole number"),
+        (["--prompts.limit", "1.5"], "prompts.limit: it is '1.5'; it must be a whole number"),
+        (["--save.trace", "maybe"], "save.trace: it is 'maybe'; it must be true or false"),
+        (["--generator.dtype", "half"], "generator.dtype: it is 'half'; it must be 'auto', 'float32', .* or 'float16'"),
+        (
+            ["--rewards.new.kind", "function"],
+            """no reward 'new' in the files .*--rewards '{"new": """,
+        ),
+        (["--runtime.rewards.new.replicas=2"], "--runtime.rewards.new: there is no reward 'new'"),
         (["--method", "null"], "method: "),
         (
             ["--rewards.main.use", "report", "--rewards.words.use", "report", "--rewards.judge.use", "report"],
@@ -285,9 +294,9 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--rewards.judge.protocol", "classify", "--rewards.judge.scale", "[0, 1]"], "scale is .* no effect"),
         (["--guard.action", "stop"], "guard: action is stop, but every bound is null"),
         (["--guard.max_truncated", "0", "--guard.action", "halt"], "guard.action: .*'warn' or 'stop'"),
-        (["--guard.max_truncated", "1.5"], "guard.max_truncated: .*less than 1"),
-        (["--guard.max_length_correlation", "-2"], "max_length_correlation: .*greater than or equal to -1"),
-        (["--save.candidates", '{"top": 0}'], "save.candidates.*top: .*greater than or equal to 1"),
+        (["--guard.max_truncated", "1.5"], "guard.max_truncated: .*it must be below 1"),
+        (["--guard.max_length_correlation", "-2"], "max_length_correlation: .*it must be at least -1"),
+        (["--save.candidates", '{"top": 0}'], "save.candidates.*top: .*it is .*; it must be at least 1"),
         (["--runtime.rewards", '{"nobody": {"replicas": 2}}'], "nobody is not among rewards"),
     ],
 )
@@ -295,6 +304,15 @@ def test_a_bad_value_names_key_value_and_rule(args, said, tmp_path):
     with pytest.raises(ConfigError, match=said) as error:
         read(tmp_path, *args)
     assert "\n" not in str(error.value)
+
+
+def test_the_help_has_no_names_of_python(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        read(tmp_path, "--help")
+    said = capsys.readouterr().out
+    assert left.value.code == 0 and "--prompts.limit integer" in said and "--prompts.streaming {true,false}" in said
+    for python in ("tuple[", "dict[", "SecretStr", " str\n", "None)", "()", "JSON"):
+        assert python not in said, said[said.index(python) - 80 :][:160]
 
 
 def test_a_held_out_bound_needs_a_held_out_reward(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -158,6 +160,18 @@ def test_a_foreign_run_json_is_refused_by_every_reader(output):
         for look in (verify, status, manifest.write_card):
             with pytest.raises(ConfigError, match=r"run\.json describes no run"):
                 look(at(output))
+
+
+def test_the_card_tells_of_the_tables_that_are_there_until_a_user_has_changed_it(tmp_path):
+    card = tmp_path / "README.md"
+    manifest.write_run(at(tmp_path), RUN)
+    for count, tables in ((3, ["data", "candidates"]), (6, ["data", "failed", "candidates"])):  # line 3 fails
+        write(tmp_path, prompts(count))
+        assert re.findall(r"^\| `(\w+)/` \|", card.read_text(), re.M) == tables
+    shutil.rmtree(tmp_path / "failed")
+    card.write_text(card.read_text() + "Mine.\n")
+    manifest.write_card(at(tmp_path))
+    assert card.read_text().endswith("Mine.\n") and "`failed/`" in card.read_text()
 
 
 def test_datasets_sees_what_is_on_disk(tmp_path):

@@ -23,6 +23,19 @@ def _kinds(union: Any) -> str:
 
 _TAGS = _kinds(Method), _kinds(Reward)
 
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_TYPES = {  # by the beginning of pydantic's name of a fault
+    "int_": "a whole number",
+    "float_": "a number",
+    "finite_number": "a finite number",
+    "bool_": "true or false",
+    "string_type": "a text",
+    "list_": "a list",
+    "tuple_": "a list",
+    "dict_": "a mapping of keys to values",
+    "model_": "a section of keys and values",
+}
+
 
 def read(config: str | os.PathLike[str] | Mapping[str, Any] | Run) -> tuple[Run, Path]:
     """The run of a YAML file, of a mapping or of a Run, and the directory that its relative paths start from: the
@@ -30,6 +43,11 @@ def read(config: str | os.PathLike[str] | Mapping[str, Any] | Run) -> tuple[Run,
 
     Raises ConfigError for a file that cannot be read, a bad value or an unknown key.
     """
+    if not isinstance(config, str | os.PathLike | Mapping | Run):
+        raise ConfigError(
+            f"the configuration is {config!r}, of type {type(config).__name__}; give the path of a YAML file, a "
+            "mapping with its keys, or a Run"
+        )
     if isinstance(config, Run):
         return config, Path.cwd()
     if isinstance(config, Mapping):
@@ -73,10 +91,23 @@ def check(values: Mapping[str, Any]) -> Run:
                 message = (
                     f"kind is {found.get('kind') if isinstance(found, Mapping) else found!r}; it must be {expected}"
                 )
+            elif rule := _rule(fault["type"], fault.get("ctx", {})):
+                shown = found if isinstance(found, str | int | float | bool | None) else type(found).__name__
+                message = f"it is {shown!r}; it must be {rule}"
             elif fault["type"] != "value_error" and not isinstance(found, Mapping):
                 message += f" (it is {found!r})"
             faults.setdefault(key, []).append(message)
         raise ConfigError("; ".join(f"{key}: {', or '.join(dict.fromkeys(m))}" for key, m in faults.items())) from None
+
+
+def _rule(fault: str, context: Mapping[str, Any]) -> str | None:
+    """What a value must be, by pydantic's name of the fault; None for a rule that says so itself."""
+    for bound, words in _BOUNDS.items():
+        if bound in context:
+            return f"{words} {context[bound]}"
+    if fault == "literal_error":
+        return f"{context['expected']}"
+    return next((rule for start, rule in _TYPES.items() if fault.startswith(start)), None)
 
 
 def _locate(loc: Sequence[str | int], values: Any, absent: bool) -> tuple[str, Any]:

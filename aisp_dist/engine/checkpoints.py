@@ -66,6 +66,11 @@ def _in_package(key: str, name: str, package: str, file: str) -> Path:
     raise ConfigError(f"{key}: {name!r}: the package {package!r} has no such file; it has {', '.join(there) or 'none'}")
 
 
+def is_embedded(place: str) -> bool:
+    """Whether a model's name, or what `locate` answered for it, is one of the demo's."""
+    return any(place in (name, str(demo.path(folder))) for (_, name), folder in EMBEDDED.items())
+
+
 def value_network(key: str, name: str) -> dict[str, Any]:
     """value.json of a directory that `aisp train-value` wrote. Raises ConfigError if there is none."""
     file = Path(name).expanduser() / "value.json"
@@ -95,8 +100,8 @@ def cached(place: str, revision: str | None) -> Path | None:
 
 @functools.cache
 def digest(key: str, place: str, revision: str | None) -> str:
-    """128 bits over a GGUF file or every file of a local directory; for a hub checkpoint its commit, which is a digest
-    already.
+    """128 bits over a GGUF file or every file of a local directory; for a hub checkpoint, and its snapshot in the hub's
+    cache, the commit, which is a digest already.
 
     place: what `locate` answered. Raises ConfigError for a hub id that cannot be resolved.
     """
@@ -106,6 +111,8 @@ def digest(key: str, place: str, revision: str | None) -> str:
         return whole.hexdigest()
     if not Path(place).is_dir():
         return commit(key, place, revision)
+    if (folder := Path(place)).parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.name
     for file in sorted(f for f in Path(place).iterdir() if f.is_file() and not f.name.startswith(".")):
         whole.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         _feed(whole, file)

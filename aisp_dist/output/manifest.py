@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
+from itertools import combinations
 from typing import Any
 
 import yaml
@@ -26,10 +28,12 @@ Written by aisp-dist. Method: `{method}`. Everything else is in `run.json` and `
 
 | table | holds |
 |---|---|
-| `data/` | done rows: `prompt` and `completion` as TRL takes them, rewards, the greedy base answer |
-| `failed/` | inputs without an answer, with the reason |
-| `candidates/` | kept candidates with raw scores, and the trace of the search |
 """
+_HOLDS = {
+    "data": "done rows: `prompt` and `completion` as TRL takes them, rewards, the greedy base answer",
+    "failed": "inputs without an answer, with the reason",
+    "candidates": "kept candidates with raw scores, and the trace of the search",
+}
 _RESCORED = """
 Rescored: the answers of run {run_id} are selected again, by the rewards in `config.yaml`, among the {candidates} kept
 of {samples} candidates. `nll` is null where another answer than before is selected.
@@ -150,12 +154,20 @@ def _card(place: Place, old: bytes | None) -> bytes:
             digest = hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
             files = f"{folder}/part-*.parquet"
             configs.append({"config_name": name, "data_files": files, "description": f"files {digest}"})
-    rescored = run.get("rescored")
     header, text = _header((old or b"").decode("utf-8", "replace"))
-    about = _ABOUT.replace("{method}", method_name(run.get("config", {})))
-    text = text or about + (_RESCORED.format_map(rescored) if rescored else "")
+    there = [config["data_files"].partition("/")[0] for config in configs]
+    ours = [_about(run, folders) for n in range(4) for folders in combinations(_HOLDS, n)]
+    text = _about(run, there) if not text or text in ours else text
     top = yaml.safe_dump(header | {"configs": configs}, sort_keys=False, allow_unicode=True)
     return f"---\n{top}---\n{text}".encode()
+
+
+def _about(run: dict[str, Any], folders: Iterable[str]) -> str:
+    """The text below a card's header, as long as no user has changed it."""
+    tables = "".join(f"| `{folder}/` | {about} |\n" for folder, about in _HOLDS.items() if folder in folders)
+    rescored = run.get("rescored")
+    text = _ABOUT.replace("{method}", method_name(run.get("config", {})))
+    return text + tables + (_RESCORED.format_map(rescored) if rescored else "")
 
 
 def _header(card: str) -> tuple[dict[str, Any], str]:

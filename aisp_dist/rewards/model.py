@@ -75,7 +75,8 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
     except Unrenderable as error:
         raise ConfigError(f"rewards.{name}: {error}") from None
     if settings.self_test:
-        self_test.examine(name, tokenizer, encode, tokens, classifier, settings.batch_rows, max_length)
+        rows, toy = settings.batch_rows, checkpoints.is_embedded(settings.model)
+        self_test.examine(name, tokenizer, encode, tokens, classifier, rows, max_length, toy)
 
     def score(prompt: Prompt, responses: Sequence[str], chain: Chain | None = None) -> list[Score]:
         found = {response: tokens(prompt, response) for response in dict.fromkeys(responses)}

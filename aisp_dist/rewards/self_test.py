@@ -45,8 +45,10 @@ def examine(
     classifier: Classifier,
     batch_rows: int,
     max_length: int,
+    toy: bool = False,
 ) -> None:
-    """Raises the first Defect found. encode: the tokens of a whole chat; tokens: those that the model is given of a
+    """Raises the first Defect found. toy: a model too small to tell plain answers apart, whose preferences are no news.
+    encode: the tokens of a whole chat; tokens: those that the model is given of a
     prompt and a response, at most max_length."""
 
     def fail(finding: str) -> Defect:
@@ -76,7 +78,8 @@ def examine(
         raise fail(f"scores change by {far:.2g} with what is scored beside a text, or with its padding")
     logits = dict(zip(rows, together, strict=True))
     if wrong := sum(logits[good] <= logits[bad] for good, bad in pairs):
-        _log.warning("rewards.%s prefers the worse answer of %d of %d plain questions", name, wrong, len(pairs))
+        level = logging.DEBUG if toy else logging.WARNING
+        _log.log(level, "rewards.%s prefers the worse answer of %d of %d plain questions", name, wrong, len(pairs))
 
 
 def bos_counts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> set[int]:

@@ -5,7 +5,7 @@ import random
 import pytest
 from chat_models import KINDS, TEXT, tokenizer
 
-from aisp_dist.data.detokenize import text_after
+from aisp_dist.data.detokenize import stopped, text_after
 
 TEXTS = [*TEXT, "the cat 🪐🫠🦩", "你好，世界🦄\n", "a\n\n  b", "naïve naïve"]
 
@@ -38,6 +38,44 @@ def test_only_the_last_tokens_of_a_prompt_are_decoded_again(kind, monkeypatch):
     monkeypatch.setattr(type(tok), "decode", lambda self, ids, **how: (seen.append(len(ids)), own(self, ids, **how))[1])
     text_after(tok, ids[:-5], ids[-5:])
     assert max(seen) < 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_string_is_found_at_the_token_that_completes_it(kind):
+    """Looking at the end of the text alone finds what looking at all of it finds: whole texts, random tokens, and stop
+    strings of one byte and of several characters."""
+    tok, draw = tokenizer(kind), random.Random(0)
+    prompt = ids_of(tok, "the dog ran ")
+    written = [ids_of(tok, " ".join(draw.sample(TEXTS * 3, 20))) for _ in range(6)]
+    written += [draw.choices(range(len(tok) + 3), k=150) for _ in range(6)]
+    found = 0
+    for ids in written:
+        whole = text_after(tok, prompt, ids)
+        for _ in range(12):
+            at, size = draw.randrange(len(whole)), draw.choice([1, 2, 3, 9])
+            stop = [whole[at : at + size], "never\x00there"]
+            if "\ufffd" in stop[0]:
+                continue
+            for end in range(1, len(ids) + 1):
+                text = text_after(tok, prompt, ids[:end])
+                cut = text[: text.find(stop[0])] if stop[0] in text else None
+                assert stopped(tok, prompt, ids[:end], stop) == cut, (stop, ids[:end])
+                if cut is not None:
+                    found += 1
+                    break
+    assert found > 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_for_a_stop_string_takes_no_longer_in_a_long_text(kind, monkeypatch):
+    tok = tokenizer(kind)
+    ids = ids_of(tok, " ".join(TEXTS * 40))
+    assert len(ids) > 1000
+    seen, own = [], type(tok).decode
+    monkeypatch.setattr(type(tok), "decode", lambda self, ids, **how: (seen.append(len(ids)), own(self, ids, **how))[1])
+    for end in range(1, len(ids) + 1):
+        assert stopped(tok, ids[:5], ids[:end], ["###", "\n\nQ:"]) is None
+    assert max(seen) < 30
 
 
 def test_a_space_between_words_stays():

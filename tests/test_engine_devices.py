@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from aisp_dist.config import ConfigError
-from aisp_dist.engine import attention, kv, memory, model, noise
+from aisp_dist.engine import attention, kv, memory, model, noise, starts
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.step import Batch, Seat
 from aisp_dist.records import Round, Sampling, TopP
@@ -193,7 +193,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"gpt_oss"}))  # whose experts ask which GPU it is
 def test_a_step_on_a_gpu_meets_no_tensor_of_the_cpu(family: str, on_gpu: Any) -> None:
     def work(lm: model.LM) -> None:
-        batch, cache = Batch(lm, 32, STEPS, frozenset({1})), kv.KVCache(32, STEPS, 100)
+        batch, cache = Batch(lm, 32, STEPS, frozenset({1})), kv.KVCache(32, 2 * STEPS, 100 + 2 * 32 * 32)
         batch.step(None, controlled=False, drawn=False)
         samplings = [Sampling(0.5, "ar1", 0.7, likelihood=True), Sampling(decode=TopP(0.9, 1.0))]
         for slot, (sampling, length) in enumerate(zip(samplings, (40, 1), strict=True)):
@@ -203,11 +203,13 @@ def test_a_step_on_a_gpu_meets_no_tensor_of_the_cpu(family: str, on_gpu: Any) ->
             line = batch.controls.put(torch.zeros(STEPS, lm.hidden_size, device=CUDA))
             plan = batch.plans.line(sampling)
             batch.seat([Seat(slot, length, plan, line, (3, 5), slot, prefix.z_D, (7, 8))])
-        attend = cache.attend([5, 0, *[0] * 30])
+        cache.reach(0, 40)  # over several blocks
+        attend = cache.attend([40, 0, *[-1] * 30])
         batch.step(attend, controlled=True, drawn=True, measured=True)
+        tiles = starts.extend(lm, prefix, {}, [(7,) * 40], measured=False)
         cache.leave(1)
-        cache.seat(1, prefix)
-        for made in (batch.rows_BF, batch.tokens_BT, batch.nll_BT, batch.dots_BT, lm.logits(batch.states(attend))):
+        cache.seat(1, prefix, [tile.kv for tile in starts.chain(tiles, (7,) * 40, False) or []])
+        for made in (batch.rows_BF, batch.nll_BT, batch.dots_BT, lm.logits(batch.states(attend))):
             assert made.device == CUDA and len(made) == 32
 
     on_gpu(work, adapted(family))
@@ -247,9 +249,9 @@ def test_rows_that_do_not_fit_are_refused_and_the_named_number_fits(
         memory.kv_cache(lm, asked, 128)
     fits = int(str(no.value).rpartition(" ")[2])
     assert asked // 4 < fits < asked // 2
-    assert memory.kv_cache(lm, fits, 128).capacity >= lm.context_length
+    assert memory.kv_cache(lm, fits, 128).capacity >= lm.context_length + fits * 64
     with pytest.raises(ConfigError):
-        memory.kv_cache(lm, fits + 64, 128)
+        memory.kv_cache(lm, fits + 32, 128)
 
 
 def test_a_model_that_leaves_room_for_no_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,8 +261,10 @@ def test_a_model_that_leaves_room_for_no_row_is_refused(monkeypatch: pytest.Monk
 
 
 def test_a_prompt_longer_than_the_cache_is_refused_with_the_arithmetic() -> None:
-    engine = Engine(adapted("llama"), 4, STEPS, prompt_tokens=128)
-    with pytest.raises(ValueError, match=r"129 prompt tokens take .* GB .* lower prompts.max_tokens, generator.batch"):
+    engine = Engine(adapted("llama"), 4, STEPS, kv_tokens=128 + 32 * 32)
+    with pytest.raises(
+        ValueError, match=r"a prompt of 129 tokens .* room for 1153 tokens .* GB.*; lower prompts.max_tokens"
+    ):
         engine.submit(Round(0, "p", (40,) * 129, 0, 0, 2, Sampling(0.5)))
 
 

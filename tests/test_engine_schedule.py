@@ -173,10 +173,10 @@ def test_what_others_left_in_a_slot_is_never_read(family: str, dtype: torch.dtyp
     while one.busy:
         rollouts.update(one.step())
         with torch.inference_mode():
-            for slot, row in enumerate(one.rows):
-                if row is None:
-                    for store in (x for block in one.kv.blocks for kv in block for x in kv):
-                        store[slot] = torch.nan
+            for arena in one.kv.arenas:
+                for index, owner in enumerate(arena.owners):
+                    for store in (x for kv in arena.kv for x in kv if owner is None):
+                        store[index] = torch.nan
     assert_same((rollouts, one.seen), alone(family, dtype))
 
 

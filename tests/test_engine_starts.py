@@ -111,7 +111,7 @@ def test_a_sample_has_the_same_bits_whatever_starts_are_served_with_it(family: s
         Round(5, "p", round.prompt_tokens, 2, 0, 25, Sampling(0.5)),
         Round(5, "p", round.prompt_tokens, 3, 0, 9, DRAWN, starts=cuts()[::-1]),
     ]
-    shortest = engine(lm, prompt_tokens=len(round.prompt_tokens) + 96)
+    shortest = engine(lm, kv_tokens=len(round.prompt_tokens) + 96 + 2 * 32 * 64)
     for one, asked in (
         (engine(lm), parts(1)),
         (engine(lm), [*others, round]),
@@ -166,9 +166,9 @@ def test_impossible_starts_are_refused(lm: model.LM, starts: tuple[tuple[int, ..
 
 def test_starts_that_do_not_fit_or_meet_noise_are_refused(lm: model.LM) -> None:
     round = Round(5, "p", PROMPT, 0, 0, 1, Sampling(), starts=((11,) * 33,))
-    engine(lm, prompt_tokens=67).submit(round)
-    with pytest.raises(ValueError, match="67 tokens of a prompt and a start"):
-        engine(lm, prompt_tokens=66).submit(round)
+    engine(lm, kv_tokens=67 + 32 * 64).submit(round)
+    with pytest.raises(ValueError, match="a prompt of 3 tokens and an answer that begins with 33 need .* 2115"):
+        engine(lm, kv_tokens=66 + 32 * 64).submit(round)
     with pytest.raises(ValueError, match="starts with noise of variance 0.4"):
         engine(lm).submit(dataclasses.replace(round, sampling=Sampling(0.4)))
 

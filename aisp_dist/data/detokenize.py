@@ -11,6 +11,7 @@ from typing import Literal
 from aisp_dist.data.encode import Tokenizer, special_ids
 
 _CONTEXT = 16  # tokens of the prompt that are decoded with a response; any that make a text would do
+_MARGIN = 4  # tokens in front of a text's end, whose text may be another by itself: a character's bytes, a space
 _BYTE = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte of a character that it has no token for
 
 
@@ -33,6 +34,34 @@ def text_after(tokenizer: Tokenizer, prompt_tokens: Sequence[int], tokens: Seque
     return text.removesuffix("\ufffd") if unfinished and spelled == "characters" else text
 
 
+def stopped(
+    tokenizer: Tokenizer, prompt_tokens: Sequence[int], tokens: Sequence[int], stop: Sequence[str]
+) -> str | None:
+    """The text of a response before the first of these strings, None if it has none. Asked after every token, it
+    decodes only the end of the text, until that has one of them."""
+    end = _end(tokenizer, tokens, max(len(string.encode()) for string in stop))
+    if end is not None and not any(string in end for string in stop):
+        return None
+    text = text_after(tokenizer, prompt_tokens, tokens)
+    cuts = [at for at in map(text.find, stop) if at >= 0]
+    return text[: min(cuts)] if cuts else None
+
+
+def _end(tokenizer: Tokenizer, tokens: Sequence[int], num_bytes: int) -> str | None:
+    """A text that ends with at least the last `num_bytes` bytes of a response's text, whose first characters may be
+    others; None for a short response."""
+    special, size, runs = special_ids(tokenizer), _size(tokenizer), _bytes_are(tokenizer) == "tokens"
+    window: list[int] = []  # from the last token back; each has a byte at least
+    for token in reversed(tokens):
+        if token < size and token not in special:
+            window.append(token)
+            spare = len(window) - num_bytes - _MARGIN
+            # A run of byte tokens that begins inside a character has no text.
+            if spare >= 0 and not (runs and spare < _MARGIN and _continues(tokenizer, token)):
+                return _decode(tokenizer, window[::-1])
+    return None
+
+
 def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
@@ -50,6 +79,17 @@ def _context(tokenizer: Tokenizer, prompt_tokens: Sequence[int]) -> list[int]:
 
 def _is_byte(tokenizer: Tokenizer, token: int) -> bool:
     return _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(token) or "") is not None
+
+
+def _continues(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a token is a byte of a character that is not its first."""
+    match = _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(token) or "")
+    return match is not None and 0x80 <= int(match[1], 16) < 0xC0
+
+
+@lru_cache(maxsize=8)
+def _size(tokenizer: Tokenizer) -> int:
+    return len(tokenizer)
 
 
 def _unfinished(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:

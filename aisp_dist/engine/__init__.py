@@ -6,6 +6,7 @@ model.py, lm.py                 take it over, check that the engine decodes it c
 attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
 step.py, nucleus.py             one token for every row on the model's device; draws from the nucleus
 control.py, noise.py            the control of a round from its trace, keyed noise
+rows.py                         trajectories, rounds and prompts in flight
 starts.py                       given first tokens of answers, passed through the model before their rows begin
 memory.py, admissible.py        what fits, which rounds can be decoded
 calibrate.py, guide.py          a sampling by its effect, what ARGS and RE-Control add to a step

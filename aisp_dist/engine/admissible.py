@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from aisp_dist.engine import noise, starts
+from aisp_dist.engine import noise
+from aisp_dist.engine.attention import TILE
 from aisp_dist.engine.guide import Guide
+from aisp_dist.engine.kv import KVCache
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Ascent, Round, TokenReward
 
 
-def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], own: Guide, capacity: int) -> None:
-    """Raises ValueError for a round that cannot be decoded. own: the engine's guides; capacity: tokens of all prompts
-    that its KV cache can hold."""
+def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], own: Guide, kv: KVCache) -> None:
+    """Raises ValueError for a round that cannot be decoded. own: the engine's guides; kv: its cache."""
     length, context = len(round.prompt_tokens), lm.context_length
     if not length:
         raise ValueError("the prompt has no tokens; it needs at least one to decode from")
@@ -29,20 +30,21 @@ def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], ow
         raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")
     if round.sampling.sigma2 or round.sampling.decode:
         noise.sample_word(round.iteration, round.stop - 1)
-    kept = length + max(map(starts.size, zip(round.starts)), default=0)
-    if kept > capacity:
+    longest = max(map(len, round.starts), default=0)
+    need = length + longest + -longest % TILE + kv.arenas_for(kv.blocks(longest))
+    if need > kv.capacity:
         raise ValueError(
-            f"{kept} tokens of a prompt and a start take {kept * lm.token_bytes / 1e9:.2f} GB of keys and values, but "
-            f"beside those of the rows only {capacity * lm.token_bytes / 1e9:.2f} GB are left; lower "
-            "prompts.max_tokens, generator.batch_rows or generator.max_new_tokens"
+            f"a prompt of {length} tokens and an answer that begins with {longest} need room for {need} tokens of "
+            f"keys and values ({need * lm.token_bytes / 1e9:.2f} GB); there is room for {kv.capacity} "
+            f"({kv.capacity * lm.token_bytes / 1e9:.2f} GB); lower prompts.max_tokens or generator.batch_rows"
         )
     if round.starts:
         if round.sampling.sigma2:
             raise ValueError(f"starts with noise of variance {round.sampling.sigma2}; a round has one or the other")
         if len(round.starts) != round.stop - round.start:
             raise ValueError(f"{len(round.starts)} starts for {round.stop - round.start} samples; give one each")
-        if max(map(len, round.starts)) >= max_new_tokens:
-            raise ValueError(f"a start has {max(map(len, round.starts))} tokens; the limit is {max_new_tokens - 1}")
+        if longest >= max_new_tokens:
+            raise ValueError(f"a start has {longest} tokens; the limit is {max_new_tokens - 1}")
         if odd := {t for start in round.starts for t in start if not 0 <= t < vocab or t in end_ids}:
             raise ValueError(f"a start holds {min(odd)}, an end token or outside the vocabulary of {vocab}")
     if any(len(w.weights) != len(w.lengths) for w in round.trace):

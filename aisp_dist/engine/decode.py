@@ -3,9 +3,10 @@ prompts and the order in which trajectories run. Knows nothing of rewards, Ray o
 
     submit -> waiting trajectories -> step: admit, prefill, one token for every row (step.py), retire -> Rollout
 
-A row is a trajectory in a slot. When it ends, the next waiting trajectory, of any prompt, takes its slot at once. A
-trajectory's bits depend on its Round, the model and the number of slots, never on what else is in flight (kv.py says
-why). An engine must be used from one thread only.
+A row is a trajectory in a slot. When it ends, the next waiting trajectory, of any prompt, takes its slot at once. Where
+no room is left for what rows decode, the youngest of them are preempted: they wait and begin anew. A trajectory's bits
+depend on its Round, the model and the number of slots, never on what else is in flight (kv.py says why) nor on how
+often it began. An engine must be used from one thread only.
 
 Shapes: B rows, D hidden size, V vocabulary, T steps (max_new_tokens).
 """
@@ -17,17 +18,17 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
-from aisp_dist.data.detokenize import text_after
+from aisp_dist.data.detokenize import stopped, text_after
 from aisp_dist.engine import attention, memory, noise, starts
 from aisp_dist.engine.admissible import check
-from aisp_dist.engine.control import Control, cost, rebuild
+from aisp_dist.engine.control import cost, rebuild
 from aisp_dist.engine.guide import Guide, Unscored, choose
 from aisp_dist.engine.lm import LM
-from aisp_dist.engine.step import ENDED, FINITE, Batch, Seat
+from aisp_dist.engine.rows import Job, Row, Shared
+from aisp_dist.engine.step import ENDED, FINITE, TOKEN, Batch, Seat
 from aisp_dist.records import Ascent, Finish, Rollout, Round, TokenReward, Trajectory
 
 _HEAD_ROWS = 256  # positions per head product in nll, to bound the logits
@@ -41,56 +42,18 @@ class DecodeError(RuntimeError):
         self.round = round
 
 
-@dataclass(eq=False)
-class _Prompt:
-    """What the rounds of a prompt share. age: smaller for older prompts; prefix: None until prefilled; tiles, control:
-    of the latest round; rounds: number in flight, 0 for an idle prompt."""
-
-    tokens: tuple[int, ...]
-    age: int
-    prefix: attention.Prefix | None = None
-    tiles: starts.Tiles = field(default_factory=dict)
-    control: Control | None = None
-    rounds: int = 0
-
-
-@dataclass(eq=False)
-class _Job:
-    """A round in flight. key: of its noise; line: of its control in the batch, 0 for none; done: finished trajectories
-    by sample."""
-
-    round: Round
-    prompt: _Prompt
-    key: tuple[int, int]
-    control: Control | None = None
-    line: int = 0
-    done: dict[int, Trajectory] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Row:
-    """A trajectory, waiting or in a slot. age: its prompt's, then its own; start: its given tokens; length: its tokens
-    so far."""
-
-    age: tuple[int, int]
-    job: _Job
-    sample: int
-    start: tuple[int, ...]
-    length: int
-
-
 class Engine:
     """Decodes rounds with one model.
 
     batch_rows: slots, rounded up to a multiple of 32. max_new_tokens: T. stop: strings that end a response; one that is
     a special token of the tokenizer acts as an end token. idle_tokens: prompts without a round in flight stay
-    prefilled up to this many tokens in all, the most recently used first. prompt_tokens: tokens of all prefilled
-    prompts; default: as many as fit into memory, of which this process may use `memory_share`. guide: what moves the
-    rounds that have a guide.
+    prefilled up to this many tokens in all, the most recently used first. kv_tokens: tokens whose keys and values are
+    kept, of prompts, starts and rows in all; default: as many as fit into memory, of which this process may use
+    `memory_share`. guide: what moves the rounds that have a guide.
 
     steps, row_steps: steps taken so far, and tokens that trajectories got in them.
 
-    Raises ConfigError if the slots and one full prompt do not fit into memory.
+    Raises ConfigError if a first block of every row and one full prompt do not fit into memory.
     """
 
     def __init__(
@@ -100,7 +63,7 @@ class Engine:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         idle_tokens: int = 1 << 14,
-        prompt_tokens: int | None = None,
+        kv_tokens: int | None = None,
         guide: Guide | None = None,
         memory_share: float = 1.0,
     ) -> None:
@@ -109,15 +72,15 @@ class Engine:
         self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
         self.stop = tuple(s for s in stop if s not in special)
         num_rows = batch_rows + -batch_rows % attention.TILE
-        self.kv = memory.kv_cache(lm, num_rows, max_new_tokens, prompt_tokens, memory_share)
+        self.kv = memory.kv_cache(lm, num_rows, max_new_tokens, kv_tokens, memory_share)
         self.rows: list[Row | None] = [None] * num_rows
         self.batch = Batch(lm, num_rows, max_new_tokens, self.end_ids, self.guide.value)
         self.idle_tokens = idle_tokens
-        self.prompts: OrderedDict[Hashable, _Prompt] = OrderedDict()
+        self.prompts: OrderedDict[Hashable, Shared] = OrderedDict()
         self.steps = self.row_steps = 0
         self._waiting: list[tuple[tuple[int, int], Row]] = []  # a heap by age
         self._age = itertools.count()
-        self._jobs: list[_Job] = []
+        self._jobs: list[Job] = []
         self._finished: list[tuple[Round, Rollout]] = []
         self._broken: list[DecodeError] = []
         self._unscored: list[DecodeError] = []  # in the step that is being taken
@@ -129,16 +92,16 @@ class Engine:
 
     def submit(self, round: Round) -> None:
         """Queues a round's trajectories. Raises ValueError for a round that cannot be decoded."""
-        check(round, self.lm, self.max_new_tokens, self.end_ids, self.guide, self.kv.capacity)
+        check(round, self.lm, self.max_new_tokens, self.end_ids, self.guide, self.kv)
         key = (round.seed, round.prompt_id, round.prompt_tokens)
-        prompt = self.prompts.setdefault(key, _Prompt(round.prompt_tokens, next(self._age)))
+        prompt = self.prompts.setdefault(key, Shared(round.prompt_tokens, next(self._age)))
         self.prompts.move_to_end(key)
         prompt.rounds += 1
-        job = _Job(round, prompt, noise.prompt_key(round.seed, round.prompt_id))
+        job = Job(round, prompt, noise.prompt_key(round.seed, round.prompt_id))
         self._jobs.append(job)
         for sample in range(round.start, round.stop):
             start = round.starts[sample - round.start] if round.starts else ()
-            row = Row((prompt.age, next(self._age)), job, sample, start, len(start))
+            row = Row((prompt.age, next(self._age)), job, sample, start, list(start))
             heapq.heappush(self._waiting, (row.age, row))
 
     @torch.inference_mode()
@@ -146,6 +109,7 @@ class Engine:
         """Decodes one token of every row; returns the rounds that this completed. Raises DecodeError for a round that
         cannot be finished; the next call goes on with the others."""
         self._admit()
+        self._reach()
         if any(self.rows):
             self._decode()
             for error in self._unscored:
@@ -214,37 +178,71 @@ class Engine:
             self.batch.seat(seats)
 
     def _room(self, row: Row) -> bool:
-        """Whether the row's prompt and start have passed through the model or have room to. Drops what no row uses to
-        make room."""
-        prompt = row.job.prompt
+        """Whether the row's prompt and start have passed through the model or have room to, and there are blocks for
+        what it has reached, beside those for what preempted rows in slots had reached. Drops what no row uses to make
+        room."""
+        prompt, seated, kv = row.job.prompt, [row for row in self.rows if row], self.kv
+        blocks = kv.blocks(max(len(row.start), row.reached if seated else 0))  # alone it goes as far as it can
+        blocks += sum(max(0, kv.blocks(other.reached) - kv.blocks(len(other.tokens))) for other in seated)
 
         def short() -> bool:
             tiled = starts.chain(prompt.tiles, row.start, row.job.round.sampling.likelihood) is not None
             need = (0 if prompt.prefix else len(prompt.tokens)) + (0 if tiled else starts.size([row.start]))
-            return need > 0 and not self.kv.room(need)
+            return not kv.room(need, blocks)
 
         while short():
-            if prompt.tiles:
-                self._keep(prompt, {})
-            elif not self._evict():
+            if not self._evict():
                 return False
         return True
 
     def _evict(self) -> bool:
-        """Drops the least recently used prefix that no row uses, idle prompts' first. False if there is none."""
+        """Drops the least recently used prefix that no row uses, idle prompts' first, else a prompt's tiles. False if
+        there are none."""
         seated = {id(row.job.prompt) for row in self.rows if row}
         unused = [prompt for prompt in self.prompts.values() if prompt.prefix and id(prompt) not in seated]
+        tiled = [prompt for prompt in self.prompts.values() if prompt.tiles]
         if unused:
             self._drop(min(unused, key=lambda prompt: prompt.rounds > 0))
-        return bool(unused)
+        elif tiled:
+            self._keep(tiled[0], {})
+        return bool(unused or tiled)
 
-    def _drop(self, prompt: _Prompt) -> None:
+    def _reach(self) -> None:
+        """Takes the blocks that rows reach in this step, for the oldest rows first. Where none is left, the youngest
+        row is preempted; a row that is left alone without room is given up."""
+        seated = [(row.age, slot, row) for slot, row in enumerate(self.rows) if row]
+        for _, slot, row in sorted(seated):
+            while self.rows[slot] is row and not self.kv.reach(slot, len(row.tokens) - 1):
+                if self._evict():
+                    continue
+                *others, (_, last) = sorted((row.age, slot) for slot, row in enumerate(self.rows) if row)
+                if others:
+                    self._preempt(last)
+                    continue
+                reason = (
+                    f"sample {row.sample} has {len(row.tokens)} tokens after a prompt of {len(row.job.prompt.tokens)} "
+                    f"and no room for more, even alone: there is room for the keys and values of {self.kv.capacity} "
+                    f"tokens, {self.lm.token_bytes / 1e3:.1f} kB each, {self.kv.arena_size} of them at a time; lower "
+                    "generator.max_new_tokens, prompts.max_tokens or generator.batch_rows"
+                )
+                self._broken.append(DecodeError(row.job.round, reason))
+                self._leave(row.job)
+
+    def _preempt(self, slot: int) -> None:
+        """Sends a row back to wait. It begins anew, and gets the same tokens again."""
+        row = self.rows[slot]
+        assert row is not None
+        row.reached, row.tokens = max(row.reached, len(row.tokens)), list(row.start)
+        self._clear([slot])
+        heapq.heappush(self._waiting, (row.age, row))
+
+    def _drop(self, prompt: Shared) -> None:
         if prompt.prefix:
             self.kv.drop(prompt.prefix)
             prompt.prefix = prompt.control = None
             self._keep(prompt, {})
 
-    def _keep(self, prompt: _Prompt, tiles: starts.Tiles) -> None:
+    def _keep(self, prompt: Shared, tiles: starts.Tiles) -> None:
         """Puts these tiles of a prompt in place of those that it had."""
         self.kv.free += starts.held(prompt.tiles) - starts.held(tiles)
         prompt.tiles = tiles
@@ -252,10 +250,10 @@ class Engine:
     def _decode(self) -> None:
         """One token for every row."""
         samplings = [row.job.round.sampling for row in self.rows if row]
-        lengths = [row.length if row else 0 for row in self.rows]
+        # A step passes the token before the one it decodes through the model; a row's first step has none.
+        places = [len(row.tokens) - 1 if row else -1 for row in self.rows]
         self.batch.step(
-            # A step passes the token before the one it decodes through the model; a row's first step has none.
-            self.kv.attend([max(length - 1, 0) for length in lengths]) if any(lengths) else None,
+            self.kv.attend(places) if max(places) >= 0 else None,
             controlled=any(sampling.sigma2 for sampling in samplings),
             drawn=any(sampling.decode for sampling in samplings),
             measured=any(sampling.likelihood for sampling in samplings),
@@ -270,16 +268,16 @@ class Engine:
         token_B = token_B.clone()
         for slot, row in enumerate(self.rows):
             if row and isinstance(row.job.round.sampling.guide, TokenReward):
-                tokens: list[int] = self.batch.tokens_BT[slot, : row.length].tolist()
+                round, tokens = row.job.round, row.tokens
                 try:
                     token_B[slot] = choose(
-                        self.guide.judge, self.lm, self.end_ids, row.job.round, row.sample, tokens, logits_BV[slot]
+                        self.guide.judge, self.lm, self.end_ids, round, row.sample, tokens, logits_BV[slot]
                     )
                 except Unscored as error:
                     self._unscored.append(DecodeError(row.job.round, str(error)))
         return token_B
 
-    def _prefill(self, job: _Job) -> attention.Prefix:
+    def _prefill(self, job: Job) -> attention.Prefix:
         """The prompt's prefix, computed alone and once for all its rows and iterations; and the round's control, into
         the job."""
         prompt = job.prompt
@@ -299,7 +297,8 @@ class Engine:
         job, measured = row.job, row.job.round.sampling.likelihood
         found = starts.chain(job.prompt.tiles, row.start, measured)
         if found is None:
-            wanted = job.round.starts if self.kv.room(starts.size(job.round.starts)) else (row.start,)
+            everything, blocks = starts.size(job.round.starts), self.kv.blocks(len(row.start))
+            wanted = job.round.starts if self.kv.room(everything, blocks) else (row.start,)
             self._keep(job.prompt, starts.extend(self.lm, prefix, job.prompt.tiles, wanted, measured))
             found = starts.chain(job.prompt.tiles, row.start, measured)
         assert found is not None
@@ -307,25 +306,23 @@ class Engine:
 
     def _retire(self) -> None:
         """Takes trajectories that ended out of their slots, and gives up rounds whose logits are not finite."""
-        for slot, (ended, finite) in enumerate(self.batch.rows_BF[:, [ENDED, FINITE]].tolist()):
+        for slot, (ended, finite, token) in enumerate(self.batch.rows_BF[:, [ENDED, FINITE, TOKEN]].tolist()):
             row = self.rows[slot]
             if row is None:
                 continue
-            row.length += 1
+            row.tokens.append(token)
             if not finite:
-                reason = f"the logits of sample {row.sample} are not finite at token {row.length}"
+                reason = f"the logits of sample {row.sample} are not finite at token {len(row.tokens)}"
                 self._broken.append(DecodeError(row.job.round, f"{reason}; lower method.sigma2 or use a wider dtype"))
                 self._leave(row.job)
                 continue
             self.row_steps += 1
-            if ended or self.stop:
-                tokens: list[int] = self.batch.tokens_BT[slot, : row.length].tolist()
-                if ending := self._ending(row, tokens):
-                    self._complete(slot, row, tokens, *ending)
+            if (ended or self.stop) and (ending := self._ending(row)):
+                self._complete(slot, row, *ending)
 
-    def _complete(self, slot: int, row: Row, tokens: list[int], finish: Finish, text: str) -> None:
+    def _complete(self, slot: int, row: Row, finish: Finish, text: str) -> None:
         """Files a row's trajectory, and its round if this is the last one."""
-        job, costs = row.job, (0.0, 0.0)
+        job, tokens, costs = row.job, row.tokens, (0.0, 0.0)
         if job.control and job.round.trace:
             dots: list[float] = self.batch.dots_BT[slot, : len(tokens)].tolist()
             costs = cost(job.control, job.round, row.sample, dots)
@@ -340,16 +337,13 @@ class Engine:
             trajectories = tuple(job.done[sample] for sample in sorted(job.done))
             self._finished.append((job.round, Rollout(trajectories, job.control.u_sq if job.control else 0.0)))
 
-    def _ending(self, row: Row, tokens: list[int]) -> tuple[Finish, str] | None:
-        """Why a trajectory of these tokens ends, and its text; None if it does not end."""
-        prompt_tokens = row.job.round.prompt_tokens
+    def _ending(self, row: Row) -> tuple[Finish, str] | None:
+        """Why a trajectory ends, and its text; None if it does not end."""
+        prompt_tokens, tokens = row.job.round.prompt_tokens, row.tokens
         if tokens[-1] in self.end_ids:
             return "stop", text_after(self.lm.tokenizer, prompt_tokens, tokens[:-1])
-        if self.stop:
-            text = text_after(self.lm.tokenizer, prompt_tokens, tokens)
-            cuts = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
-            if cuts:
-                return "stop", text[: min(cuts)]
+        if self.stop and (text := stopped(self.lm.tokenizer, prompt_tokens, tokens, self.stop)) is not None:
+            return "stop", text
         if len(tokens) == self.max_new_tokens:
             return "length", text_after(self.lm.tokenizer, prompt_tokens, tokens, cut=True)
         return None
@@ -360,7 +354,7 @@ class Engine:
             self.rows[slot] = None
             self.kv.leave(slot)
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job) -> None:
         """Removes a job and its rows; forgets idle prompts beyond `idle_tokens`, the least recently used first."""
         self._jobs.remove(job)
         self._waiting = sorted(entry for entry in self._waiting if entry[1].job is not job)

@@ -22,7 +22,7 @@ from aisp_dist.config import ConfigError, Generator
 from aisp_dist.data.chat import end_of_turn
 from aisp_dist.data.encode import surplus
 from aisp_dist.engine import attention, pretrained
-from aisp_dist.engine.kv import KVCache
+from aisp_dist.engine.kv import KVCache, suffixes
 from aisp_dist.engine.lm import LM, Heads
 
 _PROBE_TOKENS = 24
@@ -175,10 +175,11 @@ def _in_parts(lm: LM, tokens: tuple[int, ...]) -> torch.Tensor:
     """z [T, D] by the engine: the first half of the tokens prefilled, the others one by one as a suffix."""
     first = len(tokens) // 2
     z_TD, dense = lm.dense(tokens[:first], keep=True)
-    kv = KVCache(attention.TILE, len(tokens), len(tokens))
+    kv = KVCache(attention.TILE, len(tokens), len(tokens) + suffixes(1, len(tokens)))
     kv.seat(0, kv.keep(dense, z_TD[-1]))
     states = [z_TD]
     for at, token in enumerate(tokens[first:]):
         ids_B1, positions_B1 = (torch.full((attention.TILE, 1), x, device=lm.device) for x in (token, first + at))
-        states.append(lm.states(kv.attend([at] * attention.TILE), ids_B1, positions_B1)[0])
+        kv.reach(0, at)
+        states.append(lm.states(kv.attend([at] + [-1] * (attention.TILE - 1)), ids_B1, positions_B1)[0])
     return torch.cat(states)

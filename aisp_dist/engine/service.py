@@ -13,7 +13,8 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from aisp_dist.engine.calibrate import calibrate
-from aisp_dist.engine.decode import DecodeError, Engine, Row
+from aisp_dist.engine.decode import DecodeError, Engine
+from aisp_dist.engine.rows import Row
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import Calibration, Late, Rollout, Round, Sampling
 

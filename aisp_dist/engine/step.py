@@ -118,7 +118,6 @@ class Batch:
         self.rows_BF = torch.tensor([_EMPTY] * num_rows, device=device)
         self.z0_BD = torch.zeros(num_rows, dim, dtype=lm.dtype, device=device)
         self.filter_BD = torch.zeros(num_rows, dim, device=device)
-        self.tokens_BT = torch.zeros(num_rows, num_steps, dtype=torch.long, device=device)
         self.dots_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # m_t . e_t
         self.nll_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # of tokens, where measured
         self.ends_V = torch.zeros(lm.vocab_size, dtype=torch.bool, device=device)
@@ -136,9 +135,8 @@ class Batch:
         self.z0_BD[slots] = torch.stack([seat.z_D for seat in seats])
         self.filter_BD[slots] = 0
         for seat in seats:
-            for store, values in ((self.tokens_BT, seat.start), (self.nll_BT, seat.nll)):
-                if values:
-                    store[seat.slot, : len(values)] = torch.tensor(values, dtype=store.dtype, device=device)
+            if seat.nll:
+                self.nll_BT[seat.slot, : len(seat.nll)] = torch.tensor(seat.nll, dtype=torch.float64, device=device)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Empties rows."""
@@ -221,10 +219,9 @@ class Batch:
         self.nll_BT.scatter_(1, self.rows_BF[:, STEP, None] - 1, nll_B[:, None])
 
     def record(self, token_B: torch.Tensor, finite_B: torch.Tensor) -> None:
-        """Appends the tokens, marks rows that end, and moves the others on. An empty slot stays at its first step."""
+        """Keeps the tokens, marks rows that end, and moves the others on. An empty slot stays at its first step."""
         step_B, ended_B, last_B = (self.rows_BF[:, x] for x in (STEP, ENDED, TOKEN))
         token_B = torch.where(ended_B == 1, last_B, token_B)
-        self.tokens_BT.scatter_(1, step_B[:, None] - 1, token_B[:, None])
         self.rows_BF[:, FINITE] = finite_B
         ended_B.copy_((ended_B == 1) | self.ends_V[token_B] | (step_B == self.num_steps))
         last_B.copy_(token_B)

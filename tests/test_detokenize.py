@@ -52,7 +52,7 @@ def test_a_stop_string_is_found_at_the_token_that_completes_it(kind):
     found = 0
     for ids in written:
         whole = text_after(tok, prompt, ids)
-        for _ in range(12):
+        for _ in range(12 if whole else 0):
             at, size = draw.randrange(len(whole)), draw.choice([1, 2, 3, 9])
             stop = [whole[at : at + size], "never\x00there"]
             if "\ufffd" in stop[0]:

@@ -81,6 +81,9 @@ class RayBackend:
             up={role: found.get("up_seconds", 0.0) for role, found in figures.items()},
             row_steps=decoded.get("row_steps", 0.0),
             row_slots=decoded.get("row_slots", 0.0),
+            parts={
+                name.removeprefix("part_"): seconds for name, seconds in decoded.items() if name.startswith("part_")
+            },
         )
 
     def _event(self, kind: str, replica: str) -> None:

@@ -13,7 +13,7 @@ class Counts:
     """done, failed: inputs with a row, also of earlier commands. fresh: inputs that this command finished. gain: sum
     over `gains` prompts of the selected reward minus the base answer's. By role: calls that wait (queued), replicas
     that are up (alive), seconds that replicas worked (busy) and existed (up). row_steps, row_slots: over the decoding
-    steps of the generators, rows with a trajectory and all rows.
+    steps of the generators, rows with a trajectory and all rows. parts: seconds of the generators' steps by part.
     """
 
     done: int = 0
@@ -35,6 +35,7 @@ class Counts:
     up: Mapping[str, float] = field(default_factory=dict)
     row_steps: float = 0.0
     row_slots: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
         return self._with(other, 1)

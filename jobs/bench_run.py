@@ -114,6 +114,7 @@ def ours(run: Run, base_dir: Path, folder: str) -> Iterator[Work]:
                 "reward": float(rows["selected", "reward"].mean()) if len(rows) else None,
                 "busy": dict(counts.busy),
                 "up": dict(counts.up),
+                "parts": dict(counts.parts),
             }
 
         yield work
@@ -159,9 +160,14 @@ def _summary(turns: Sequence[Turn], mine: Sequence[Turn], loading: float) -> dic
 
 
 def _shares(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Where our processes' time went: the share of its time that each role worked, mean over the repetitions."""
-    roles = answers[0]["up"]
-    return {f"{role} busy": fmean(a["busy"].get(role, 0.0) / a["up"][role] for a in answers) for role in roles}
+    """Where our processes' time went, mean over the repetitions: the share of its time that each role worked, and of a
+    generator's the share of each part of a step. What is left of a generator's is Ray, queues and idle."""
+
+    def mean(kind: str, name: str, role: str) -> float:
+        return fmean(answer[kind].get(name, 0.0) / answer["up"][role] for answer in answers)
+
+    shares = {f"{role} busy": mean("busy", role, role) for role in answers[0]["up"]}
+    return shares | {f"generator {part}": mean("parts", part, "generator") for part in answers[0]["parts"]}
 
 
 def _engine(given: Sequence[str]) -> dict[str, Any]:

@@ -121,7 +121,9 @@ def test_bench_run_relabels_and_leaves_nothing(cluster, project):
     (ours,) = found["contenders"].values()
     assert found["method"] == "population" and len(ours["tokens"]) == 2 and min(ours["tokens"]) > 2 * 8 * 3
     assert all(reward is not None for reward in ours["mean_reward"])
-    assert 0 < found["time"]["generator busy"] <= 1 and "words busy" in found["time"]
+    parts = {name: share for name, share in found["time"].items() if not name.endswith(" busy")}
+    assert 0 < sum(parts.values()) <= found["time"]["generator busy"] <= 1 and "words busy" in found["time"]
+    assert {name for name, share in parts.items() if not share} == {"generator control"}  # population has no noise
     assert not (project / "out").exists()
 
 

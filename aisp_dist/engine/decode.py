@@ -108,8 +108,11 @@ class Engine:
     def step(self) -> list[tuple[Round, Rollout]]:
         """Decodes one token of every row; returns the rounds that this completed. Raises DecodeError for a round that
         cannot be finished; the next call goes on with the others."""
+        laps = self.batch.laps
+        laps.start()
         self._admit()
         self._reach()
+        laps.lap("prefill")
         if any(self.rows):
             self._decode()
             for error in self._unscored:
@@ -118,6 +121,7 @@ class Engine:
                     self._leave(job)
             self._unscored.clear()
             self._retire()
+            laps.lap("record")
         if self._broken:
             raise self._broken.pop()
         finished, self._finished = self._finished, []

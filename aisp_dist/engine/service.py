@@ -89,8 +89,10 @@ class Service:
         return await self._between_steps(lambda: calibrate(self.engine.lm, *asked))
 
     def figures(self) -> dict[str, float]:
-        """What grows: seconds at work and alive, rows that held a trajectory and all rows, over all steps."""
+        """What grows: seconds at work and alive, rows that held a trajectory and all rows, over all steps; and the
+        seconds of each part of a step (laps.PARTS), as part_NAME."""
         return {
+            **{f"part_{part}": seconds for part, seconds in self.engine.batch.laps.seconds.items()},
             "busy_seconds": self.busy_seconds,
             "up_seconds": time.monotonic() - self._began,
             "row_steps": self.engine.row_steps,

@@ -20,6 +20,7 @@ import torch
 
 from aisp_dist.engine import noise, nucleus
 from aisp_dist.engine.attention import Pass
+from aisp_dist.engine.laps import Laps
 from aisp_dist.engine.lm import LM
 from aisp_dist.records import Ascent, Sampling, TopP
 
@@ -112,7 +113,7 @@ class Batch:
     def __init__(
         self, lm: LM, num_rows: int, num_steps: int, end_ids: frozenset[int], value: Value | None = None
     ) -> None:
-        self.lm, self.num_steps, self.value = lm, num_steps, value
+        self.lm, self.num_steps, self.value, self.laps = lm, num_steps, value, Laps()
         device, dim = lm.device, lm.hidden_size
         self.plans, self.controls = Plans(num_steps, device), Controls(num_rows // 4, num_steps, dim, device)
         self.rows_BF = torch.tensor([_EMPTY] * num_rows, device=device)
@@ -157,16 +158,23 @@ class Batch:
         attend: the decode pass; None if every row is at its first step, whose state is known. controlled, drawn,
         measured: whether any row is under control, draws its tokens, or has its likelihood under the base model
         measured. ascent: how rows of RE-Control climb the value network. choose: replaces tokens, given all logits."""
+        lap = self.laps.lap
         base_BD = self.states(attend).float()
+        lap("decoder")
         z_BD = self.control(base_BD) if controlled else base_BD
         if ascent is not None:
             z_BD = self.ascend(z_BD, ascent)
+        if z_BD is not base_BD:
+            lap("control")
         logits_BV = self.lm.logits(z_BD)
+        lap("head")
         token_B, finite_B = self.select(logits_BV, drawn)
         if choose:
             token_B = choose(logits_BV, token_B)
+        lap("draw")
         if measured:
             self.measure(logits_BV if z_BD is base_BD else self.lm.logits(base_BD), token_B)
+            lap("likelihood")
         self.record(token_B, finite_B)
 
     def ascend(self, z_BD: torch.Tensor, ascent: Ascent) -> torch.Tensor:

@@ -8,11 +8,25 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from actors.placement import Group
 from aisp_dist import quiet
 from aisp_dist.config import Run
 from aisp_dist.records import Calibration, Rollout, Round, Sampling
+
+
+class Answers(Protocol):
+    """An engine behind this process: the local engine's Service, or vLLM's."""
+
+    @property
+    def work(self) -> int: ...
+    @property
+    def busy(self) -> bool: ...
+    async def rollout(self, round: Round) -> Rollout: ...
+    async def nll(self, prompt_tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]) -> list[float]: ...
+    async def calibrate(self, request: Calibration) -> Sampling: ...
+    def figures(self) -> dict[str, float]: ...
 
 
 class Generator:
@@ -23,6 +37,7 @@ class Generator:
 
     def __init__(self, run: Run, base_dir: Path, name: str, group: Group) -> None:
         self.run, self.base_dir, self.name, self.group = run, base_dir, name, group
+        self.service: Answers
 
     def __repr__(self) -> str:
         return self.name
@@ -37,9 +52,11 @@ class Generator:
 
         settings = self.run.generator
         torch.set_num_threads(self.group.threads)
-        if torch.cuda.is_available() and self.group.num_gpus:
+        if settings.engine != "vllm" and torch.cuda.is_available() and self.group.num_gpus:
             torch.cuda.set_per_process_memory_fraction(self.group.memory)
         quiet.libraries()
+        if settings.engine == "vllm":
+            return await self._load_vllm()
         lm = await asyncio.to_thread(model.load, settings)
         guide = await asyncio.to_thread(stepwise.load, self.run, self.base_dir, lm.device)
         sizes = settings.batch_rows, settings.max_new_tokens
@@ -49,6 +66,18 @@ class Generator:
         what = f"{settings.model}, {lm.dtype}, {len(engine.rows)} rows, {self.group.threads} threads"
         print(f"{self.name}: {what}, context {lm.context_length or 'unlimited'}", file=sys.stderr)
         return lm.context_length
+
+    async def _load_vllm(self) -> int:
+        """vLLM's engine runs in processes of its own, which end with this one; this one ends when they have died."""
+        from aisp_dist.vllm.start import start
+
+        settings, timeouts = self.run.generator, self.run.runtime.timeouts
+        how = {"share": self.group.memory, "threads": self.group.threads, "limit": timeouts.round, "broken": _exit}
+        self.service = await start(settings, self.run.prompts.max_tokens, **how)  # type: ignore[arg-type]
+        served = self.service.served
+        what = f"{settings.model}, vLLM, {served.rows} rows, context {served.context_length}"
+        print(f"{self.name}: {what}", file=sys.stderr)
+        return served.context_length
 
     async def rollout(self, round: Round) -> Rollout:
         """See Service."""

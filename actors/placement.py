@@ -3,7 +3,8 @@ shortfall out, so that no actor waits for a machine that will not come.
 
     replicas, num_gpus (numbers or auto) + machines --> fractions --> packed GPU by GPU --> Plan, or ConfigError
 
-A plan packs every actor onto one machine and every fraction onto one GPU. Fractions that share a GPU are started
+A plan packs every actor onto one machine and every fraction onto one GPU; a model that is split over GPUs takes whole
+ones of one machine. Fractions that share a GPU are started
 together in one bundle (cluster.py), because Ray by itself may spread 0.6 + 0.4 + 0.6 + 0.4 so that the last one waits.
 """
 
@@ -45,6 +46,7 @@ class Group:
 
 
 Seat = tuple[str, int]  # role and number of one actor
+_Place = tuple[float, float, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ def plan(
     gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
     shares = {role: 1.0 if role in models and (gpus or autoscaling) else 0.0 for role in wanted}
     shares |= {role: float(asked.num_gpus) for role, asked in wanted.items() if asked.num_gpus != "auto"}
+    if split := run.generator.gpus > 1 and shares[GENERATOR] > 0:
+        shares[GENERATOR] = float(run.generator.gpus)
     if autoscaling:
         groups = [_group(role, asked, _count(asked), shares[role]) for role, asked in wanted.items()]
         notes.append(
@@ -118,6 +122,8 @@ def plan(
         )
         return Plan(tuple(groups), notes=tuple(notes))
     auto = [role for role, asked in wanted.items() if asked.num_gpus == "auto" and role in models] if gpus else []
+    if split and gpus:
+        auto.remove(GENERATOR)
     counts = {role: _count(asked) for role, asked in wanted.items()}
     seats = _share(wanted, counts, shares, auto, machines, sizes or {})
     if seats is None:
@@ -179,7 +185,7 @@ def _group(role: str, asked: Replicas, count: int, share: float) -> Group:
 
 
 def _memory(share: float, on_cpu: Counter[int]) -> float:
-    return share if share else 1 / max(on_cpu.values(), default=1)
+    return min(share, 1.0) if share else 1 / max(on_cpu.values(), default=1)
 
 
 def _actors(wanted: Mapping[str, Replicas], counts: Mapping[str, int], shares: Mapping[str, float]) -> list[_Actor]:
@@ -265,26 +271,32 @@ def _pack(actors: Sequence[_Actor], machines: Sequence[Resources]) -> dict[Seat,
     seats: dict[Seat, tuple[int, tuple[int, ...]]] = {}
     tries = 0
 
-    def options(actor: _Actor) -> list[tuple[float, float, int, int]]:
-        """Places that differ: what is left of the GPU, of the CPUs, machine, GPU (-1: none)."""
-        found: dict[tuple[float, float, int, bool], tuple[float, float, int, int]] = {}
+    def options(actor: _Actor) -> list[_Place]:
+        """Places that differ: what is left of the GPU, of the CPUs, machine, GPUs."""
+        found: dict[tuple[float, float, int, bool], _Place] = {}
         for m, machine in enumerate(machines):
             if cpus[m] < actor.num_cpus - _TINY or not _has(machine, actor.accelerator):
                 continue
             if not actor.num_gpus:
-                found.setdefault((len(free[m]), cpus[m], -1, True), (len(free[m]), cpus[m], m, -1))
+                found.setdefault((len(free[m]), cpus[m], -1, True), (len(free[m]), cpus[m], m, ()))
+            if actor.num_gpus > 1:
+                whole = [g for g, left in enumerate(free[m]) if left >= 1 - _TINY]
+                if len(whole) >= actor.num_gpus - _TINY:
+                    gpus = tuple(whole[: round(actor.num_gpus)])
+                    found.setdefault((len(whole), cpus[m], len(free[m]), False), (len(whole), cpus[m], m, gpus))
+                continue
             for g, left in enumerate(free[m]) if actor.num_gpus else ():
                 if left >= actor.num_gpus - _TINY and not (actor.alone and roles[m][g][actor.seat[0]]):
-                    found.setdefault((round(left, 6), cpus[m], len(free[m]), False), (left, cpus[m], m, g))
+                    found.setdefault((round(left, 6), cpus[m], len(free[m]), False), (left, cpus[m], m, (g,)))
         return sorted(found.values())
 
-    def take(m: int, g: int, actor: _Actor, sign: int) -> None:
+    def take(m: int, gpus: tuple[int, ...], actor: _Actor, sign: int) -> None:
         cpus[m] -= sign * actor.num_cpus
-        if g >= 0:
-            free[m][g] -= sign * actor.num_gpus
+        for g in gpus:
+            free[m][g] -= sign * min(actor.num_gpus, 1.0)
             roles[m][g][actor.seat[0]] += sign
 
-    stack: list[tuple[list[tuple[float, float, int, int]], tuple[int, int] | None]] = []
+    stack: list[tuple[list[_Place], tuple[int, tuple[int, ...]] | None]] = []
     if not order:
         return {}
     stack.append((options(order[0]), None))
@@ -295,10 +307,10 @@ def _pack(actors: Sequence[_Actor], machines: Sequence[Resources]) -> dict[Seat,
             take(*taken, actor, -1)
         if not left or (tries := tries + 1) > max(_TRIES, 2 * len(order)):
             continue
-        (_, _, m, g), *rest = left
-        take(m, g, actor, 1)
-        seats[actor.seat] = m, (g,) if g >= 0 else ()
-        stack.append((rest, (m, g)))
+        (_, _, m, gpus), *rest = left
+        take(m, gpus, actor, 1)
+        seats[actor.seat] = m, gpus
+        stack.append((rest, (m, gpus)))
         if len(stack) == len(order):
             return seats
         stack.append((options(order[len(stack)]), None))

@@ -80,7 +80,7 @@ def reason(error: BaseException) -> str:
 def window(run: Run) -> int:
     """How many prompts one generator searches at a time: as the method says, else twice what fills the rows, so that
     scoring overlaps decoding."""
-    return run.method.prompts_together or max(2, -(-2 * run.generator.batch_rows // run.method.num_samples))
+    return run.method.prompts_together or max(2, -(-2 * run.generator.rows // run.method.num_samples))
 
 
 def tokens_of(run: Run, prompt: Prompt, tokenizer: render.Tokenizer, context_length: int | None) -> Tokens:

@@ -28,33 +28,46 @@ from aisp_dist.output import fingerprint, schema
 from aisp_dist.records import Calibration, Done, Input, Prompt, Result, Rollout, Round, Sampling, Score
 from aisp_dist.rewards import stepwise
 from aisp_dist.rewards.client import Unavailable
+from aisp_dist.vllm import service as serving
+from aisp_dist.vllm.choice import choose, here
+from aisp_dist.vllm.start import start
 
 T = TypeVar("T")
 Row = dict[str, Any]
 Given = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]  # a text, messages, or an input line with its columns
 
-_FAULTS = (MemoryError, Unavailable, Closed)  # whatever was asked; every other error is about the request
+# Whatever was asked; every other error is about the request.
+_FAULTS = (MemoryError, Unavailable, Closed, serving.Dead, serving.Disobeyed)
 
 
 class LocalBackend:
     """The base model and the rewards of a run, loaded into this process. Implements align.Backend.
 
     run: with its paths resolved (fingerprint.locate). device: of all models, as torch names it (default: the first GPU,
-    else the CPU). Raises ConfigError for a model or function that cannot be used. `close` ends its threads.
+    else the CPU). served: vLLM's engine, where that decodes. Raises ConfigError for a model or function that cannot be
+    used. `close` ends its threads.
     """
 
-    def __init__(self, run: Run, base_dir: Path, device: str | None = None) -> None:
-        settings = run.generator
-        lm = model.load(settings, device)
-        guide = stepwise.load(run, base_dir, lm.device)
-        self.tokenizer, self.context_length = lm.tokenizer, lm.context_length
+    def __init__(
+        self, run: Run, base_dir: Path, device: str | None = None, served: serving.Service | None = None
+    ) -> None:
+        self.service: Service | serving.Service
+        self.context_length: int | None
+        if served is not None:
+            self.service, self.tokenizer = served, served.served.tokenizer
+            self.context_length = served.served.context_length
+        else:
+            settings = run.generator
+            lm = model.load(settings, device)
+            guide = stepwise.load(run, base_dir, lm.device)
+            self.tokenizer, self.context_length = lm.tokenizer, lm.context_length
+            sizes = settings.batch_rows, settings.max_new_tokens
+            self.service = Service(decode.Engine(lm, *sizes, settings.stop, guide=guide))
         self.rewards = {
             name: rewards.load(name, reward, base_dir, device, run.prompts.keep) for name, reward in run.rewards.items()
         }
         # One thread a reward: what a function keeps between its calls, an event loop say, belongs to a thread.
         self.threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}") for name in run.rewards}
-        sizes = settings.batch_rows, settings.max_new_tokens
-        self.service = Service(decode.Engine(lm, *sizes, settings.stop, guide=guide))
 
     async def rollout(self, round: Round) -> Rollout:
         return await _answer(self.service.rollout(round))
@@ -102,13 +115,15 @@ def relabel(
 
 
 def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[Row, None, None]:
+    choice = choose(run, None, here)
+    run = run.model_copy(update={"generator": run.generator.model_copy(update={"engine": choice.engine})})
     run = fingerprint.pin(run, {})
     located = fingerprint.locate(run, base_dir)
     sample = prompts.sample(located.prompts) if given is None else _inputs(located, given)
     columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
     model = fingerprint.model_name(run)
     first = None if given is None else prompts.first_digest(_inputs(located, given[:1]))
-    run_id = fingerprint.fingerprint(fingerprint.components(run, located, base_dir, first))[:12]
+    run_id = fingerprint.fingerprint(fingerprint.components(run, located, base_dir, first, choice.component))[:12]
     kind: schema.Kind = "raw" if run.prompts.format == "raw" else "chat"
     empty = dict.fromkeys(schema.schemas(kind, columns).data.names)
 
@@ -117,7 +132,7 @@ def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[
             return schema.done_row(result, kind, columns, model, run_id) | {"reason": None}
         return empty | schema.failed_row(result, kind, columns, run_id) | {"model": model}
 
-    with _one_thread(), _backend(located, base_dir) as backend, _event_loop() as loop:
+    with _one_thread(), _event_loop() as loop, _backend(located, base_dir, loop) as backend:
         searched: deque[Future[Result]] = deque()
         asyncio.run_coroutine_threadsafe(probe(located, _inputs(located, given), backend.score), loop).result()
         try:
@@ -143,8 +158,12 @@ def _inputs(run: Run, given: Sequence[Given] | None) -> Iterator[Input]:
 
 
 @contextmanager
-def _backend(run: Run, base_dir: Path) -> Iterator[LocalBackend]:
-    backend = LocalBackend(run, base_dir)
+def _backend(run: Run, base_dir: Path, loop: asyncio.AbstractEventLoop) -> Iterator[LocalBackend]:
+    served = None
+    if run.generator.engine == "vllm":
+        started = start(run.generator, run.prompts.max_tokens)
+        served = asyncio.run_coroutine_threadsafe(started, loop).result()
+    backend = LocalBackend(run, base_dir, None, served)
     try:
         yield backend
     finally:

@@ -82,7 +82,8 @@ def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -
     counts, seconds, size = cluster.trial(table, few)
     actors = int(counts.alive.get("generator", 1))
     each = counts.samples / max(counts.finished, 1)
-    return f"{cost.text(run, inputs, counts, seconds, actors, size, counts.done, each)}\nnothing was written"
+    told = cost.text(run, inputs, counts, seconds, actors, size, counts.done, each)
+    return f"{prepared.choice.line()}\n{told}\nnothing was written"
 
 
 def _shard(text: str, coordinators: int) -> tuple[int, int]:

@@ -134,7 +134,9 @@ class Filling:
         if manifest.read_run(prepared.output) is not None and prepared.table().whole():
             return
         brings = prepared.located.method.brings
-        if self.session is None or (brings and brings != self.brought):
+        engine = prepared.choice.engine
+        other = self.session is None or engine != self.session.prepared.choice.engine
+        if self.session is None or other or (brings and brings != self.brought):
             self.stack.close()
             self.session, self.brought = self.stack.enter_context(session.Session(prepared, say)), brings
         with Progress(prepared.output, prepared.located, title=f"{title}: ") as progress:

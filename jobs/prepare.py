@@ -20,6 +20,8 @@ from aisp_dist.data import prompts
 from aisp_dist.engine import checkpoints, sizes
 from aisp_dist.output import fingerprint, lease, manifest, schema
 from aisp_dist.output.filesystem import Place
+from aisp_dist.vllm.choice import Choice
+from jobs import engines
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Prepared:
     components: dict[str, Any]
     columns: dict[str, schema.ColumnType]
     model: str  # the base model as rows name it
+    choice: Choice  # of the engine
 
     @property
     def fingerprint(self) -> str:
@@ -54,6 +57,7 @@ class Prepared:
             "base_dir": str(self.base_dir),
             "directory": str(Path.cwd()),
             "command": [self._without_secrets(word) for word in sys.argv],
+            "engine": {"name": self.choice.engine, "version": self.choice.version, "why": self.choice.why},
             "same_rows": self._same_rows(),
             "versions": {"python": platform.python_version()}
             | {name: _version(name) for name in (*_PACKAGES, *_QUANTIZERS)},
@@ -67,6 +71,8 @@ class Prepared:
         return word
 
     def _same_rows(self) -> str:
+        if self.choice.engine == "vllm":
+            return f"not promised: {self.choice.promise}"
         generator = self.located.generator
         directory = checkpoints.cached(generator.model, generator.revision)
         if directory and sizes.has_experts(sizes.read_config(directory)):
@@ -135,6 +141,7 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
     """
     output = check_output(run)
     before = manifest.read_run(output)
+    run, choice = engines.resolve(run, before)
     run = fingerprint.pin(run, before["config"] if before else {})
     located = _check_rest(run, base_dir)
     if before:
@@ -143,8 +150,8 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
         sample = prompts.sample(located.prompts)
         columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
     model = before["model"] if before and "model" in before else fingerprint.model_name(run)
-    components = fingerprint.components(run, located, base_dir)
-    prepared = Prepared(run, located, base_dir, output, components, columns, model)
+    components = fingerprint.components(run, located, base_dir, vllm=choice.component)
+    prepared = Prepared(run, located, base_dir, output, components, columns, model, choice)
     if before:
         manifest.check_resume(before, prepared.record())
     for owner in lease.read_owners(output):

@@ -25,6 +25,7 @@ from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import Lease, LeaseLost
 from aisp_dist.records import Failed, Input, Prompt, Result, Score
 from aisp_dist.rewards import RewardError, RewardFn, client
+from aisp_dist.vllm.choice import Choice
 from jobs import cli, settings, verify
 from jobs.prepare import Prepared, check_output
 from jobs.progress import say
@@ -136,14 +137,18 @@ def _prepare(parent: Output, file: Path, out: str) -> Prepared:
     was, now = parent.record["components"], run.row_settings()
     of_base = {key: value for key, value in was["digests"].items() if not key.startswith("rewards.")}
     new = {name: fingerprint.reward_settings(reward) for name, reward in now["rewards"].items()}
-    components = was | {"rewards": new, "combine": now["combine"], "engine": engine.VERSION}
+    components = was | {"rewards": new, "combine": now["combine"]}
+    if not isinstance(was.get("engine"), str):  # vLLM's is recorded by its name
+        components["engine"] = engine.VERSION
     components["parent"] = parent.record["fingerprint"]
     components["digests"] = of_base | fingerprint.reward_digests(located, base_dir)
     if template := run.generator.chat_template:  # relative to the parent's configuration, not to this one
         template = str(Path(parent.record["base_dir"], template))
         run = run.model_copy(update={"generator": run.generator.model_copy(update={"chat_template": template})})
     here = run.model_copy(update={"rewards": located})
-    return Prepared(run, here, base_dir, output, components, parent.record["columns"], parent.model_name)
+    told = parent.record.get("engine") or {"name": "local", "version": None}
+    choice = Choice(told["name"], "of the run that is rescored", told["version"])
+    return Prepared(run, here, base_dir, output, components, parent.record["columns"], parent.model_name, choice)
 
 
 @dataclass

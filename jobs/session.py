@@ -105,6 +105,7 @@ class Session:
     def _start_all(self) -> None:
         self.connection = Connection(self.prepared.run, self.say)
 
+        self.say(self.prepared.choice.line())
         from actors import cluster  # brings Ray, after the settings that a Connection makes
 
         # Set after ray.init, whose own handler ends the process. The handler only notes the signal, since an exception

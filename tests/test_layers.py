@@ -25,11 +25,12 @@ ARROWS = {
     "data": BELOW | {"config", "demo"},
     "methods": BELOW | {"config"},
     "engine": BELOW | {"config", "demo", "data", "methods"},  # data: text of tokens; methods: the value network
+    "vllm": BELOW | {"config", "data", "engine"},
     "rewards": BELOW | {"config", "data", "engine", "methods"},
     "output": BELOW | {"config", "data", "engine", "rewards"},  # the fingerprint digests models and functions
     "align": BELOW | {"config", "data", "methods", "rewards"},
     "bench": BELOW | {"config", "data", "engine", "rewards", "align"},
-    "local": BELOW | {"config", "data", "engine", "rewards", "output", "align"},
+    "local": BELOW | {"config", "data", "engine", "vllm", "rewards", "output", "align"},
     "analysis": BELOW | {"config", "data", "methods", "engine", "rewards", "output", "align"},
 }
 

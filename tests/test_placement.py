@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
+import yaml
 
 from actors import placement
 from aisp_dist.config import ConfigError, Run
 
+ROOT = Path(__file__).parent.parent
 MAIN = {"kind": "model", "model": "demo"}
 WORDS = {"kind": "function", "function": "a.py:b", "use": "report"}
 
@@ -192,3 +195,46 @@ def test_each_coordinator_has_a_replica_of_each_kind_and_others_may_come_later()
     assert (late.groups[0].replicas, late.groups[0].needed) == (8, 2)
     with pytest.raises(ConfigError, match="generator 2 x 1"):
         placement.plan(run(generators={"replicas": 8, "at_least": 2}), [machine(1)])
+
+
+EIGHT = [machine(64, 8)]
+SIZES = {"one-24gb": (6.4e9, 1.2e9), "eight-80gb": (16.1e9, 15.0e9), "seventy-b": (141.1e9, 15.0e9)}  # bytes in bf16
+CLUSTERS = {"one-24gb": ([machine(8, 1)], 24e9), "eight-80gb": (EIGHT, 80e9), "seventy-b": (EIGHT, 80e9)}
+TOKEN = {"one-24gb": 28 * 8 * 128 * 4, "eight-80gb": 32 * 8 * 128 * 4, "seventy-b": 80 * 8 * 128 * 4}  # bytes
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_configurations_of_the_docs_fit_their_gpus(name):
+    """Each is planned on its machines, and its share of each GPU holds the weights and the tokens of its rows."""
+    text = (ROOT / "docs/cluster.md").read_text()
+    (block,) = [b.split("```")[0] for b in text.split("```yaml\n")[1:] if b.startswith(f"# {name}\n")]
+    wanted = Run.model_validate(yaml.safe_load(block))
+    machines, memory = CLUSTERS[name]
+    sizes = dict(zip(("generator", "helpful"), map(int, SIZES[name]), strict=True))
+    made = placement.plan(wanted, machines, sizes=sizes)
+    assert made.idle == 0
+    generator, helpful = made.groups
+    split = wanted.generator.gpus
+    assert generator.num_gpus == (split if split > 1 else generator.memory)
+    free = 0.92 * generator.memory * memory - sizes["generator"] / split
+    longest = wanted.prompts.max_tokens + wanted.generator.max_new_tokens
+    assert free > 2e9 and free / (TOKEN[name] / split) > longest  # vLLM starts with one longest sequence
+    prompts = 2 * wanted.generator.rows / wanted.method.num_samples
+    each = wanted.prompts.max_tokens + wanted.method.num_samples * wanted.generator.max_new_tokens  # a shared prompt
+    assert free / (TOKEN[name] / split) > each * prompts / 2  # the rows at work, at their longest
+    assert helpful.memory * memory > 1.25 * sizes["helpful"]
+
+
+def test_a_split_model_takes_whole_gpus_of_one_machine():
+    wanted = run().model_copy(update={"generator": run().generator.model_copy(update={"tensor_parallel": 2})})
+    made = placement.plan(wanted, [machine(4, 1), machine(4, 4)])
+    assert shares(made)["generator"] == 2.0 and made.groups[0].memory == 1.0
+    assert made.idle == 2
+    assert "2 GPU each" in next(made.lines())
+    with pytest.raises(ConfigError, match="fit no machine-by-machine placement"):
+        placement.plan(wanted, [machine(4, 1)] * 3)
+    with pytest.raises(ConfigError, match="need 3 GPU .generator 1 x 2, main 1 x 1. and the cluster has 2"):
+        placement.plan(
+            wanted.model_copy(update={"runtime": run(rewards={"main": {"num_gpus": 1}}).runtime}), [machine(4, 2)]
+        )
+    assert shares(placement.plan(wanted, [machine(4, 0)]))["generator"] == 0

@@ -81,6 +81,10 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "generator.dtype": "float32",
     "generator.chat_template": "t",
     "generator.quantization": "nf4",
+    "generator.engine": "vllm",
+    "generator.tensor_parallel": 2,
+    "generator.pipeline_parallel": 2,
+    "generator.vllm": {"max_num_seqs": 8},
     "generator.fp32_head": True,
     "generator.batch_rows": 8,
     "generator.max_new_tokens": 9,
@@ -162,7 +166,6 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "runtime.rewards.main.accelerator": "L4",
 }
 SECRET = {f"runtime.storage_options.{key}" for key in ("access_key", "secret_key", "session_token")}  # all, or none
-REFUSED = {"generator.tensor_parallel"}  # every value but the default is refused, see below
 WHOLE = {
     "rewards",
     "method",
@@ -187,7 +190,7 @@ def test_every_key_of_the_schema_is_covered():
     keys = {key for key, _ in scalars(Run)} | {f"method.{key}" for key, _ in scalars(config.Aisp)}
     keys |= {f"rewards.main.{key}" for key, _ in scalars(config.ModelReward) if key != "kind"}
     keys |= {f"rewards.judge.{key}" for key, _ in scalars(config.HttpReward) if key not in ("kind", "use")}
-    assert keys - set(VALUES) - SECRET - WHOLE - REFUSED - {"method.kind"} == set()
+    assert keys - set(VALUES) - SECRET - WHOLE - {"method.kind"} == set()
 
 
 @pytest.mark.parametrize("key", VALUES)
@@ -272,8 +275,27 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--runtime.storage_options.secret_key", "x"], "access_key and secret_key come together"),
         (["--runtime.storage_options.endpoint_override", "http://id:x@host"], "endpoint_override: .*match pattern"),
         (["--generator.tensor_parallel", "0"], "generator.tensor_parallel: .*it is .*; it must be at least 1"),
-        (["--generator.tensor_parallel", "2"], "generator.tensor_parallel: 2 is not implemented; leave it at 1"),
-        (["--generator.quantization", "awq"], "generator.quantization: it is 'awq'; it must be 'int8' or 'nf4'"),
+        (
+            ["--generator.engine", "local", "--generator.tensor_parallel", "2"],
+            "generator: tensor_parallel: 2 has no effect with engine: local; leave it out, or give engine: vllm",
+        ),
+        (["--generator.engine", "local", "--generator.quantization", "awq"], "generator: quantization: awq has no"),
+        (["--generator.engine", "vllm", "--generator.batch_rows", "8"], "generator: batch_rows: 8 has no effect"),
+        (["--generator.engine", "vllm", "--generator.fp32_head", "true"], "generator: fp32_head: true has no effect"),
+        (
+            ["--generator.quantization", "int8", "--generator.tensor_parallel", "2"],
+            "generator: quantization: int8 needs engine: local and tensor_parallel: 2 engine: vllm; leave one",
+        ),
+        (["--generator.vllm", '{"tensor_parallel_size": 2}'], "vllm.tensor_parallel_size: it is set by the other keys"),
+        (["--generator.vllm", '{"speculative_config": {}}'], "speculative decoding checks tokens against logits"),
+        (
+            ["--generator.engine", "vllm", "--method", '{"kind": "args"}'],
+            "args changes every step inside the local engine, which generator.engine: vllm excludes",
+        ),
+        (
+            ["--generator.tensor_parallel", "2", "--runtime.generators.num_gpus", "0.5"],
+            "runtime.generators.num_gpus: 0.5, but generator.tensor_parallel x pipeline_parallel takes 2 whole GPUs",
+        ),
         (["--method.nope", "1"], "--method.nope"),
         (["--method.num_samples", "many"], "method.num_samples: it is 'many'; it must be a whole number"),
         (["--prompts.limit", "1.5"], "prompts.limit: it is '1.5'; it must be a whole number"),

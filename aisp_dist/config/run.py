@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from aisp_dist.config.base import Section, doc
 from aisp_dist.config.compare import Compare, Tune
 from aisp_dist.config.guard import Guard
-from aisp_dist.config.methods import Args, Method
+from aisp_dist.config.methods import Args, Method, ReControl
 from aisp_dist.config.rewards import FREE, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 
@@ -59,6 +59,35 @@ class Prompts(Section):
         return self
 
 
+LOCAL_QUANTIZATION = ("int8", "nf4")
+SEQUENCES = 256  # rows that vLLM decodes together, where generator.vllm does not say
+FREE_VLLM = ("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens")
+_PLACE = "it is set by the other keys of generator and by runtime"
+OWNED = dict.fromkeys(
+    (
+        "model",
+        "tokenizer",
+        "revision",
+        "dtype",
+        "quantization",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "trust_remote_code",
+        "distributed_executor_backend",
+        "worker_extension_cls",
+        "worker_cls",
+        "runner",
+        "convert",
+    ),
+    _PLACE,
+) | {
+    "speculative_config": "speculative decoding checks tokens against logits without control",
+    "logprobs_mode": "likelihoods are the base model's, at temperature 1",
+    "data_parallel_size": "runtime.generators.replicas makes more copies",
+    "logits_processors": "they would change what the search sees",
+}  # engine arguments of vLLM that are not free, and why
+
+
 class Generator(Section):
     """The base model and how it decodes."""
 
@@ -68,14 +97,24 @@ class Generator(Section):
         "auto: the checkpoint's own; bfloat16 for a quantised GGUF file", "auto"
     )
     chat_template: str | None = doc("file with a chat template that replaces the tokenizer's", None)
-    quantization: Literal["int8", "nf4"] | None = doc(
-        "quantise a plain checkpoint while it loads: int8 (torchao, weights only) or nf4 (bitsandbytes); null: load it "
-        "as it is",
-        None,
+    engine: Literal["auto", "local", "vllm"] = doc(
+        "what decodes: local (exact, portable), vllm (GPUs), or auto: vllm where GPUs and vLLM are; decided once per "
+        "output",
+        "auto",
     )
-    tensor_parallel: int = doc("GPUs that one copy of the model is split over; only 1 is implemented", 1, ge=1)
-    fp32_head: bool = doc("compute logits with a copy of the output layer in fp32", False)
-    batch_rows: int = doc("rows decoded together; part of the fingerprint, since bits can depend on it", 64, ge=1)
+    quantization: str | None = doc(
+        "quantise a plain checkpoint while it loads: int8 (torchao, weights only) or nf4 (bitsandbytes) with local, "
+        "one of vLLM's own names, such as fp8, with vllm; null: load it as it is",
+        None,
+        min_length=1,
+    )
+    tensor_parallel: int = doc("GPUs of one machine that each layer is split over; with vllm", 1, ge=1)
+    pipeline_parallel: int = doc("GPUs of one machine that the layers are divided among; with vllm", 1, ge=1)
+    vllm: dict[str, Any] = doc("further engine arguments of vLLM by their own names, as {max_num_seqs: 128}", {})
+    fp32_head: bool = doc("compute logits with a copy of the output layer in fp32; with local", False)
+    batch_rows: int = doc(
+        "rows decoded together; part of the fingerprint, since bits can depend on it; with local", 64, ge=1
+    )
     max_new_tokens: int = doc("longest response in tokens", 128, ge=1, lt=1 << 31)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = doc("strings that end a response and are cut from it", ())
     thinking: Literal["keep", "strip"] = doc(
@@ -84,12 +123,52 @@ class Generator(Section):
     thinking_tags: tuple[str, str] = doc("the tags around a block of thinking", ("<think>", "</think>"))
     trust_remote_code: bool = doc("run code that comes with the checkpoint", False)
 
-    @field_validator("tensor_parallel")
-    @classmethod
-    def one_gpu(cls, value: int) -> int:
-        if value > 1:
-            raise ValueError(f"{value} is not implemented; leave it at 1, and use a GPU that holds the whole model")
-        return value
+    @model_validator(mode="after")
+    def effective(self) -> Generator:
+        """Refuse what would have no effect with the engine that is named, or that another setting asks for."""
+        if owned := sorted(set(self.vllm) & OWNED.keys()):
+            raise ValueError(f"vllm.{owned[0]}: {OWNED[owned[0]]}; leave it out")
+        ours, theirs = self.only_local, self.only_vllm
+        if self.engine != "local" and ours and theirs:
+            raise ValueError(f"{ours} needs engine: local and {theirs} engine: vllm; leave one of them out")
+        if self.engine == "local" and theirs:
+            raise ValueError(f"{theirs} has no effect with engine: local; leave it out, or give engine: vllm")
+        if self.engine == "vllm" and ours:
+            raise ValueError(f"{ours} has no effect with engine: vllm; leave it out, or give engine: local")
+        return self
+
+    @property
+    def only_local(self) -> str | None:
+        """A setting that vLLM does not have, with its value."""
+        rows = type(self).model_fields["batch_rows"].default
+        told = {
+            f"quantization: {self.quantization}": self.quantization in LOCAL_QUANTIZATION,
+            "fp32_head: true": self.fp32_head,
+            f"model: {self.model}": self.model.endswith(".gguf"),
+            f"batch_rows: {self.batch_rows}": self.batch_rows != rows,
+        }
+        return next((setting for setting, given in told.items() if given), None)
+
+    @property
+    def only_vllm(self) -> str | None:
+        """A setting that the local engine does not have, with its value."""
+        told = {
+            f"quantization: {self.quantization}": self.quantization not in (None, *LOCAL_QUANTIZATION),
+            f"tensor_parallel: {self.tensor_parallel}": self.tensor_parallel > 1,
+            f"pipeline_parallel: {self.pipeline_parallel}": self.pipeline_parallel > 1,
+            f"vllm: {self.vllm}": bool(self.vllm),
+        }
+        return next((setting for setting, given in told.items() if given), None)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are decoded together at most."""
+        return int(self.vllm.get("max_num_seqs", SEQUENCES)) if self.engine == "vllm" else self.batch_rows
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one copy of the model."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @field_validator("thinking_tags")
     @classmethod
@@ -161,6 +240,11 @@ class Run(Section):
     def whole(self) -> Run:
         if not any(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("rewards: none has use: select, so nothing could choose a best answer; add one")
+        if isinstance(self.method, Args | ReControl) and (setting := self._needs_vllm()):
+            raise ValueError(
+                f"method: {self.method.kind} changes every step inside the local engine, which {setting} excludes; set "
+                "generator.engine to local and leave out what is vLLM's"
+            )
         if isinstance(self.method, Args):
             if self.generator.thinking == "strip":
                 raise ValueError(
@@ -176,10 +260,18 @@ class Run(Section):
                 )
         if self.guard.held_out_gain is not None and all(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("guard.held_out_gain: no reward has use: report; add one that never selects")
+        if self.generator.gpus > 1 and self.runtime.generators.num_gpus not in ("auto", 0):
+            raise ValueError(
+                f"runtime.generators.num_gpus: {self.runtime.generators.num_gpus:g}, but generator.tensor_parallel x "
+                f"pipeline_parallel takes {self.generator.gpus} whole GPUs; leave it at auto"
+            )
         unknown = sorted(set(self.runtime.rewards) - set(self.rewards))
         if unknown:
             raise ValueError(f"runtime.rewards: {', '.join(unknown)} is not among rewards ({', '.join(self.rewards)})")
         return self
+
+    def _needs_vllm(self) -> str | None:
+        return "generator.engine: vllm" if self.generator.engine == "vllm" else self.generator.only_vllm
 
     def replicas(self, reward: str) -> RewardReplicas:
         return self.runtime.rewards.get(reward, RewardReplicas())
@@ -188,4 +280,13 @@ class Run(Section):
         """Everything in the configuration that can change a row, as JSON values."""
         beside: dict[str, Any] = dict.fromkeys(("output", "save", "guard", "runtime", "compare", "tune"), True)
         free = {**beside, "prompts": {"limit"}, "rewards": {"__all__": set(FREE)}}
-        return self.model_dump(mode="json", by_alias=True, exclude=free)
+        settings = self.model_dump(mode="json", by_alias=True, exclude=free)
+        generator = settings["generator"]
+        if self.generator.engine == "vllm":
+            del generator["batch_rows"], generator["fp32_head"]
+            generator["vllm"] = {name: value for name, value in self.generator.vllm.items() if name not in FREE_VLLM}
+        else:  # as it was before there was a choice
+            for name, value in (("engine", generator["engine"]), ("pipeline_parallel", 1), ("vllm", {})):
+                if generator[name] == value:
+                    del generator[name]
+        return settings

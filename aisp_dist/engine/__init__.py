@@ -4,6 +4,7 @@ checkpoints.py, intact.py, gguf.py, sizes.py   find a checkpoint, read from its 
 pretrained.py, quantized.py     load it by transformers
 model.py, lm.py                 take it over, check that the engine decodes it correctly
 attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
+endings.py                      what ends a response
 step.py, nucleus.py             one token for every row on the model's device; draws from the nucleus
 control.py, noise.py            the control of a round from its trace, keyed noise
 rows.py                         trajectories, rounds and prompts in flight

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from aisp_dist.engine import noise
 from aisp_dist.engine.attention import TILE
 from aisp_dist.engine.guide import Guide
 from aisp_dist.engine.kv import KVCache
-from aisp_dist.engine.lm import LM
 from aisp_dist.records import Ascent, Round, TokenReward
 
 
-def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], own: Guide, kv: KVCache) -> None:
+class Model(Protocol):
+    """What is asked of a model. context_length: longest sequence in tokens, None if unbounded; token_bytes: keys and
+    values of one token."""
+
+    @property
+    def context_length(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def token_bytes(self) -> int: ...
+
+
+def check(
+    round: Round,
+    lm: Model,
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    own: Guide | None = None,
+    kv: KVCache | None = None,
+) -> None:
     """Raises ValueError for a round that cannot be decoded. own: the engine's guides; kv: its cache."""
     length, context = len(round.prompt_tokens), lm.context_length
     if not length:
@@ -23,7 +43,7 @@ def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], ow
     low, high, vocab = min(round.prompt_tokens), max(round.prompt_tokens), lm.vocab_size
     if low < 0 or high >= vocab:
         raise ValueError(f"prompt tokens {low} to {high} exceed the model's vocabulary of {vocab}; use its tokenizer")
-    guide = round.sampling.guide
+    guide, own = round.sampling.guide, own or Guide()
     if (isinstance(guide, Ascent) and not own.value) or (isinstance(guide, TokenReward) and not own.judge):
         raise ValueError(f"the round asks for {guide}, but the engine was made without a guide for it")
     if not 0 <= round.start < round.stop:
@@ -31,8 +51,8 @@ def check(round: Round, lm: LM, max_new_tokens: int, end_ids: frozenset[int], ow
     if round.sampling.sigma2 or round.sampling.decode:
         noise.sample_word(round.iteration, round.stop - 1)
     longest = max(map(len, round.starts), default=0)
-    need = length + longest + -longest % TILE + kv.arenas_for(kv.blocks(longest))
-    if need > kv.capacity:
+    need = length + longest + -longest % TILE
+    if kv and (need := need + kv.arenas_for(kv.blocks(longest))) > kv.capacity:
         raise ValueError(
             f"a prompt of {length} tokens and an answer that begins with {longest} need room for {need} tokens of "
             f"keys and values ({need * lm.token_bytes / 1e9:.2f} GB); there is room for {kv.capacity} "

@@ -8,6 +8,7 @@ Shapes: T steps (max_new_tokens), D hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,18 @@ def cost(control: Control, round: Round, sample: int, dots: list[float]) -> tupl
     return math.fsum(dots + after), control.u_sq
 
 
+def costs(control: Control, round: Round, lengths: Sequence[int]) -> list[tuple[float, float]]:
+    """`cost` of each trajectory of a round, given its length in tokens, from its noise alone."""
+    found = []
+    for sample, length in zip(range(round.start, round.stop), lengths, strict=True):
+        dots = [0.0] * length
+        if not round.sampling.mean:
+            e_TD = _noise(round, control.filter, round.iteration, sample, control.m_TD.shape[1], stop=length)
+            dots = _dots(control.m_TD[:length], e_TD)
+        found.append(cost(control, round, sample, dots))
+    return found
+
+
 def moves(control: Control, round: Round, sample: int | None) -> torch.Tensor:
     """v [T, D], v_t = (L (m + e))_t, by which a sample of the round moved its pre-logits, (3). For sample None, without
     noise: u_t = (L m)_t."""
@@ -99,10 +112,17 @@ def _update(m_TD: torch.Tensor, time_filter: noise.Filter, round: Round, iterati
 
 
 def _noise(
-    round: Round, time_filter: noise.Filter, iteration: int, sample: int, dim: int, after: int = 0
+    round: Round,
+    time_filter: noise.Filter,
+    iteration: int,
+    sample: int,
+    dim: int,
+    after: int = 0,
+    stop: int | None = None,
 ) -> torch.Tensor:
-    """e [T - after, D] of one trajectory from step `after` + 1 on, zero where the kind has no white coordinate."""
-    gain, device = time_filter.gain[after:], time_filter.gain.device
+    """e [T - after, D] of one trajectory from step `after` + 1 on, zero where the kind has no white coordinate. stop:
+    the last step; T where it is None."""
+    gain, device = time_filter.gain[after:stop], time_filter.gain.device
     steps = torch.arange(after + 1, after + 1 + len(gain), device=device)
     key = torch.tensor(noise.prompt_key(round.seed, round.prompt_id), device=device)
     word = torch.tensor(noise.sample_word(iteration, sample), device=device)

@@ -25,6 +25,7 @@ from aisp_dist.data.detokenize import stopped, text_after
 from aisp_dist.engine import attention, memory, noise, starts
 from aisp_dist.engine.admissible import check
 from aisp_dist.engine.control import cost, rebuild
+from aisp_dist.engine.endings import stops
 from aisp_dist.engine.guide import Guide, Unscored, choose
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.rows import Job, Row, Shared
@@ -68,9 +69,7 @@ class Engine:
         memory_share: float = 1.0,
     ) -> None:
         self.lm, self.max_new_tokens, self.guide = lm, max_new_tokens, guide or Guide()
-        special = {t.content: i for i, t in lm.tokenizer.added_tokens_decoder.items() if t.special}
-        self.end_ids = lm.eos_ids | {special[s] for s in stop if s in special}
-        self.stop = tuple(s for s in stop if s not in special)
+        self.end_ids, self.stop = stops(lm.tokenizer, lm.eos_ids, stop)
         num_rows = batch_rows + -batch_rows % attention.TILE
         self.kv = memory.kv_cache(lm, num_rows, max_new_tokens, kv_tokens, memory_share)
         self.rows: list[Row | None] = [None] * num_rows

@@ -10,7 +10,6 @@ Shapes: T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,14 +18,13 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.data.chat import end_of_turn
 from aisp_dist.data.encode import surplus
 from aisp_dist.engine import attention, pretrained
+from aisp_dist.engine.endings import end_ids, warn_of_turn_end
 from aisp_dist.engine.kv import KVCache, suffixes
 from aisp_dist.engine.lm import LM, Heads
 
 _PROBE_TOKENS = 24
-_log = logging.getLogger("aisp")
 
 
 class Unsupported(ValueError):
@@ -59,13 +57,7 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
         lm = adapt(model, pretrained.tokenizer(settings), settings.fp32_head)
     except Unsupported as error:
         raise ConfigError(f"generator.model: {settings.model!r}: {error}") from error
-    if lm.turn_end is not None:
-        _log.warning(
-            "generator.model: the chat template ends an assistant's turn with %r, which %r does not declare as an end "
-            "token; a response ends there too",
-            lm.tokenizer.convert_ids_to_tokens(lm.turn_end),
-            settings.model,
-        )
+    warn_of_turn_end(settings, lm.tokenizer, lm.turn_end)
     return lm
 
 
@@ -77,10 +69,7 @@ def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
     model.eval().requires_grad_(False)
     config = model.config.get_text_config(decoder=True)
     decoder = model.get_decoder()
-    ends: set[int] = set()
-    for value in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
-        ends.update(() if value is None else [value] if isinstance(value, int) else value)
-    turn_end = end_of_turn(tokenizer)
+    ends, turn_end = end_ids(config, model.generation_config, tokenizer)
     head, output = _with(model, decoder, _Identity()), model.get_output_embeddings()
     if fp32_head:
         head = _with(head, output, copy.deepcopy(output).float())
@@ -91,17 +80,17 @@ def adapt(model: Any, tokenizer: Any, fp32_head: bool = False) -> LM:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
-        context_length=_context_length(config),
-        eos_ids=frozenset(ends if turn_end is None else ends | {turn_end}),
+        context_length=context_length(config),
+        eos_ids=ends,
         device=model.device,
         dtype=output.weight.dtype,
         head_dtype=torch.float32 if fp32_head else output.weight.dtype,
-        turn_end=None if turn_end in ends else turn_end,
+        turn_end=turn_end,
     )
     return _probe(model, lm, config)
 
 
-def _context_length(config: Any) -> int | None:
+def context_length(config: Any) -> int | None:
     """Number of positions that the model can use. Raises Unsupported if a row's rotary angles depend on the longest row
     of its batch; if they do so only from some length on, the context ends there."""
     rope = getattr(config, "rope_parameters", None) or {}

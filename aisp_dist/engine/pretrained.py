@@ -30,7 +30,7 @@ def tokenizer(settings: Generator) -> Any:
         try:
             loaded = AutoTokenizer.from_pretrained(**_source(settings, checkpoint))
         except _FAULTS as error:
-            raise _refusal(settings, error) from error
+            raise refusal(settings, error) from error
     if Path(checkpoint).is_file():
         _drop_surplus(loaded, gguf.read(Path(checkpoint)).values["tokenizer.ggml.tokens"])
     if settings.chat_template is not None:
@@ -74,7 +74,7 @@ def weights(settings: Generator, device: torch.device) -> Any:
         except (ConfigError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except _FAULTS as error:
-            raise _refusal(settings, error) from error
+            raise refusal(settings, error) from error
     if wrong := sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}):
         raise ConfigError(
             f"generator.model: {settings.model!r} lacks the weights {wrong[:4]} in the shape of its config, so they "
@@ -131,7 +131,7 @@ def _check_gguf(settings: Generator, header: gguf.Header, model: Any) -> None:
     )
 
 
-def _refusal(settings: Generator, error: Exception) -> ConfigError:
+def refusal(settings: Generator, error: Exception) -> ConfigError:
     fix = "name a local directory, or a hub id that this machine can reach"
     if isinstance(error, ImportError):
         fix = "install the package that it needs (for quantised weights: pip install 'aisp-dist[quantized]')"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from aisp_dist.config import ConfigError, Generator
+from aisp_dist.config.run import LOCAL_QUANTIZATION
 from aisp_dist.engine.sizes import refuse_twice
 
 _ROWS = 32
@@ -30,6 +31,11 @@ def options(settings: Generator, config: Any, device: torch.device) -> dict[str,
         raise ConfigError(
             f"generator.model: {settings.model!r} is quantised by {found['quant_method']!r}, which transformers does "
             "not know; name a checkpoint with another quantisation"
+        )
+    if settings.quantization not in (None, *LOCAL_QUANTIZATION):
+        raise ConfigError(
+            f"generator.quantization: {settings.quantization!r} is vLLM's, and this loads the model without vLLM; give "
+            f"{' or '.join(LOCAL_QUANTIZATION)}, or leave it null"
         )
     if not found and not settings.quantization:
         return {}

@@ -96,9 +96,12 @@ def locate_prompts(settings: Prompts) -> Prompts:
     return settings.model_copy(update={"source": str(Path(settings.source).expanduser().absolute())})
 
 
-def components(run: Run, located: Run, base_dir: Path, first_input: str | None = None) -> dict[str, Any]:
+def components(
+    run: Run, located: Run, base_dir: Path, first_input: str | None = None, vllm: str | None = None
+) -> dict[str, Any]:
     """What the fingerprint is taken of, as nested JSON values, kept in run.json so that a refusal can name keys.
-    first_input: prompts.first_digest of inputs that are read in place of prompts.source."""
+    first_input: prompts.first_digest of inputs that are read in place of prompts.source. vllm: what names the engine,
+    where it is not the local one (vllm.choice.Choice.component)."""
     base = located.generator
     digests = {"generator.model": checkpoints.digest("generator.model", base.model, base.revision)}
     if base.chat_template:
@@ -122,7 +125,7 @@ def components(run: Run, located: Run, base_dir: Path, first_input: str | None =
     if first_input is not None:
         del settings["prompts"]["source"]
         digests["prompts.source"] = first_input
-    return settings | {"engine": engine.VERSION, "digests": digests}
+    return settings | {"engine": vllm or engine.VERSION, "digests": digests}
 
 
 def reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

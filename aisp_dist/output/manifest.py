@@ -96,7 +96,14 @@ def method_name(config: dict[str, Any]) -> str:
 def check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise ConfigError unless a run may resume the output of another: same `fingerprint` (both runs keep what it is
     taken of under `components`) and same `rows_per_file`."""
-    if old["components"].get("engine") != new["components"].get("engine"):
+    theirs, ours = old["components"].get("engine"), new["components"].get("engine")
+    if theirs != ours and any(isinstance(name, str) for name in (theirs, ours)):
+        was, now = (name if isinstance(name, str) else "the local engine" for name in (theirs, ours))
+        raise ConfigError(
+            f"output: it was made with {was}, and this command would go on with {now}, which computes other rows; set "
+            "generator.engine back or install that version, or give another output"
+        )
+    if theirs != ours:
         made = old.get("versions", {}).get("aisp-dist")
         raise ConfigError(
             f"output: aisp-dist {made} made it, and this version may compute other rows for the same configuration; "

@@ -1,0 +1,117 @@
+"""Which engine decodes an output, decided once: vLLM where GPUs and vLLM are, else the local engine. Pure but for
+`here`; imports neither vLLM nor torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from glob import glob
+from typing import Literal
+
+from aisp_dist import vllm
+from aisp_dist.config import Args, ConfigError, ReControl, Run
+
+LOWEST, BELOW = (0, 32), (0, 34)  # versions of vLLM that the hook was written for, as in pyproject.toml
+
+
+Name = Literal["local", "vllm"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the machines that would decode have. gpus: how many in all; version: vLLM's there; None: not installed."""
+
+    gpus: int
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """why: for the log. version: vLLM's, None for the local engine."""
+
+    engine: Name
+    why: str
+    version: str | None = None
+
+    @property
+    def component(self) -> str | None:
+        """What the fingerprint holds of the engine; None for the local one, which has its own number there."""
+        return f"vllm {self.version}, hook {vllm.VERSION}" if self.version else None
+
+    @property
+    def promise(self) -> str:
+        if self.engine == "local":
+            return "the same rows bit for bit whenever they are computed, on the same kind of hardware and software"
+        return (
+            "every input exactly once; a row that is computed again may differ, since its bits depend on what shares a "
+            "batch"
+        )
+
+    def line(self) -> str:
+        return f"engine: {self.engine}{f' {self.version}' if self.version else ''} ({self.why}); {self.promise}"
+
+
+def choose(run: Run, recorded: Name | None, look: Callable[[], Found]) -> Choice:
+    """The engine of an output. recorded: that of the output, if it exists. look: asks the machines, where it matters.
+    Raises ConfigError for vLLM where it is not installed, in a version that the hook does not know, or for a method
+    that changes every step."""
+    settings, asked = run.generator, run.generator.engine
+    guided = isinstance(run.method, Args | ReControl)
+    found: Found | None = None
+    engine: Name
+    if asked != "auto":
+        engine, why = asked, "as configured"
+    elif recorded is not None:
+        engine, why = recorded, "as recorded for this output"
+    elif guided:
+        engine, why = "local", f"{run.method.kind} changes every step inside it"
+    elif setting := settings.only_local:
+        engine, why = "local", f"for {setting}"
+    elif setting := settings.only_vllm:
+        engine, why = "vllm", f"for {setting}"
+    else:
+        found = look()
+        both = found.gpus and found.version and _known(found.version)
+        engine = "vllm" if both else "local"
+        why = f"{found.gpus or 'no'} GPU{'s' * (found.gpus != 1)}"
+        if found.gpus:
+            why += f", vLLM {found.version}" if found.version else ", vLLM is not installed there"
+    if engine == "local":
+        if setting := settings.only_vllm:
+            raise ConfigError(f"generator.{setting} has no effect with the local engine ({why}); leave it out")
+        return Choice("local", why)
+    if guided:
+        raise ConfigError(
+            f"method: {run.method.kind} changes every step inside the local engine, which generator.engine: vllm "
+            "excludes; set it to local"
+        )
+    if setting := settings.only_local:
+        raise ConfigError(f"generator.{setting} has no effect with engine vllm ({why}); leave it out")
+    version = (found or look()).version
+    if version is None:
+        raise ConfigError(
+            "generator.engine: vllm is not installed where the model would run; pip install 'aisp-dist[vllm]' on every "
+            "machine with a generator, or set it to local"
+        )
+    if not _known(version):
+        raise ConfigError(
+            f"generator.engine: vllm {version} is there, and its inside is known from {_text(LOWEST)} on and below "
+            f"{_text(BELOW)}; install such a version, or set it to local"
+        )
+    return Choice("vllm", why, version)
+
+
+def here() -> Found:
+    """This machine, as its device files tell."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "x").strip() in ("", "-1")
+    return Found(0 if hidden else len(glob("/dev/nvidia[0-9]*")), vllm.installed())
+
+
+def _known(version: str) -> bool:
+    parts = version.split(".")[:2]
+    return len(parts) == 2 and all(map(str.isdecimal, parts)) and LOWEST <= (int(parts[0]), int(parts[1])) < BELOW
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

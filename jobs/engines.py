@@ -1,0 +1,54 @@
+"""The engine of an output, asked of the machines where generators would run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from aisp_dist import vllm
+from aisp_dist.config import ConfigError, Run
+from aisp_dist.vllm.choice import Choice, Found, choose, here
+
+_PATIENCE = 120.0  # seconds for the machines to answer
+
+
+def resolve(run: Run, before: Mapping[str, Any] | None) -> tuple[Run, Choice]:
+    """The run with its engine. before: run.json of the output, if it exists; an output from before there was a choice
+    is the local engine's. Raises ConfigError."""
+    recorded = before["config"].get("generator", {}).get("engine", "local") if before else None
+    choice = choose(run, recorded, lambda: look(run))
+    generator = run.generator.model_copy(update={"engine": choice.engine})
+    return run.model_copy(update={"generator": generator}), choice
+
+
+def look(run: Run) -> Found:
+    """What the machines with GPUs have; where none has any, all machines. Raises ConfigError where they differ."""
+    if "RAY_ADDRESS" not in os.environ:
+        return here()
+
+    from jobs.connection import Connection
+
+    connection = Connection(run, lambda message: None)
+    try:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        workers = [node for node in nodes if node["Resources"].get("GPU")]
+        ask = ray.remote(num_cpus=0, max_retries=0)(vllm.installed)
+        asked = {
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(): node
+            for node in workers or nodes
+        }
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE)
+        versions = {asked[ref]["NodeManagerHostname"]: ray.get(ref) for ref in done}
+    finally:
+        connection.close()
+    if len(set(versions.values())) > 1:
+        told = ", ".join(f"{host} {version or 'none'}" for host, version in sorted(versions.items()))
+        raise ConfigError(
+            f"generator.engine: machines have different versions of vLLM ({told}); install one everywhere"
+        )
+    gpus = sum(int(node["Resources"].get("GPU", 0)) for node in workers)
+    return Found(gpus, next(iter(versions.values()), None))

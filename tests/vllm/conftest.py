@@ -1,0 +1,64 @@
+"""vLLM engines that the tests here share: a start takes half a minute. Without vLLM every test here is skipped, which
+.ci/run counts as a failure in the environment that has it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from engines import SHAPE, settings
+
+from aisp_dist import vllm
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if vllm.installed() is None:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+class Loop:
+    """An event loop in a thread, on which engines live for the whole session."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    def __call__(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, self.loop).result()
+
+
+@pytest.fixture(scope="session")
+def on() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.loop.call_soon_threadsafe(loop.loop.stop)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"), **SHAPE)
+
+
+@pytest.fixture(scope="session")
+def service(llama: Path, on: Loop) -> Iterator[Any]:
+    """A tiny llama in fp32, 24 rows, 12 new tokens."""
+    from aisp_dist.vllm.start import start
+
+    made = on(start(settings(llama), 100))
+    yield made
+
+    async def close() -> None:
+        made.close()
+
+    on(close())

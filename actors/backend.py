@@ -72,13 +72,13 @@ class RayBackend:
 
     def totals(self) -> Counts:
         """What the replicas have counted since they were started, for this output and earlier ones."""
-        figures = {role: pool.fleet.figures() for role, pool in self.pools.items()}
-        decoded = figures.get("generator", {})
+        counted = {role: pool.fleet.counts() for role, pool in self.pools.items()}
+        decoded = counted.get("generator", {})
         return Counts(
             repeats=sum(pool.repeats for pool in self.pools.values()),
             restarts=sum(pool.fleet.restarts for pool in self.pools.values()),
-            busy={role: found.get("busy_seconds", 0.0) for role, found in figures.items()},
-            up={role: found.get("up_seconds", 0.0) for role, found in figures.items()},
+            busy={role: found.get("busy_seconds", 0.0) for role, found in counted.items()},
+            up={role: found.get("up_seconds", 0.0) for role, found in counted.items()},
             row_steps=decoded.get("row_steps", 0.0),
             row_slots=decoded.get("row_slots", 0.0),
             parts={

@@ -120,8 +120,8 @@ class RayReplica:
 
     async def health(self) -> Mapping[str, float]:
         ref = self.handle.health.options(enable_task_events=False).remote()  # too many for the dashboard's table
-        figures: Mapping[str, float] = await ref
-        return figures
+        counts: Mapping[str, float] = await ref
+        return counts
 
 
 Bundles = Mapping[Seat, PlacementGroupSchedulingStrategy]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("aisp")
 
-_REPORT = 5.0  # seconds between looks at the figures
+_REPORT = 5.0  # seconds between looks at the counts
 Started = tuple[Mapping[str, Pool], int | None]  # pools by role, context length of the base model in tokens
 
 
@@ -46,7 +46,7 @@ class Stopped(Exception):
 
 
 class Coordinator:
-    """start: starts generators and scorers. export: makes the exporter of an output's figures (metrics.Exporter), from
+    """start: starts generators and scorers. export: makes the exporter of an output's counts (metrics.Exporter), from
     its run id and shard."""
 
     def __init__(
@@ -114,11 +114,11 @@ class Coordinator:
                 raise error
 
     async def progress(self, total: int | None = None) -> Counts:
-        """The figures so far. total: how many inputs there are, if the caller knows."""
+        """The counts so far. total: how many inputs there are, if the caller knows."""
         self.total = total if total is not None else self.total
-        return self._figures()
+        return self._counts()
 
-    def _figures(self) -> Counts:
+    def _counts(self) -> Counts:
         counts = self.store.counts() if self.store else None
         now = Counts(
             done=counts.done if counts else 0,
@@ -186,7 +186,7 @@ class Coordinator:
         await self._refresh()
         await asyncio.to_thread(store.finish)
         if self.exporter:
-            now = self._figures()
+            now = self._counts()
             self.exporter.gauges(gauges(now, now, time.monotonic() - began, self.total, 0))
         check_failed(store, run.runtime.max_failed, self.reason, whole=True)
 
@@ -244,12 +244,12 @@ class Coordinator:
     async def _report(self, run: Run) -> None:
         """Tell the exporter every few seconds; tell the log which prompts wait where when nothing moves."""
         loop, stall, pools = asyncio.get_running_loop(), run.runtime.timeouts.stall, self.backend.pools.values()
-        last, at = self._figures(), loop.time()
+        last, at = self._counts(), loop.time()
         answers, moved = -1, loop.time()
         samples = run.method.num_samples * run.method.num_iterations + 1
         while True:
             await asyncio.sleep(_REPORT)
-            now, time_now = self._figures(), loop.time()
+            now, time_now = self._counts(), loop.time()
             if self.exporter:
                 self.exporter.gauges(gauges(now, now - last, time_now - at, self.total, samples))
             last, at = now, time_now

@@ -34,7 +34,7 @@ class Replica(Protocol):
     def call(self, method: str, *args: Any) -> Awaitable[Any]: ...
 
     def health(self) -> Awaitable[Mapping[str, float]]:
-        """Answers while calls run: `progress`, a counter of work done; `busy`, whether there is any to do; and figures
+        """Answers while calls run: `progress`, a counter of work done; `busy`, whether there is any to do; and counts
         that grow, such as `busy_seconds`."""
 
     async def restart(self, why: str) -> None:
@@ -58,7 +58,7 @@ class Slot:
     held: places that are given away. used: something was asked of this process. homes: prompts that are warm here.
     epoch: restarts so far, so that a fault seen by several calls restarts the process once. sacrificed: the last
     restart was because of one call, so the others in flight are not to blame. barren: restarts since the last answer.
-    alone: kept for one call. trouble: why it stays away. figures: of the process's health; before: figures of the
+    alone: kept for one call. trouble: why it stays away. counts: of the process's health; before: counts of the
     processes that it replaced, summed.
     """
 
@@ -73,7 +73,7 @@ class Slot:
     alone: bool = False
     recovery: asyncio.Task[None] | None = None
     trouble: Exception | None = None
-    figures: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -121,23 +121,23 @@ class Fleet:
         await asyncio.gather(*(self._watch(slot) for slot in self.slots))
 
     async def refresh(self) -> None:
-        """Ask the replicas that are up for their figures now; those that do not answer keep the last ones."""
+        """Ask the replicas that are up for their counts now; those that do not answer keep the last ones."""
 
         async def ask(slot: Slot) -> None:
             epoch = slot.epoch
             with suppress(Exception):
-                figures = dict(await asyncio.wait_for(slot.replica.health(), 10.0))
+                counts = dict(await asyncio.wait_for(slot.replica.health(), 10.0))
                 if slot.epoch == epoch:
-                    slot.figures = {name: value for name, value in figures.items() if name not in _SIGNS}
+                    slot.counts = {name: value for name, value in counts.items() if name not in _SIGNS}
 
         await asyncio.gather(*(ask(slot) for slot in self.slots if slot.up))
 
-    def figures(self) -> dict[str, float]:
-        """The replicas' figures, summed over all their processes."""
+    def counts(self) -> dict[str, float]:
+        """The replicas' counts, summed over all their processes."""
         total: dict[str, float] = {}
         for slot in self.slots:
-            for figures in (slot.before, slot.figures):
-                for name, value in figures.items():
+            for counts in (slot.before, slot.counts):
+                for name, value in counts.items():
                     total[name] = total.get(name, 0) + value
         return total
 
@@ -159,9 +159,9 @@ class Fleet:
         for call in slot.calls.values():  # a frozen machine would let them wait for ever
             if not call.deadline.expired():
                 call.deadline.reschedule(now)
-        for name, value in slot.figures.items():
+        for name, value in slot.counts.items():
             slot.before[name] = slot.before.get(name, 0) + value
-        slot.figures = {}
+        slot.counts = {}
         self._recover(slot, why)
 
     def _recover(self, slot: Slot, why: str) -> None:
@@ -209,17 +209,17 @@ class Fleet:
             if not slot.up:
                 continue
             try:
-                figures = dict(await asyncio.wait_for(slot.replica.health(), self.stall))
+                counts = dict(await asyncio.wait_for(slot.replica.health(), self.stall))
             except TimeoutError:
                 why = f"no sign of life for {self.stall:g} s"
             except Exception as error:  # it died while nobody called it
                 why = reason(cause(error))
             else:
-                now = (epoch, figures["progress"])
-                if not figures["busy"] or now != mark:
+                now = (epoch, counts["progress"])
+                if not counts["busy"] or now != mark:
                     mark, since = now, loop.time()
                 if slot.epoch == epoch:
-                    slot.figures = {name: value for name, value in figures.items() if name not in _SIGNS}
+                    slot.counts = {name: value for name, value in counts.items() if name not in _SIGNS}
                 if loop.time() - since < self.stall:
                     continue
                 why = f"busy, and no progress for {self.stall:g} s"

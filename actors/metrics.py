@@ -1,4 +1,4 @@
-"""A shard's figures for Prometheus, through Ray's metrics: the only file that knows ray.util.metrics.
+"""A shard's counts for Prometheus, through Ray's metrics: the only file that knows ray.util.metrics.
 
 Ray exports `aisp_x` as `ray_aisp_x` (counters as `ray_aisp_x_total`) at each node's metrics port. What its layer does:
 - a gauge is exported once for each set and forgotten after two report intervals (10 s each): set it every few seconds;
@@ -96,7 +96,7 @@ def _harmless(
 
 
 class Exporter:
-    """Exports the figures of the actor that makes it. run, shard: tags of every figure, since Ray adds none for the
+    """Exports the counts of the actor that makes it. run, shard: tags of each, since Ray adds none for the
     job."""
 
     def __init__(self, run: str, shard: str) -> None:

@@ -49,7 +49,7 @@ class Interrupted(Exit):
 @dataclass
 class _Shard:
     """A coordinator and what it was asked. share: (i, n), its parts are the k with k % n == i. deaths: since rows were
-    last committed. run: the call to wait for. asked: the call for figures, and since when. carried: figures of the
+    last committed. run: the call to wait for. asked: the call for counts, and since when. carried: counts of the
     coordinators that died before it."""
 
     index: int
@@ -60,7 +60,7 @@ class _Shard:
     run: Any = None
     asked: Any = None
     since: float = 0.0
-    figures: Counts = field(default_factory=Counts)
+    counts: Counts = field(default_factory=Counts)
     carried: Counts = field(default_factory=Counts)
 
 
@@ -128,8 +128,8 @@ class Session:
             self.connection.close()
         self.connection = None
         for shard in self.shards:
-            shard.carried += shard.figures.grown()
-            shard.figures, shard.coordinator, shard.starts = Counts(), None, 0
+            shard.carried += shard.counts.grown()
+            shard.counts, shard.coordinator, shard.starts = Counts(), None, 0
 
     def _lost(self, error: ClusterLost) -> None:
         """Leave a cluster that is lost. Raises its error where it was not ours to start, or was lost too often."""
@@ -143,7 +143,7 @@ class Session:
     def relabel(self, prepared: Prepared, table: Table, progress: Progress) -> None:
         """Fill one output and leave it resumable. Raises Exit, ConfigError."""
         for shard in self.shards:
-            shard.figures = shard.carried = Counts()
+            shard.counts = shard.carried = Counts()
         while True:
             try:
                 return self._relabel(prepared, table, progress)
@@ -166,12 +166,12 @@ class Session:
 
     def trial(self, table: Table, prompts: int) -> tuple[Counts, float, int]:
         """Search the first prompts for real, by the first coordinator alone, into a directory that is removed at the
-        end. Returns figures, seconds and bytes."""
+        end. Returns counts, seconds and bytes."""
         with tempfile.TemporaryDirectory(prefix="aisp-trial-") as folder:
             output = Place.at(folder)
             few = table.run.prompts.model_copy(update={"limit": min(prompts, table.run.prompts.limit or prompts)})
             run = table.run.model_copy(update={"output": folder, "prompts": few})
-            self.shards[0].figures = self.shards[0].carried = Counts()
+            self.shards[0].counts = self.shards[0].carried = Counts()
             with lease.Lease.take(output).beating() as mine, Progress(output, run, "trial: ") as progress:
                 manifest.write_run(output, self.prepared.record())
                 self._fill([replace(table, run=run, output=output, lease=mine, shard=(0, 1))], progress)
@@ -225,7 +225,7 @@ class Session:
             raise
 
     def _look(self, shard: _Shard, table: Table, progress: Progress, limit: float) -> None:
-        """Take in a shard's figures if they come within `limit` seconds. Kills a coordinator that does not give them
+        """Take in a shard's counts if they come within `limit` seconds. Kills a coordinator that does not give them
         for timeouts.stall: it is frozen."""
         if shard.asked is None:
             total = share(progress.counted.value, self.prepared.run.save.rows_per_file, table.shard)
@@ -233,9 +233,9 @@ class Session:
         if self._await([shard.asked], limit):
             asked, shard.asked = shard.asked, None
             now: Counts = self._value(asked)
-            if now.committed > shard.figures.committed:
+            if now.committed > shard.counts.committed:
                 shard.deaths = self.losses = 0
-            shard.figures = now
+            shard.counts = now
         elif time.monotonic() - shard.since > self.prepared.run.runtime.timeouts.stall:
             self._kill(shard)
 
@@ -308,8 +308,8 @@ class Session:
         if shard.deaths > self.prepared.run.runtime.retries:
             raise Exit(1, f"coordinator {shard.index} died {shard.deaths} times; the same command resumes") from error
         self.say(f"coordinator {shard.index} died; starting it again from what is written")
-        shard.carried += shard.figures.grown()
-        shard.figures = Counts()
+        shard.carried += shard.counts.grown()
+        shard.counts = Counts()
         self._start(shard)
 
     def _await(self, refs: list[Any], limit: float) -> bool:
@@ -372,4 +372,4 @@ def planned(run: Run, coordinators: int) -> Plan:
 
 
 def _sum(shards: Sequence[_Shard]) -> Counts:
-    return sum((shard.carried + shard.figures for shard in shards), Counts())
+    return sum((shard.carried + shard.counts for shard in shards), Counts())

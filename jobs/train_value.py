@@ -85,7 +85,7 @@ def _train(options: Any, run: Run, base_dir: Path, parts: dict[str, Any], asked:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say(f"training on {len(responses) - kept} responses, {kept} held out")
     try:
-        made, scale, figures = value.train(responses[kept:], responses[:kept], seed=run.seed, device=device, **chosen)
+        made, scale, measures = value.train(responses[kept:], responses[:kept], seed=run.seed, device=device, **chosen)
     except ValueError as error:
         raise cli.Exit(1, str(error)) from None
     about = {
@@ -96,13 +96,13 @@ def _train(options: Any, run: Run, base_dir: Path, parts: dict[str, Any], asked:
         "reward_deviation": scale[1],
         "states": options.states,
         **chosen,
-        **{f"held_out_{name}": None if math.isnan(v) else v for name, v in figures._asdict().items()},
+        **{f"held_out_{name}": None if math.isnan(v) else v for name, v in measures._asdict().items()},
     }
     value.save(made, about, options.out)
     print(
-        f"{options.out}: held out {kept} of {len(responses)} responses: loss {figures.loss:.3f} (deviations of the "
-        f"reward, squared), correlation with the reward {figures.correlation:.2f} at the token that learns it and "
-        f"{figures.early_correlation:.2f} at the first"
+        f"{options.out}: held out {kept} of {len(responses)} responses: loss {measures.loss:.3f} (deviations of the "
+        f"reward, squared), correlation with the reward {measures.correlation:.2f} at the token that learns it and "
+        f"{measures.early_correlation:.2f} at the first"
     )
 
 

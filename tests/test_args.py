@@ -39,7 +39,7 @@ def lm(folders):
 
 
 @pytest.fixture(scope="module")
-def judge(folders):
+def by_reward(folders):
     settings = {"r": {"kind": "model", "model": str(folders[1]), "self_test": False}}
     return stepwise.load(run(settings), folders[1], torch.device("cpu"))
 
@@ -53,8 +53,8 @@ def asked(k: int, weight: float, sample: int = 0) -> Round:
     return Round(0, "p", TOKENS, 0, sample, sample + 1, Sampling(guide=TokenReward(k, weight)), (), PROMPT)
 
 
-def decoded(lm, judge, *rounds: Round):
-    return [r.trajectories[0].token_ids for r in decode.Engine(lm, 32, STEPS, guide=judge).run(rounds)]
+def decoded(lm, by_reward, *rounds: Round):
+    return [r.trajectories[0].token_ids for r in decode.Engine(lm, 32, STEPS, guide=by_reward).run(rounds)]
 
 
 def by_hand(lm, folder, k: int, weight: float) -> tuple[int, ...]:
@@ -84,22 +84,22 @@ def said(lm, tokens) -> str:
     return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
 
-def test_without_weight_and_with_one_candidate_it_is_greedy(lm, judge):
+def test_without_weight_and_with_one_candidate_it_is_greedy(lm, by_reward):
     greedy = decode.Engine(lm, 32, STEPS).run([Round(0, "p", TOKENS, 0, 0, 1, Sampling())])[0].trajectories[0].token_ids
-    assert decoded(lm, judge, asked(8, 0.0)) == decoded(lm, judge, asked(1, 1e6)) == [greedy]
+    assert decoded(lm, by_reward, asked(8, 0.0)) == decoded(lm, by_reward, asked(1, 1e6)) == [greedy]
 
 
 @pytest.mark.parametrize(("k", "weight"), [(4, 1.0), (16, 3.0), (260, 1e4)])
-def test_every_token_is_the_definitions(lm, judge, folders, k, weight):
-    assert decoded(lm, judge, asked(k, weight)) == [by_hand(lm, folders[1], k, weight)]
+def test_every_token_is_the_definitions(lm, by_reward, folders, k, weight):
+    assert decoded(lm, by_reward, asked(k, weight)) == [by_hand(lm, folders[1], k, weight)]
 
 
-def test_company_changes_no_bit(lm, judge):
+def test_company_changes_no_bit(lm, by_reward):
     plain = Round(0, "q", (1, 90), 0, 0, 3, Sampling(sigma2=1.0))
     (alone,) = decode.Engine(lm, 32, STEPS).run([plain])
-    together = decode.Engine(lm, 32, STEPS, guide=judge).run([plain, asked(8, 2.0), asked(8, 2.0, sample=1)])
+    together = decode.Engine(lm, 32, STEPS, guide=by_reward).run([plain, asked(8, 2.0), asked(8, 2.0, sample=1)])
     assert together[0] == alone
-    assert [r.trajectories[0].token_ids for r in together[1:]] == 2 * decoded(lm, judge, asked(8, 2.0))
+    assert [r.trajectories[0].token_ids for r in together[1:]] == 2 * decoded(lm, by_reward, asked(8, 2.0))
 
 
 def test_a_growing_text_passes_only_what_is_new(folders):
@@ -117,8 +117,8 @@ def test_a_growing_text_passes_only_what_is_new(folders):
     assert kept.tokens == text[:36]
 
 
-def test_no_finite_reward_breaks_the_round_and_no_other(lm, judge):
-    nothing = guide.Guide(judge=lambda name, prompt, texts: [None] * len(texts))
+def test_no_finite_reward_breaks_the_round_and_no_other(lm, by_reward):
+    nothing = guide.Guide(reward=lambda name, prompt, texts: [None] * len(texts))
     engine = decode.Engine(lm, 32, STEPS, guide=nothing)
     plain = Round(0, "q", (1, 90), 0, 0, 1, Sampling())
     engine.submit(asked(4, 1.0))
@@ -139,8 +139,8 @@ def test_several_rewards_are_summed_by_weight_and_a_missing_one_is_left_out(tmp_
         "def c(prompts, completions): return [float('nan') if len(x[-1]['content']) > 2 else 0 for x in completions]\n"
     )
     settings = {n: {"kind": "function", "function": f"r.py:{n}", "weight": 2.0} for n in "abc"}
-    judged = stepwise.load(run(settings), tmp_path, torch.device("cpu")).judge(("p", 0), PROMPT, ["x", "xx", "xxx"])
-    assert judged == [2.0, 24.0, None]
+    scored = stepwise.load(run(settings), tmp_path, torch.device("cpu")).reward(("p", 0), PROMPT, ["x", "xx", "xxx"])
+    assert scored == [2.0, 24.0, None]
 
 
 def test_what_cannot_be_asked_at_every_token_is_refused():

@@ -84,16 +84,16 @@ def test_a_pool_begins_with_as_many_as_are_needed_and_takes_in_the_others_later(
     asyncio.run(main())
 
 
-def test_figures_add_up_over_the_processes_of_a_replica():
+def test_counts_add_up_over_the_processes_of_a_replica():
     async def main():
         p = pool(Fake("a", ["ok", Dead("gone")]), Fake("b"))
         await p.fleet.refresh()
-        assert p.fleet.figures() == {"busy_seconds": 2.0}
+        assert p.fleet.counts() == {"busy_seconds": 2.0}
         p.home["x"] = p.fleet.slots[0]
         await p.call("x", "m")
         await p.call("x", "m")
         await p.fleet.refresh()
-        assert p.fleet.figures() == {"busy_seconds": 3.0}, "a's first process is counted still"
+        assert p.fleet.counts() == {"busy_seconds": 3.0}, "a's first process is counted still"
 
     asyncio.run(main())
 

@@ -49,9 +49,9 @@ TRAIN = {"width": 32, "epochs": 60, "lr": 3e-3, "batch": 32, "seed": 0, "device"
 
 
 def test_it_learns_a_linear_reward_and_the_same_seed_gives_the_same_bits():
-    made, _, figures = value.train(responses(300, 0), responses(60, 1), published=False, **TRAIN)
+    made, _, measures = value.train(responses(300, 0), responses(60, 1), published=False, **TRAIN)
     again, _, _ = value.train(responses(300, 0), responses(60, 1), published=False, **TRAIN)
-    assert figures.correlation > 0.9 > figures.early_correlation
+    assert measures.correlation > 0.9 > measures.early_correlation
     assert all(
         torch.equal(a, b) for x, y in zip(made.layers, again.layers, strict=True) for a, b in zip(x, y, strict=True)
     )

@@ -58,7 +58,7 @@ def workloads(options: Namespace) -> Iterator[Workload]:
 
 
 def _beside_peers(work: Workload, device: torch.device, names: list[str], repeat: int) -> dict[str, Any]:
-    """Our figures, and each peer's with its ratio (its seconds over ours) and agreement (share of tokens as ours)."""
+    """Our measures, and each peer's with its ratio (its seconds over ours) and agreement (share of tokens as ours)."""
     lm, twin = work.load(device), work.causal(device)
     engine, ask = Engine(lm, work.batch_rows, work.new_tokens), partial(work.rounds, lm.vocab_size)
     _ours(engine, [replace(ask(repeat)[0], stop=1)])  # warms up
@@ -81,8 +81,8 @@ def _beside_peers(work: Workload, device: torch.device, names: list[str], repeat
     for name, timed in runs.items():
         seconds = paired.spread([run.seconds for run in timed])
         rate = work.samples * work.prompts / seconds["median"]
-        figures = {"seconds": seconds, "trajectories_per_second": rate, "tokens_per_second": rate * work.new_tokens}
-        result[name] = figures | (paired.ratios(timed, runs["ours"]) if name != "ours" else {})
+        measures = {"seconds": seconds, "trajectories_per_second": rate, "tokens_per_second": rate * work.new_tokens}
+        result[name] = measures | (paired.ratios(timed, runs["ours"]) if name != "ours" else {})
         if name not in ("ours", "vllm"):
             both = zip(runs["ours"], timed, strict=True)
             result[name]["agreement"] = mean(paired.equal_share(a.answer, b.answer) for a, b in both)

@@ -44,7 +44,7 @@ def check(
     if low < 0 or high >= vocab:
         raise ValueError(f"prompt tokens {low} to {high} exceed the model's vocabulary of {vocab}; use its tokenizer")
     guide, own = round.sampling.guide, own or Guide()
-    if (isinstance(guide, Ascent) and not own.value) or (isinstance(guide, TokenReward) and not own.judge):
+    if (isinstance(guide, Ascent) and not own.value) or (isinstance(guide, TokenReward) and not own.reward):
         raise ValueError(f"the round asks for {guide}, but the engine was made without a guide for it")
     if not 0 <= round.start < round.stop:
         raise ValueError(f"samples {round.start} to {round.stop}: start must be below stop")

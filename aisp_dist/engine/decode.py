@@ -267,14 +267,14 @@ class Engine:
 
     def _choose(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
         """The tokens [B], those of rows under ARGS chosen by reward. A row that gets no reward breaks its round."""
-        assert self.guide.judge is not None
+        assert self.guide.reward is not None
         token_B = token_B.clone()
         for slot, row in enumerate(self.rows):
             if row and isinstance(row.job.round.sampling.guide, TokenReward):
                 round, tokens = row.job.round, row.tokens
                 try:
                     token_B[slot] = choose(
-                        self.guide.judge, self.lm, self.end_ids, round, row.sample, tokens, logits_BV[slot]
+                        self.guide.reward, self.lm, self.end_ids, round, row.sample, tokens, logits_BV[slot]
                     )
                 except Unscored as error:
                     self._unscored.append(DecodeError(row.job.round, str(error)))

@@ -18,7 +18,7 @@ from aisp_dist.records import Prompt, Round, TokenReward
 
 # Trajectory (prompt id, sample), its prompt, its text with each candidate token -> a reward for each text, None for one
 # that has no reward. Raises Unscored.
-Judge = Callable[[tuple[str, int], Prompt, Sequence[str]], list[float | None]]
+TextReward = Callable[[tuple[str, int], Prompt, Sequence[str]], list[float | None]]
 
 
 class Unscored(RuntimeError):
@@ -27,14 +27,20 @@ class Unscored(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """value: the value network of RE-Control. judge: what scores texts for ARGS."""
+    """value: the value network of RE-Control. reward: what scores texts for ARGS."""
 
     value: Value | None = None
-    judge: Judge | None = None
+    reward: TextReward | None = None
 
 
 def choose(
-    judge: Judge, lm: LM, end_ids: frozenset[int], round: Round, sample: int, tokens: list[int], logits_V: torch.Tensor
+    reward: TextReward,
+    lm: LM,
+    end_ids: frozenset[int],
+    round: Round,
+    sample: int,
+    tokens: list[int],
+    logits_V: torch.Tensor,
 ) -> int:
     """The next token by ARGS-greedy (Khanov et al. 2024, algorithm 1): of the likeliest tokens, the one with the
     largest logit + weight * reward of the text that ends with it; of equal ones the likelier. tokens: those so far. A
@@ -47,7 +53,7 @@ def choose(
         text_after(lm.tokenizer, round.prompt_tokens, tokens if token in end_ids else [*tokens, token], cut=True)
         for token in candidates
     ]
-    found = judge((round.prompt_id, sample), round.prompt, texts)
+    found = reward((round.prompt_id, sample), round.prompt, texts)
     scores = [
         float("-inf") if r is None else logit + guide.weight * r
         for logit, r in zip(logits.tolist(), found, strict=True)

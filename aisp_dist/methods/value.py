@@ -82,7 +82,7 @@ def sample(z_TD: torch.Tensor, reward: float, keep: int, seed: str) -> States:
     return States(z_TD[at].cpu(), z_TD[at + 1].cpu(), pairs, ends.cpu(), reward)
 
 
-class Figures(NamedTuple):
+class Measures(NamedTuple):
     """Of the held-out responses: the mean loss after the last epoch, and the correlation of the reward with V at the
     token that learns it and with V at the first token (nan for fewer than three responses)."""
 
@@ -102,7 +102,7 @@ def train(
     seed: int,
     published: bool,
     device: torch.device,
-) -> tuple[Value, tuple[float, float], Figures]:
+) -> tuple[Value, tuple[float, float], Measures]:
     """The network, mean and deviation of the training rewards, and how good the network is. It predicts the reward less
     that mean, in units of that deviation. Loss of a response (Kong et al. 2024, eq. 7): sum_t (V_t - V_{t+1})^2 +
     (V_T - r)^2, where the sum is estimated from the sample of pairs and V_{t+1} has no gradient unless `published`.
@@ -142,7 +142,7 @@ def train(
         v_first, v_last = value(ends[:, 0]).cpu().numpy(), value(ends[:, 1]).cpu().numpy()
     seen = np.array([s.reward for s in held_out])
     learnt = v_first if published else v_last
-    return value, (mean, deviation), Figures(of, _correlation(learnt, seen), _correlation(v_first, seen))
+    return value, (mean, deviation), Measures(of, _correlation(learnt, seen), _correlation(v_first, seen))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

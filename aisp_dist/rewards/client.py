@@ -1,5 +1,5 @@
 """Requests to a model behind HTTP: key, limits, retries. Owns which failures are the server's and which are about one
-request; knows neither rewards nor judges."""
+request; knows neither rewards nor what compares answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method brings into a generator: the value network of RE-Control, or the selecting rewards of ARGS, which judge
+"""What a method brings into a generator: the value network of RE-Control, or the selecting rewards of ARGS, which score
 a text while it grows."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from aisp_dist import rewards
 from aisp_dist.config import Args, ReControl, Run
-from aisp_dist.engine.guide import Guide, Judge, Unscored
+from aisp_dist.engine.guide import Guide, TextReward, Unscored
 from aisp_dist.methods import value
 from aisp_dist.records import Prompt
 
@@ -20,18 +20,18 @@ def load(run: Run, base_dir: Path, device: torch.device) -> Guide:
     if isinstance(run.method, ReControl):
         return Guide(value=value.load(run.method.value, device))
     if isinstance(run.method, Args):
-        return Guide(judge=_judge(run, base_dir, str(device)))
+        return Guide(reward=_reward(run, base_dir, str(device)))
     return Guide()
 
 
-def _judge(run: Run, base_dir: Path, device: str) -> Judge:
+def _reward(run: Run, base_dir: Path, device: str) -> TextReward:
     scorers = {
         name: (reward.weight, rewards.load(name, reward, base_dir, device, run.prompts.keep))
         for name, reward in run.rewards.items()
         if reward.use == "select"
     }
 
-    def judge(trajectory: tuple[str, int], prompt: Prompt, texts: Sequence[str]) -> list[float | None]:
+    def of_texts(trajectory: tuple[str, int], prompt: Prompt, texts: Sequence[str]) -> list[float | None]:
         totals: list[float | None] = [0.0] * len(texts)
         applied = [False] * len(texts)
         for weight, score in scorers.values():
@@ -48,4 +48,4 @@ def _judge(run: Run, base_dir: Path, device: str) -> Judge:
                     totals[i], applied[i] = total + weight * one.value, True
         return [total if known else None for total, known in zip(totals, applied, strict=True)]
 
-    return judge
+    return of_texts

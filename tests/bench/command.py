@@ -26,7 +26,7 @@ def run(
     """Measure with the flags `args`; returns the exit code."""
     options = parse.parse_args(args)
     try:
-        return bench.document(parse.prog.rpartition(".")[2], measure, options)
+        return bench.document(parse.prog.rpartition(".")[2], lambda: measure(options))
     except ConfigError as error:
         parse.error(str(error))
 

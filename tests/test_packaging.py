@@ -22,7 +22,7 @@ def test_configs_holds_configurations_and_the_functions_they_name():
         for part in yaml.safe_load_all(file.read_text()):
             named |= {file.parent / name.partition(":")[0] for name in functions(part)}
     found = [p for p in (ROOT / "configs").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    programs = {p for p in found if p.suffix not in (".yaml", ".yml", ".json") and p.name != "Dockerfile"}
+    programs = {p for p in found if p.suffix not in (".yaml", ".yml", ".json", ".jsonl") and p.name != "Dockerfile"}
     assert programs == named
 
 

@@ -387,7 +387,11 @@ def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.stem
+    "path",
+    sorted(
+        path for glob in ("*.yaml", "smollm2/*.yaml") for path in (Path(__file__).parents[1] / "configs").glob(glob)
+    ),
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
 def test_every_shipped_configuration_is_valid(path):
     load.check(load.read_yaml(path))

@@ -30,6 +30,7 @@ from aisp_dist.engine.guide import Guide, Unscored, choose
 from aisp_dist.engine.lm import LM
 from aisp_dist.engine.rows import Job, Row, Shared
 from aisp_dist.engine.step import ENDED, FINITE, TOKEN, Batch, Seat
+from aisp_dist.engine.widths import widths
 from aisp_dist.records import Ascent, Finish, Rollout, Round, TokenReward, Trajectory
 
 _HEAD_ROWS = 256  # positions per head product in nll, to bound the logits
@@ -74,6 +75,7 @@ class Engine:
         self.kv = memory.kv_cache(lm, num_rows, max_new_tokens, kv_tokens, memory_share)
         self.rows: list[Row | None] = [None] * num_rows
         self.batch = Batch(lm, num_rows, max_new_tokens, self.end_ids, self.guide.value)
+        self.widths = widths(lm, num_rows)
         self.idle_tokens = idle_tokens
         self.prompts: OrderedDict[Hashable, Shared] = OrderedDict()
         self.steps = self.row_steps = 0
@@ -253,14 +255,16 @@ class Engine:
     def _decode(self) -> None:
         """One token for every row."""
         samplings = [row.job.round.sampling for row in self.rows if row]
+        ascents = [s.guide for s in samplings if isinstance(s.guide, Ascent)]  # widths are not tried for their network
         # A step passes the token before the one it decodes through the model; a row's first step has none.
         places = [len(row.tokens) - 1 if row else -1 for row in self.rows]
-        self.batch.step(
+        taken = len(self.rows) if ascents else max(slot for slot, row in enumerate(self.rows) if row) + 1
+        self.batch.first(next(rows for rows in self.widths if rows >= taken)).step(
             self.kv.attend(places) if max(places) >= 0 else None,
             controlled=any(sampling.sigma2 for sampling in samplings),
             drawn=any(sampling.decode for sampling in samplings),
             measured=any(sampling.likelihood for sampling in samplings),
-            ascent=next((s.guide for s in samplings if isinstance(s.guide, Ascent)), None),
+            ascent=ascents[0] if ascents else None,
             choose=self._choose if any(isinstance(s.guide, TokenReward) for s in samplings) else None,
         )
         self.steps += 1

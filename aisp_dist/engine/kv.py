@@ -234,7 +234,7 @@ class Seating:
 
 
 class DecodePass:
-    """Attention of one new token [B, H, 1, C] of every row."""
+    """Attention of one new token [B, H, 1, C] of every row, or of the first rows, if no slot behind them is taken."""
 
     def __init__(self, cache: KVCache, seating: Seating, layout: Layout, places: Sequence[int]) -> None:
         self.seating, self.layout, self.size = seating, layout, cache.block_size
@@ -271,7 +271,8 @@ class DecodePass:
             outs.append(out[:, :, :group])
             lses.append(lse[:, :, :group])
         none, unseen = outs[0].new_zeros(1, *outs[0].shape[1:]), lses[0].new_full((1, *lses[0].shape[1:]), -math.inf)
-        found = torch.cat([*outs, none])[self.layout.parts_JB], torch.cat([*lses, unseen])[self.layout.parts_JB]
+        parts_JB = self.layout.parts_JB[:, : len(q_BKGC)]
+        found = torch.cat([*outs, none])[parts_JB], torch.cat([*lses, unseen])[parts_JB]
         while len(found[0]) > 1:
             found = merge((found[0][0::2], found[1][0::2]), (found[0][1::2], found[1][1::2]))
         return found[0][0], found[1][0]
@@ -286,7 +287,8 @@ class DecodePass:
             k, v = (x[None] for x in prefix.kv[layer.index])
             visible = None if layer.window is None else self._prefix_mask(layer, order, first, stop, k)
             parts.append(attend_part(layer, q_KQC[None, :, first:stop], k, v, visible))
-        out, lse = (torch.cat(x, dim=2)[0][:, order.back] for x in zip(*parts, strict=True))
+        back = order.back[: rows * group]
+        out, lse = (torch.cat(x, dim=2)[0][:, back] for x in zip(*parts, strict=True))
         return out.view(kv_heads, rows, group, -1).transpose(0, 1), lse.view(kv_heads, rows, group).transpose(0, 1)
 
     def _suffix_mask(self, layer: Layer, dtype: torch.dtype) -> Mask:

@@ -12,6 +12,7 @@ A controls.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +35,7 @@ Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V], 
 # in Plans and Controls. key0, key1, word: the key and the sample word of its noise.
 STEP, ENDED, FINITE, TOKEN, LENGTH, PLAN, CONTROL, KEY0, KEY1, WORD = range(10)
 _EMPTY = (1, 1, 1, *[0] * 7)
+_BY_ROW = ("rows_BF", "z0_BD", "filter_BD", "dots_BT", "nll_BT")
 _DRAWN = 32  # rows whose tokens are drawn or measured together: a draw takes 60 bytes for each logit
 
 
@@ -123,6 +125,13 @@ class Batch:
         self.nll_BT = torch.zeros(num_rows, num_steps, dtype=torch.float64, device=device)  # of tokens, where measured
         self.ends_V = torch.zeros(lm.vocab_size, dtype=torch.bool, device=device)
         self.ends_V[sorted(end for end in end_ids if end < lm.vocab_size)] = True
+
+    def first(self, rows: int) -> Batch:
+        """The first rows of this batch, as a view: what becomes of them becomes of this batch's."""
+        view = copy.copy(self)
+        for name in _BY_ROW:
+            setattr(view, name, getattr(self, name)[:rows])
+        return view
 
     def seat(self, seats: Sequence[Seat]) -> None:
         """Puts new trajectories into their slots, at the step after their given tokens."""

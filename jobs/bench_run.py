@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 from aisp_dist.bench import paired, script
 from aisp_dist.bench.apart import Apart, Turn, Work
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.vllm import installed
 from jobs import prepare, settings
 
 PEERS = ("vllm", "none")
@@ -41,14 +41,14 @@ def measure(options: argparse.Namespace, run: Run, base_dir: Path) -> dict[str, 
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     engine = _engine(options.vllm)
-    if options.peers == "vllm" and find_spec("vllm") is None:
+    if options.peers == "vllm" and not installed():
         raise ConfigError("--peers: vLLM is not installed here; install it, or give --peers none to measure without it")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aisp-bench-"))
         contenders: dict[str, Contender] = {}
         loading = {}
         if options.peers == "vllm":
-            load = partial(script.script, located, base_dir, options.prompts, engine)
+            load = partial(script.script, located, base_dir, f"{folder}/model", options.prompts, engine)
             peer = stack.enter_context(Apart(load))
             for name, sampling in script.variants(located).items():
                 contenders[name] = partial(_scripted, peer, sampling, run.seed)

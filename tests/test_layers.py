@@ -29,7 +29,7 @@ ARROWS = {
     "rewards": BELOW | {"config", "data", "engine", "methods"},
     "output": BELOW | {"config", "data", "engine", "rewards"},  # the fingerprint digests models and functions
     "align": BELOW | {"config", "data", "methods", "rewards"},
-    "bench": BELOW | {"config", "data", "engine", "rewards", "align"},
+    "bench": BELOW | {"config", "data", "engine", "rewards", "align", "vllm"},
     "local": BELOW | {"config", "data", "engine", "vllm", "rewards", "output", "align"},
     "analysis": BELOW | {"config", "data", "methods", "engine", "rewards", "output", "align"},
 }

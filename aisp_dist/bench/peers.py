@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
+from aisp_dist.vllm import installed
+
 Tokens = list[list[int]]
 Peer = Callable[[torch.Tensor, torch.Tensor], Tokens]  # prompts [P, L], v [B, T, D]
 
@@ -63,13 +65,11 @@ def repeated_static(model: Any, prompts_PL: torch.Tensor, v_BTD: torch.Tensor) -
 
 def vllm(twin: Any, dtype: str, rows: int, positions: int) -> Peer | str:
     """vLLM with its prefix cache and random weights in the shapes of `twin`. It samples without our noise, so its
-    tokens are not compared. Returns the reason as text if vLLM is not installed. Written to vLLM's documentation; not
-    run."""
+    tokens are not compared. Returns the reason as text if vLLM is not installed."""
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    try:
-        library = importlib.import_module("vllm")
-    except ImportError:
+    if not installed():
         return "not measured: vllm is not installed"
+    library = importlib.import_module("vllm")
     twin.config.architectures = [type(twin).__name__]  # AutoConfig.for_model leaves it empty
     with tempfile.TemporaryDirectory() as folder:
         twin.config.save_pretrained(folder)

@@ -13,10 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from aisp_dist import rewards
 from aisp_dist.align import tokens_of
 from aisp_dist.bench.apart import Work
-from aisp_dist.config import Run
+from aisp_dist.config import Generator, Run
 from aisp_dist.data import prompts
 from aisp_dist.data.chat import end_of_turn
 from aisp_dist.engine import pretrained
@@ -45,17 +47,19 @@ def variants(run: Run) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def script(run: Run, base_dir: Path, count: int, engine: Mapping[str, Any]) -> Iterator[Work]:
+def script(run: Run, base_dir: Path, folder: str, count: int, engine: Mapping[str, Any]) -> Iterator[Work]:
     """Load vLLM and the rewards. Yields the work: `work(sampling, seed, count)` answers the first prompts.
 
-    run: located. engine: arguments of vllm.LLM, over those that the configuration gives."""
+    run: located. folder: for a copy of the model, where vLLM does not read its file. engine: arguments of vllm.LLM,
+    over those that the configuration gives."""
     on_cpu = _settle()
     vllm = importlib.import_module("vllm")
     tokenizer, settings = pretrained.tokenizer(run.generator), run.generator
     lines = [line for line in islice(prompts.read(run.prompts), count) if isinstance(line, Prompt)]
     asked = [tokens_of(run, line, tokenizer, None) for line in lines]
+    model = _directory(settings, folder)
     arguments = {
-        "model": settings.model,
+        "model": model,
         "revision": settings.revision,
         "dtype": settings.dtype,
         "max_model_len": max(map(len, asked)) + settings.max_new_tokens,
@@ -96,10 +100,17 @@ def _draw(
     return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
 
+def _directory(settings: Generator, folder: str) -> str:
+    """The model as vLLM reads it: a GGUF file's weights are written out as the run has them, dequantised."""
+    if not Path(settings.model).is_file():
+        return settings.model
+    pretrained.weights(settings, torch.device("cpu")).save_pretrained(folder)
+    pretrained.tokenizer(settings).save_pretrained(folder)
+    return folder
+
+
 def _settle() -> bool:
     """Environment of vLLM, before it is imported. Returns whether it will run on the CPU."""
-    import torch
-
     if torch.cuda.is_available():
         return False
     for name, value in _CPU.items():

@@ -181,14 +181,14 @@ class TwoProcesses:
 
 
 @lru_cache(1)
-def _lm(generator: Generator, device: str) -> LM:
-    return load(generator, device)
+def _lm(generator: str, device: str) -> LM:
+    return load(Generator.model_validate_json(generator), device)
 
 
 @lru_cache(1)
 def _engine(task: Task) -> Engine:
     settings = task.parsed().generator
-    return Engine(_lm(settings, task.device), settings.batch_rows, settings.max_new_tokens)
+    return Engine(_lm(settings.model_dump_json(), task.device), settings.batch_rows, settings.max_new_tokens)
 
 
 @lru_cache(1)

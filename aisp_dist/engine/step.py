@@ -2,9 +2,9 @@
 
     states (z) -> control (z + v) -> logits -> select (y) -> record
 
-All shapes are fixed, and on a GPU a step reads no value back to the host. Empty slots take part and change nothing. A
-row ends here by an end token or by length. Knows nothing of rounds or stop strings. Equation numbers: Kanai et al.,
-arXiv 2510.26219.
+On a GPU a step reads no value back to the host. A step may be of the first rows only (widths.py); empty slots among
+them take part and change nothing. A row ends here by an end token or by length. Knows nothing of rounds or stop
+strings. Equation numbers: Kanai et al., arXiv 2510.26219.
 
 Shapes: B rows, R some of them, D hidden size, V vocabulary, T steps (max_new_tokens), F plans (kinds of sampling),
 A controls.

@@ -16,6 +16,7 @@ from scipy.stats import chi2
 from aisp_dist import config
 from aisp_dist.align import align
 from aisp_dist.methods import qalign
+from aisp_dist.methods.weights import deviation
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.verify import verify
 from aisp_dist.philox import UNIFORM, philox4x32, prompt_key, sample_word
@@ -198,7 +199,7 @@ def test_beta_in_deviations_is_free_of_the_rewards_unit_and_is_that_of_all_rewar
     mine = search(beta={"sd": 0.5}, **few)
     scaled = search(lambda y: 64 * reward(y) - 3, beta={"sd": 0.5}, **few)
     assert [step.parents for step in mine.trace] == [step.parents for step in scaled.trace]
-    assert qalign.deviation([1.0, None, 3.0]) == 1 and qalign.deviation([None, 2.0]) == 0 == qalign.deviation([])
+    assert deviation([1.0, None, 3.0]) == 1 and deviation([None, 2.0]) == 0 == deviation([])
     many = search(beta={"sd": 0.5}, chains=200, num_iterations=6)
     for k in range(1, 6):
         beta = 0.5 * float(np.std([c.reward for c in many.candidates[: 200 * k]]))

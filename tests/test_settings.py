@@ -259,8 +259,11 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--tune.grids", '{"aisp": {"sigma2": []}}'], r"tune.grids: aisp: sigma2 is \[\]; give at least one value"),
         (["--tune.grids", '{"sigma2": [0.1]}'], "tune.grids: sigma2: name the arm first"),
         (["--compare.arms", '{"a": {"kind": "beam"}}'], "compare.arms.a: kind is 'beam'"),
-        (["--method.spend.min_gain", "1"], "method.spend: target and plateau are null"),
-        (["--method.spend", '{"target": 1, "max_iterations": 9}'], "max_iterations is 9 without plateau"),
+        (["--method.spend.min_gain", "1"], "method.spend: target, plateau and expected_gain are null"),
+        (
+            ["--method.spend", '{"target": 1, "max_iterations": 9}'],
+            "9 without plateau or expected_gain",
+        ),
         (["--method.spend", '{"target": 1, "min_gain": 0.5}'], "min_gain is 0.5 without plateau"),
         (["--method.limit", "{}"], "method.limit: nll and diversity are null, so nothing is limited"),
         (["--method.sigma2.flip_rate", "1.5"], "method.sigma2.flip_rate: .*it must be below 1"),

@@ -57,10 +57,24 @@ class MethodSection(Section):
     def is_control(self) -> bool:
         return bool(getattr(self, "shuffle_rewards", False))
 
+    @property
+    def learns(self) -> bool:
+        """Whether what it draws depends on the rewards of earlier answers."""
+        return "shuffle_rewards" in type(self).model_fields
+
     def shuffled(self, control: bool) -> Self:
         """This method as its own control, or without being one; itself where it does not learn from rewards."""
-        learns = "shuffle_rewards" in type(self).model_fields
-        return self.model_copy(update={"shuffle_rewards": control}) if learns else self
+        return self.model_copy(update={"shuffle_rewards": control}) if self.learns else self
+
+    @model_validator(mode="after")
+    def several_rounds(self) -> Self:
+        spend: Spend | None = getattr(self, "spend", None)
+        if spend and spend.expected_gain and (spend.max_iterations or getattr(self, "num_iterations", 1)) == 1:
+            raise ValueError(
+                "spend.expected_gain with one iteration, so there is no place to stop; give num_iterations: 3 or more, "
+                "with fewer samples in each"
+            )
+        return self
 
     @property
     def brings(self) -> str | None:

@@ -71,16 +71,24 @@ class Spend(Section):
     target: float | None = doc("stop when the best reward reaches this", None)
     plateau: int | None = doc("stop after this many iterations without a better answer", None, ge=1)
     min_gain: float = doc("smallest rise of the best reward that counts as better, in units of the reward", 0.0, ge=0)
-    max_iterations: Count | None = doc("most iterations until the plateau; null: num_iterations", None)
+    expected_gain: float | None = doc(
+        "stop when another iteration is expected to add less than this to the best reward, in standard deviations of "
+        "the prompt's rewards",
+        None,
+        gt=0,
+    )
+    max_iterations: Count | None = doc("most iterations until then; null: num_iterations", None)
 
     @model_validator(mode="after")
     def bounded(self) -> Spend:
-        if self.target is None and self.plateau is None:
-            raise ValueError("target and plateau are null, so no prompt would stop early; give one, or leave spend out")
-        if self.plateau is None and self.max_iterations is not None:
+        if self.target is None and self.plateau is None and self.expected_gain is None:
             raise ValueError(
-                f"max_iterations is {self.max_iterations} without plateau, so every prompt would run up to it; give "
-                "plateau, or raise num_iterations"
+                "target, plateau and expected_gain are null, so no prompt would stop early; give one or no spend"
+            )
+        if self.plateau is None and self.expected_gain is None and self.max_iterations is not None:
+            raise ValueError(
+                f"max_iterations is {self.max_iterations} without plateau or expected_gain, so every prompt would run "
+                "up to it; give one, or raise num_iterations"
             )
         if self.plateau is None and self.min_gain:
             raise ValueError(f"min_gain is {self.min_gain:g} without plateau, where it has no effect; give plateau")

@@ -19,7 +19,7 @@ Settings = Aisp | BatchedAisp
 def propose(
     settings: Settings, sampling: Sampling, state: State, key: Key, seen: Sequence[Candidate]
 ) -> Proposal | None:
-    if over(settings, state):
+    if over(settings, state, seen):
         return None
     trace = tuple(Weights(done.weights, done.lengths) for done in state)
     return Proposal(len(state), settings.num_samples, sampling, trace)

@@ -12,7 +12,7 @@ from aisp_dist.records import Candidate, Rollout, Sampling
 
 
 def propose(settings: Method, sampling: Sampling, state: State, key: Key, seen: Sequence[Candidate]) -> Proposal | None:
-    if over(settings, state):
+    if over(settings, state, seen):
         return None
     return Proposal(len(state), settings.num_samples, sampling)
 

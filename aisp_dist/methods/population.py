@@ -29,7 +29,7 @@ Parent = tuple[int, int]  # place of the answer among all so far, -1 for none; h
 def propose(
     settings: Population, sampling: Sampling, state: State, key: Key, seen: Sequence[Candidate]
 ) -> Proposal | None:
-    if over(settings, state):
+    if over(settings, state, seen):
         return None
     k, n = len(state), settings.num_samples
     if not state:

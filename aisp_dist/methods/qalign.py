@@ -29,12 +29,13 @@ from collections.abc import Sequence
 
 from aisp_dist.config import Qalign
 from aisp_dist.methods.round import Key, Proposal, State, finished, over, told
+from aisp_dist.methods.weights import deviation
 from aisp_dist.philox import PARENT, philox4x32
 from aisp_dist.records import Candidate, Rollout, Sampling
 
 
 def propose(settings: Qalign, sampling: Sampling, state: State, key: Key, seen: Sequence[Candidate]) -> Proposal | None:
-    if over(settings, state):
+    if over(settings, state, seen):
         return None
     k = len(state)
     if not state:
@@ -78,13 +79,6 @@ def log_ratio(gain: float, beta: float, length: int, new_length: int) -> float:
     """Log of the Metropolis ratio. gain: r(y') - r(y). beta: 0 only as that of rewards which are all equal."""
     tilt = gain / beta if beta else math.copysign(math.inf, gain) if gain else 0.0
     return tilt + math.log(length / new_length)
-
-
-def deviation(rewards: Sequence[float | None]) -> float:
-    """Standard deviation of those that are not None, divided by their number; 0 for one."""
-    known = [r for r in rewards if r is not None]
-    mean = math.fsum(r / len(known) for r in known)
-    return math.hypot(*(r - mean for r in known)) / math.sqrt(len(known) or 1)
 
 
 def _words(key: Key, iteration: int, chain: int) -> list[int]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aisp_dist.config import Method
+from aisp_dist.methods.gain import settled
 from aisp_dist.philox import permutation
-from aisp_dist.records import Iteration, Rollout, Sampling, Weights
+from aisp_dist.records import Candidate, Iteration, Rollout, Sampling, Weights
 
 State = tuple[Iteration, ...]
 Key = tuple[int, int]  # of the prompt, philox.prompt_key
@@ -59,19 +60,24 @@ def told(shuffle: bool, key: Key, iteration: int, rewards: Sequence[float | None
     return learnt
 
 
-def over(settings: Method, state: State) -> bool:
+def over(settings: Method, state: State, seen: Sequence[Candidate]) -> bool:
     """Whether a prompt's search has ended: after num_iterations or, with `spend`, by its stopping rule. The rule reads
-    the true rewards of the state alone, so it is the same for every method."""
+    the true rewards of this prompt alone, so it is the same for every method. seen: all candidates so far."""
     spend = settings.spend
     if spend is None:
         return len(state) >= settings.num_iterations
-    best, since = -math.inf, 0  # best so far; iterations since it last rose
+    best, since, rise = -math.inf, 0, 0.0  # best so far; iterations since it last rose; what the last one added
     for done in state:
         new = -math.inf if done.best_reward is None else done.best_reward
+        rise = max(0.0, new - best) if math.isfinite(best) else 0.0
         since = 0 if new > best + (spend.min_gain if math.isfinite(best) else 0) else since + 1
         best = max(best, new)
     if spend.target is not None and best >= spend.target:
         return True
     if spend.plateau is not None and since >= spend.plateau:
         return True
+    if spend.expected_gain is not None:
+        rewards = [c.eligible_reward for c in seen if c.eligible_reward is not None]
+        if settled(spend.expected_gain, rewards, len(state), rise if settings.learns else 0.0):
+            return True
     return len(state) >= (spend.max_iterations or settings.num_iterations)

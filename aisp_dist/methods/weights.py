@@ -66,3 +66,10 @@ def ess_temperature(rewards: Sequence[float], penalties: Sequence[float], target
     if excess(high) <= 0:
         return math.exp(high)
     return math.exp(brentq(excess, low, high, xtol=1e-12))
+
+
+def deviation(rewards: Sequence[float | None]) -> float:
+    """Standard deviation of those that are not None, divided by their number; 0 where there are none."""
+    known = [r for r in rewards if r is not None]
+    mean = math.fsum(r / len(known) for r in known)
+    return math.hypot(*(r - mean for r in known)) / math.sqrt(len(known) or 1)

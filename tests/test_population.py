@@ -92,6 +92,41 @@ def test_a_configuration_says_what_is_drawn_and_what_is_found_for_each_prompt():
         assert config.Population.model_validate(method.model_dump(by_alias=True)) == method
 
 
+def test_fresh_starts_are_a_share_of_an_iteration_and_none_by_default():
+    assert config.Population().fresh == 0 == population.fresh(0.0, 8, [1.0, 1.0])
+    assert [population.fresh(share, 8, [0.0, 1.0]) for share in (0.01, 0.25, 0.5, 1.0)] == [1, 2, 4, 8]
+
+
+def test_fresh_starts_by_ties_are_all_until_a_reward_differs_and_few_once_many_do():
+    def ties(rewards, n=12):
+        return population.fresh("ties", n, rewards)
+
+    assert ties([]) == ties([None]) == ties([0.0] * 9) == ties([None, 1.0, 1.0]) == 12
+    assert ties([0.0] * 9 + [1.0]) == ties([0.0, 1.0] * 8) == 6
+    assert ties([0.0, 0.5, 1.0] * 6) == 4
+    assert ties([0.0, 0.9, 1.0] * 4) == 6, "within half a deviation of the best is as good as the best"
+    many = [j / 10 for j in range(100)]
+    assert 1 <= ties(many) <= 2
+    for rewards in ([0.0, 1.0, 0.3, 0.9, 0.31], many):
+        assert ties(rewards) == ties([64 * r - 7 for r in rewards]) == ties(rewards[::-1])
+
+
+@pytest.mark.parametrize(("share", "anew"), [(1.0, 6), (0.5, 3), ("ties", None)])
+def test_what_begins_anew_is_drawn_as_best_of_n_draws_it(tmp_path, share, anew):
+    project = finished.project(tmp_path / "p", 2)
+    _, mixed = rows(finished.output(project, "mixed", POPULATION | {"fresh": share}))
+    _, plain = rows(finished.output(project, "plain", POPULATION | {"kind": "best_of_n"}))
+    counts = set()
+    for mine, its in zip(mixed, plain, strict=True):
+        for k, step in enumerate(mine["trace"][1:], 1):
+            new = [i for i, parent in enumerate(step["parents"]) if parent < 0]
+            counts.add(len(new))
+            assert new == list(range(6 - len(new), 6))
+            for i in new:
+                assert mine["candidates"][6 * k + i]["token_ids"] == its["candidates"][6 * k + i]["token_ids"]
+    assert counts == {anew} if anew else min(counts) >= 1 and max(counts) < 6
+
+
 def rows(output):
     return (pq.read_table(output / table).to_pylist() for table in ("data", "candidates"))
 

@@ -23,6 +23,7 @@ from aisp_dist.config.sampling import (
     Limit,
     Mixture,
     Nucleus,
+    Share,
     Spend,
     needs_likelihood,
 )
@@ -230,6 +231,10 @@ class Population(MethodSection):
     num_samples: Count = doc("samples of an iteration", 16)
     num_iterations: Count = doc("iterations; the first draws whole answers", 16)
     ess: float = doc("effective number of earlier answers that are continued", 8.0, ge=1)
+    fresh: Share | Literal["ties"] = doc(
+        "share of an iteration that draws whole answers; ties: one in as many samples as the rewards so far have steps",
+        0.0,
+    )
     sampling: FlipRate | Nucleus = doc(_DRAWN, FlipRate(flip_rate=0.28))
     spend: Spend | None = doc(_SPEND, None)
     limit: Limit | None = doc(_LIMIT, None)

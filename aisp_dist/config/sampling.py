@@ -10,6 +10,7 @@ from aisp_dist.config.base import Section, doc
 from aisp_dist.records import TopP
 
 Count = Annotated[int, Field(ge=1, lt=1 << 16)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Ess(Section):

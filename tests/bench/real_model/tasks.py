@@ -88,8 +88,9 @@ ARMS = {
     BEST: Arm({"kind": "best_of_n"}, _nuclei((0.8, 1.0), (0.9, 1.0), (0.95, 1.0), (0.9, 0.8))),
     "population": Arm(
         {"kind": "population"},
-        tuple(
-            {"sampling": {"flip_rate": rate}, "ess": ess} for rate, ess in ((0.2, 8), (0.28, 8), (0.4, 8), (0.28, 4))
+        (
+            *({"sampling": {"flip_rate": rate}} for rate in (0.2, 0.28, 0.4)),
+            {"sampling": {"flip_rate": 0.28}, "fresh": "ties"},
         ),
     ),
     "qalign, 16 chains": Arm({"kind": "qalign"}, _QALIGN, together=16),

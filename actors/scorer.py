@@ -3,7 +3,9 @@ no others."""
 
 from __future__ import annotations
 
+import os
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from actors.placement import Group
 from aisp_dist import quiet, rewards
 from aisp_dist.config import ModelReward, Reward
 from aisp_dist.records import Prompt, Score
+from aisp_dist.vllm.service import Dead
 
 
 class Scorer:
@@ -41,9 +44,16 @@ class Scorer:
             import torch
 
             torch.set_num_threads(self.group.threads)
-            if torch.cuda.is_available() and self.group.num_gpus:
+            if self.settings.engine != "vllm" and torch.cuda.is_available() and self.group.num_gpus:
                 torch.cuda.set_per_process_memory_fraction(self.group.memory)
-        self.scores = rewards.load(self.reward, self.settings, self.base_dir, columns=self.columns, limit=self.limit)
+        self.scores = rewards.load(
+            self.reward,
+            self.settings,
+            self.base_dir,
+            columns=self.columns,
+            limit=self.limit,
+            share=self.group.memory,
+        )
         quiet.libraries()
         self.began = time.monotonic()
 
@@ -52,6 +62,9 @@ class Scorer:
         began = time.monotonic()
         try:
             return self.scores(prompt, responses)
+        except Dead as error:  # vLLM's engine, which is most of this process
+            traceback.print_exception(error)
+            os._exit(1)
         finally:
             self.answered += 1
             self.busy_seconds += time.monotonic() - began

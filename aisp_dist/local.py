@@ -29,7 +29,7 @@ from aisp_dist.records import Calibration, Done, Input, Prompt, Result, Rollout,
 from aisp_dist.rewards import stepwise
 from aisp_dist.rewards.client import Unavailable
 from aisp_dist.vllm import service as serving
-from aisp_dist.vllm.choice import choose, here
+from aisp_dist.vllm.choice import here, resolve
 from aisp_dist.vllm.start import start
 
 T = TypeVar("T")
@@ -115,15 +115,16 @@ def relabel(
 
 
 def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[Row, None, None]:
-    choice = choose(run, None, here)
-    run = run.model_copy(update={"generator": run.generator.model_copy(update={"engine": choice.engine})})
+    run, choice = resolve(run, None, here)
     run = fingerprint.pin(run, {})
     located = fingerprint.locate(run, base_dir)
     sample = prompts.sample(located.prompts) if given is None else _inputs(located, given)
     columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
     model = fingerprint.model_name(run)
     first = None if given is None else prompts.first_digest(_inputs(located, given[:1]))
-    run_id = fingerprint.fingerprint(fingerprint.components(run, located, base_dir, first, choice.component))[:12]
+    run_id = fingerprint.fingerprint(
+        fingerprint.components(run, located, base_dir, first, choice.component, choice.version)
+    )[:12]
     kind: schema.Kind = "raw" if run.prompts.format == "raw" else "chat"
     empty = dict.fromkeys(schema.schemas(kind, columns).data.names)
 

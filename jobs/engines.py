@@ -8,18 +8,15 @@ from typing import Any
 
 from aisp_dist import vllm
 from aisp_dist.config import ConfigError, Run
-from aisp_dist.vllm.choice import Choice, Found, choose, here
+from aisp_dist.vllm import choice
+from aisp_dist.vllm.choice import Choice, Found, here
 
 _PATIENCE = 120.0  # seconds for the machines to answer
 
 
 def resolve(run: Run, before: Mapping[str, Any] | None) -> tuple[Run, Choice]:
-    """The run with its engine. before: run.json of the output, if it exists; an output from before there was a choice
-    is the local engine's. Raises ConfigError."""
-    recorded = before["config"].get("generator", {}).get("engine", "local") if before else None
-    choice = choose(run, recorded, lambda: look(run))
-    generator = run.generator.model_copy(update={"engine": choice.engine})
-    return run.model_copy(update={"generator": generator}), choice
+    """The run with its engines. before: run.json of the output, if it exists. Raises ConfigError."""
+    return choice.resolve(run, before["config"] if before else None, lambda: look(run))
 
 
 def look(run: Run) -> Found:

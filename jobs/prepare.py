@@ -150,7 +150,7 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
         sample = prompts.sample(located.prompts)
         columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
     model = before["model"] if before and "model" in before else fingerprint.model_name(run)
-    components = fingerprint.components(run, located, base_dir, vllm=choice.component)
+    components = fingerprint.components(run, located, base_dir, None, choice.component, choice.version)
     prepared = Prepared(run, located, base_dir, output, components, columns, model, choice)
     if before:
         manifest.check_resume(before, prepared.record())

@@ -26,7 +26,7 @@ ARROWS = {
     "methods": BELOW | {"config"},
     "engine": BELOW | {"config", "demo", "data", "methods"},  # data: text of tokens; methods: the value network
     "vllm": BELOW | {"config", "data", "engine"},
-    "rewards": BELOW | {"config", "data", "engine", "methods"},
+    "rewards": BELOW | {"config", "data", "engine", "methods", "vllm"},
     "output": BELOW | {"config", "data", "engine", "rewards"},  # the fingerprint digests models and functions
     "align": BELOW | {"config", "data", "methods", "rewards"},
     "bench": BELOW | {"config", "data", "engine", "rewards", "align", "vllm"},

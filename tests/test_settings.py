@@ -138,6 +138,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "rewards.main.use": "report",
     "rewards.main.model": "m2",
     "rewards.main.revision": "r",
+    "rewards.main.engine": "vllm",
     "rewards.main.dtype": "float32",
     "rewards.main.max_tokens": 5,
     "rewards.main.batch_rows": 6,

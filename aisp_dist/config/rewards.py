@@ -33,6 +33,9 @@ class ModelReward(RewardBase):
     kind: Literal["model"] = doc("a sequence classifier", "model")
     model: str = doc("demo, demo-judge, a local path, or a hub id")
     revision: str | None = doc("hub revision; null: today's commit, which a resume uses again", None)
+    engine: Literal["auto", "transformers", "vllm"] = doc(
+        "what scores; auto: vllm where GPUs are and the generator runs on it, decided once per output", "auto"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto: the checkpoint's own", "auto")
     max_tokens: int = doc(
         "longest input in tokens; a longer one is cut from the left of its prompt",

@@ -251,9 +251,13 @@ class Run(Section):
                     "generator.thinking: args scores texts that are not finished, whose thinking cannot be told from "
                     "the answer; set it to keep"
                 )
-            remote = [n for n, reward in self.rewards.items() if reward.use == "select" and reward.kind == "http"]
+            select = {name: reward for name, reward in self.rewards.items() if reward.use == "select"}
+            remote = [f"rewards.{name} of kind http" for name, reward in select.items() if reward.kind == "http"]
+            remote += [
+                f"rewards.{n}.engine: vllm" for n, r in select.items() if r.kind == "model" and r.engine == "vllm"
+            ]
             if remote or self.combine == "standardized":
-                what = f"rewards.{remote[0]} of kind http" if remote else "combine: standardized"
+                what = remote[0] if remote else "combine: standardized"
                 raise ValueError(
                     f"method: args asks for rewards at every token, inside the generator, which {what} cannot serve; "
                     "give rewards of kind model or function, and combine: weighted_sum"
@@ -281,6 +285,9 @@ class Run(Section):
         beside: dict[str, Any] = dict.fromkeys(("output", "save", "guard", "runtime", "compare", "tune"), True)
         free = {**beside, "prompts": {"limit"}, "rewards": {"__all__": set(FREE)}}
         settings = self.model_dump(mode="json", by_alias=True, exclude=free)
+        for reward in settings["rewards"].values():
+            if reward["kind"] == "model" and reward["engine"] != "vllm":  # as it was before there was a choice
+                del reward["engine"]
         generator = settings["generator"]
         if self.generator.engine == "vllm":
             del generator["batch_rows"], generator["fp32_head"]

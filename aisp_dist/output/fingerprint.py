@@ -97,11 +97,16 @@ def locate_prompts(settings: Prompts) -> Prompts:
 
 
 def components(
-    run: Run, located: Run, base_dir: Path, first_input: str | None = None, vllm: str | None = None
+    run: Run,
+    located: Run,
+    base_dir: Path,
+    first_input: str | None = None,
+    vllm: str | None = None,
+    version: str | None = None,
 ) -> dict[str, Any]:
     """What the fingerprint is taken of, as nested JSON values, kept in run.json so that a refusal can name keys.
     first_input: prompts.first_digest of inputs that are read in place of prompts.source. vllm: what names the engine,
-    where it is not the local one (vllm.choice.Choice.component)."""
+    where it is not the local one (vllm.choice.Choice.component). version: vLLM's, where a reward model runs on it."""
     base = located.generator
     digests = {"generator.model": checkpoints.digest("generator.model", base.model, base.revision)}
     if base.chat_template:
@@ -117,6 +122,9 @@ def components(
         digests["method.value"] = checkpoints.digest("method.value", method.value, None)
     settings = run.row_settings()
     settings["rewards"] = {name: reward_settings(reward) for name, reward in settings["rewards"].items()}
+    for reward in settings["rewards"].values():
+        if "engine" in reward:
+            reward["engine"] = f"vllm {version}"
     for name in _OF_MODEL:
         del settings["generator"][name]
     settings["method"].pop("value", None)

@@ -24,15 +24,16 @@ def load(
     device: str | None = None,
     columns: Sequence[str] = (),
     limit: float = math.inf,
+    share: float = 1.0,
 ) -> RewardFn:
     """The reward called `name` in the configuration, ready to score. base_dir: where function paths start, the
     configuration's directory (default: the current one). device: of a model, as torch names it (default: cuda where
     there is one, else cpu). columns: prompts.keep, what functions are handed. limit: seconds that a server may
-    take for one call. Raises ConfigError."""
+    take for one call. share: of a GPU's memory, for a model that vLLM scores. Raises ConfigError."""
     if isinstance(settings, ModelReward):
         from aisp_dist.rewards import model
 
-        return model.load(name, settings, device)
+        return model.load(name, settings, device, share)
     if isinstance(settings, HttpReward):
         from aisp_dist.rewards import http
 

@@ -19,7 +19,7 @@ from aisp_dist.data.encode import Unrenderable, starts_with_bos, surplus
 from aisp_dist.engine import checkpoints
 from aisp_dist.records import Message, Prompt, Score
 from aisp_dist.rewards import self_test, templates
-from aisp_dist.rewards.prefix import Chain, Classifier, Ids, alike
+from aisp_dist.rewards.prefix import Chain, Classifier, Ids, Scores, alike
 
 # Heads by another name than transformers', of models whose own class is theirs in all but that: openbmb/UltraRM-13b
 # (Llama) and openbmb/Eurus-RM-7b (Mistral) read the last token by a regression_head without bias.
@@ -28,7 +28,9 @@ HEADS = {r"^regression_head\.": "score."}
 _CHAINS = 64  # texts that grow at a time; one that was let go is read again
 
 
-def load(name: str, settings: ModelReward, device: str | None = None) -> Callable[[Prompt, Sequence[str]], list[Score]]:
+def load(
+    name: str, settings: ModelReward, device: str | None = None, share: float = 1.0
+) -> Callable[[Prompt, Sequence[str]], list[Score]]:
     """A function from a prompt and its responses to the model's logits.
 
     The model reads the prompt's messages (a plain text is one user message) and the response under a chat template:
@@ -36,15 +38,14 @@ def load(name: str, settings: ModelReward, device: str | None = None) -> Callabl
     max_tokens, or than the model's positions, loses tokens from the left of the prompt but not BOS. A response is
     quarantined that does not fit by itself, whose prompt has messages that the template does not show, or whose logit
     is NaN.
+    share: of a GPU's memory, where vLLM scores.
     Micro-batches follow from the set of responses in the call alone, so the same call gives the same bits and a
     permuted call permuted ones. Raises ConfigError: not loadable, not exactly one output, weights of the head missing,
     no chat template or one that does not show question and answer, or a defect that the self-test finds.
     """
     key = f"rewards.{name}.model"
-    tokenizer, model = _checkpoint(key, settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(settings.max_tokens, positions or settings.max_tokens)
-    classifier = Classifier(model)
+    loaded = _served(key, settings, share) if settings.engine == "vllm" else _loaded(key, settings, device)
+    tokenizer, classifier, max_length = loaded
     one_at_a_time = threading.Lock()
 
     def encode(messages: Sequence[Message]) -> list[int]:
@@ -115,6 +116,34 @@ def template(tokenizer: Any, settings: ModelReward) -> Any:
 
 def _score(value: float) -> Score:
     return Score(value) if math.isfinite(value) else Score(None, f"the reward is {value}; give it dtype: float32")
+
+
+def _loaded(key: str, settings: ModelReward, device: str | None) -> tuple[Any, Scores, int]:
+    """Tokenizer, classifier and longest input in tokens, by transformers in this process."""
+    tokenizer, model = _checkpoint(key, settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return tokenizer, Classifier(model), min(settings.max_tokens, positions or settings.max_tokens)
+
+
+def _served(key: str, settings: ModelReward, share: float) -> tuple[Any, Scores, int]:
+    """As `_loaded`, by vLLM in processes of its own."""
+    from aisp_dist.vllm.pooling import Pooled
+
+    path = checkpoints.locate(key, settings.model, "reward")
+    try:
+        with quiet.loading():
+            from transformers import AutoConfig, AutoTokenizer
+
+            common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+            tokenizer = template(AutoTokenizer.from_pretrained(path, **common), settings)
+            config = AutoConfig.from_pretrained(path, **common)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{key}: {settings.model!r} cannot be read ({str(error).splitlines()[0]})") from error
+    text = config.get_text_config()
+    if wrong := surplus(tokenizer, text.vocab_size):
+        raise ConfigError(f"{key}: {settings.model!r}: {wrong}")
+    max_length = min(settings.max_tokens, getattr(text, "max_position_embeddings", None) or settings.max_tokens)
+    return tokenizer, Pooled(key, settings, path, config, max_length, share), max_length
 
 
 def _checkpoint(key: str, settings: ModelReward, device: str) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -103,6 +103,16 @@ class _Recorded(Extend):
         return super().__call__(layer, *qkv)
 
 
+class Scores(Protocol):
+    """A sequence classifier. pad_token_id: what it pads the rows of the last call with, None for nothing."""
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def logits(self, rows: Sequence[Ids], batch_rows: int, chain: Chain | None = None) -> list[float]: ...
+
+
 class Classifier:
     """Takes over a model, whose attention is switched for good if `shares`: then what a request's rows begin with is
     computed once, alone at its own length, so that a score's bits follow from the request and never from what was kept
@@ -124,6 +134,16 @@ class Classifier:
             model.set_attn_implementation(own)
         if reason:
             _log.warning("%s scores every response with its whole prompt: %s", type(model).__name__, reason)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        found: int | None = self.model.config.pad_token_id
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self.model.dtype
+        return found
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Ids], batch_rows: int, chain: Chain | None = None) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 from aisp_dist.config import ConfigError
 from aisp_dist.engine import attention
 from aisp_dist.records import Message, Prompt, Score
-from aisp_dist.rewards.prefix import Classifier, Ids, alike
+from aisp_dist.rewards.prefix import Ids, Scores, alike
 
 _log = logging.getLogger("aisp")
 _FEW = 4  # pairs that the self-test scores
@@ -42,7 +42,7 @@ def examine(
     tokenizer: Any,
     encode: Callable[[Sequence[Message]], list[int]],
     tokens: Callable[[Prompt, str], Ids | Score],
-    classifier: Classifier,
+    classifier: Scores,
     batch_rows: int,
     max_length: int,
     toy: bool = False,
@@ -68,12 +68,12 @@ def examine(
     if not counts <= bos_wanted(tokenizer):
         raise fail(f"its texts begin with {' or '.join(map(str, sorted(counts)))} BOS tokens")
     together = classifier.logits(rows, batch_rows)
-    if classifier.model.config.pad_token_id in {token for row in rows for token in row}:
-        raise fail(f"its padding, token {classifier.model.config.pad_token_id}, is a token of the texts (EOS?)")
+    if classifier.pad_token_id in {token for row in rows for token in row}:
+        raise fail(f"its padding, token {classifier.pad_token_id}, is a token of the texts (EOS?)")
     alone = [classifier.logits([row], 1)[0] for row in rows]
     if not all(map(math.isfinite, together)):
         raise fail("plain texts score NaN or infinity")
-    tolerance = attention.TOLERANCE.get(classifier.model.dtype, 0.0) * (1 + max(map(abs, alone)))
+    tolerance = attention.TOLERANCE.get(classifier.dtype, 0.0) * (1 + max(map(abs, alone)))
     if not (far := max(abs(a - b) for a, b in zip(together, alone, strict=True))) <= tolerance:
         raise fail(f"scores change by {far:.2g} with what is scored beside a text, or with its padding")
     logits = dict(zip(rows, together, strict=True))

@@ -3,6 +3,8 @@
 service.py    rounds in, trajectories out, over vLLM's asynchronous engine
 start.py      vLLM's arguments from a configuration; an engine that has shown that it obeys
 requests.py   a trajectory as a vLLM request, and back in the worker
+choice.py     which engine decodes an output
+pooling.py    a sequence classifier by vLLM's pooling runner
 rows.py       in the worker: the control of the rows of a batch, and their tokens
 runners.py    every private part of vLLM that is touched, checked when the worker loads
 worker.py     what the workers answer beside tokens: costs, calibrations

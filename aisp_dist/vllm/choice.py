@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from glob import glob
-from typing import Literal
+from typing import Any, Literal
 
 from aisp_dist import vllm
-from aisp_dist.config import Args, ConfigError, ReControl, Run
+from aisp_dist.config import Args, ConfigError, ModelReward, ReControl, Reward, Run
 
 LOWEST, BELOW = (0, 32), (0, 34)  # versions of vLLM that the hook was written for, as in pyproject.toml
 
@@ -28,16 +28,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Choice:
-    """why: for the log. version: vLLM's, None for the local engine."""
+    """why: for the log. version: vLLM's, where the generator or a reward model runs on it. gpus: that were found."""
 
     engine: Name
     why: str
     version: str | None = None
+    gpus: int = 0
 
     @property
     def component(self) -> str | None:
         """What the fingerprint holds of the engine; None for the local one, which has its own number there."""
-        return f"vllm {self.version}, hook {vllm.VERSION}" if self.version else None
+        return f"vllm {self.version}, hook {vllm.VERSION}" if self.engine == "vllm" else None
 
     @property
     def promise(self) -> str:
@@ -49,7 +50,29 @@ class Choice:
         )
 
     def line(self) -> str:
-        return f"engine: {self.engine}{f' {self.version}' if self.version else ''} ({self.why}); {self.promise}"
+        name = f"vllm {self.version}" if self.engine == "vllm" else self.engine
+        return f"engine: {name} ({self.why}); {self.promise}"
+
+
+def resolve(run: Run, before: Mapping[str, Any] | None, look: Callable[[], Found]) -> tuple[Run, Choice]:
+    """The run with the engines of its generator and reward models. before: the configuration of the output, if it
+    exists; one from before there was a choice has the local engine and transformers. Raises ConfigError as `choose`."""
+    recorded = before.get("generator", {}).get("engine", "local") if before else None
+    choice = choose(run, recorded, look)
+    scored = (before or {}).get("rewards", {})
+    rewards: dict[str, Reward] = {}
+    for name, reward in run.rewards.items():
+        if isinstance(reward, ModelReward) and reward.engine == "auto":
+            engine = "vllm" if choice.engine == "vllm" and choice.gpus else "transformers"
+            if before is not None:
+                engine = scored.get(name, {}).get("engine", "transformers")
+            reward = reward.model_copy(update={"engine": engine})
+        rewards[name] = reward
+    wanted = [name for name, reward in rewards.items() if isinstance(reward, ModelReward) and reward.engine == "vllm"]
+    if wanted and choice.version is None:
+        choice = replace(choice, version=_usable(f"rewards.{wanted[0]}.engine", "transformers", look().version))
+    generator = run.generator.model_copy(update={"engine": choice.engine})
+    return run.model_copy(update={"generator": generator, "rewards": rewards}), choice
 
 
 def choose(run: Run, recorded: Name | None, look: Callable[[], Found]) -> Choice:
@@ -88,18 +111,23 @@ def choose(run: Run, recorded: Name | None, look: Callable[[], Found]) -> Choice
         )
     if setting := settings.only_local:
         raise ConfigError(f"generator.{setting} has no effect with engine vllm ({why}); leave it out")
-    version = (found or look()).version
+    found = found or look()
+    return Choice("vllm", why, _usable("generator.engine", "local", found.version), found.gpus)
+
+
+def _usable(key: str, instead: str, version: str | None) -> str:
+    """vLLM's version. Raises ConfigError where it is missing or unknown."""
     if version is None:
         raise ConfigError(
-            "generator.engine: vllm is not installed where the model would run; pip install 'aisp-dist[vllm]' on every "
-            "machine with a generator, or set it to local"
+            f"{key}: vllm is not installed where the model would run; pip install 'aisp-dist[vllm]' on every machine "
+            f"with such a process, or set it to {instead}"
         )
     if not _known(version):
         raise ConfigError(
-            f"generator.engine: vllm {version} is there, and its inside is known from {_text(LOWEST)} on and below "
-            f"{_text(BELOW)}; install such a version, or set it to local"
+            f"{key}: vllm {version} is there, and its inside is known from {_text(LOWEST)} on and below "
+            f"{_text(BELOW)}; install such a version, or set it to {instead}"
         )
-    return Choice("vllm", why, version)
+    return version
 
 
 def here() -> Found:

@@ -43,13 +43,20 @@ def arguments(settings: Generator, context: int, share: float = 1.0, gpus: bool 
         "seed": 0,
         "disable_log_stats": True,
     }
-    if gpus:
-        found["gpu_memory_utilization"] = round(_USED * share, 4)
-    else:
-        found["kv_cache_memory_bytes"] = _CPU_CACHE
-    if not settings.vllm.keys().isdisjoint(("gpu_memory_utilization", "kv_cache_memory_bytes")):
-        found.pop("gpu_memory_utilization", None), found.pop("kv_cache_memory_bytes", None)
+    if settings.vllm.keys().isdisjoint(("gpu_memory_utilization", "kv_cache_memory_bytes")):
+        found |= memory(share, gpus)
     return found | settings.vllm
+
+
+def memory(share: float, gpus: bool) -> dict[str, Any]:
+    """What an engine may take, of each GPU or else of the machine."""
+    return {"gpu_memory_utilization": round(_USED * share, 4)} if gpus else {"kv_cache_memory_bytes": _CPU_CACHE}
+
+
+def reason(error: Exception) -> str:
+    """A message of vLLM's in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines)[:500]
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -105,10 +112,7 @@ async def start(
     except TypeError as error:
         raise ConfigError(f"generator.vllm: {error}; give vLLM's own engine arguments") from None
     except (ValueError, ImportError, OSError, NotImplementedError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ConfigError(
-            f"generator: vLLM refuses {settings.model!r} or its settings: {' '.join(lines)[:500]}"
-        ) from None
+        raise ConfigError(f"generator: vLLM refuses {settings.model!r} or its settings: {reason(error)}") from None
     llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config, stat_loggers=[Logger], disable_log_stats=True)
     service = Service(llm, served, meter, limit, broken)
     try:

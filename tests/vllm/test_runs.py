@@ -17,6 +17,7 @@ import pytest
 import tiny
 import yaml
 from engines import SHAPE
+from test_rewards import judge
 
 pytestmark = pytest.mark.ray
 
@@ -34,6 +35,7 @@ OWN = {"max_num_seqs": 8, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 2
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     tiny.save("llama", tmp_path / "model", **SHAPE)
+    judge(tmp_path / "judge")
     (tmp_path / "rewards.py").write_text(REWARD)
     lines = [json.dumps({"prompt": q, "n": i}) + "\n" for i, q in enumerate(QUESTIONS)]
     (tmp_path / "prompts.jsonl").write_text("".join(lines))
@@ -52,7 +54,10 @@ def write(folder: Path, **changes: Any) -> None:
             "max_new_tokens": 12,
             "vllm": OWN,
         },
-        "rewards": {"words": {"kind": "function", "function": "rewards.py:words"}},
+        "rewards": {
+            "words": {"kind": "function", "function": "rewards.py:words"},
+            "judge": {"kind": "model", "model": str(folder / "judge"), "engine": "vllm", "dtype": "float32"},
+        },
         "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 3, "lambda": {"ess": 0.3}, "sigma2": 0.3},
         "save": {"rows_per_file": 4, "flush_seconds": 0.2, "candidates": "all"},
     }

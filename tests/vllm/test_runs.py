@@ -104,7 +104,6 @@ def test_a_run_survives_the_death_of_the_engine_and_of_the_actor(project: Path) 
     assert set(rows(project)) == set(range(len(QUESTIONS))), out[-3000:]
     (line,) = [line for line in out.splitlines() if "engine: vllm 0." in line]
     assert "computed again may differ" in line
-    assert "decoded by vLLM: a row that is computed again may differ" in out
     record = json.loads((project / "out" / "run.json").read_text())
     assert record["engine"]["name"] == record["config"]["generator"]["engine"] == "vllm"
     assert record["same_rows"].startswith("not promised: every input exactly once")

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-# torchao reports the extensions that it did not find, torch's pytree the deprecated calls that torchao makes
-_TALKERS = ("torchao", "torch.utils._pytree")
+# torchao and bitsandbytes (peft imports both) report the extensions that they did not find, torch's pytree the
+# deprecated calls that torchao makes
+_TALKERS = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
 
 def libraries() -> None:

@@ -151,7 +151,7 @@ def _write_alpaca_eval(
 ) -> int:
     answers = []
     for output, kept in found:
-        name = f"{output.run.generator.model} + {output.method_name}"
+        name = f"{output.model_name} + {output.method_name}"
         for example in kept:
             row = {**example.kept, "id": example.id, "prompt": example.prompt, "completion": example.chosen}
             try:
@@ -169,7 +169,7 @@ def _describe(staged: Path, told: dict[export.Kind, Any], found: Sequence[Output
         {
             "output": output.place.uri,
             **{name: output.record[name] for name in ("run_id", "fingerprint", "versions")},
-            "model": output.run.generator.model,
+            "model": output.model_name,
             "rewards": output.record["config"]["rewards"],
             "method": output.record["config"]["method"],
             "failed": outputs.count(output.place, "failed"),

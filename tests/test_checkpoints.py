@@ -67,7 +67,8 @@ def test_an_adapter_is_no_model(path, role, config):
     if not config:
         (path / "config.json").unlink()
     said = refusal(path, role)
-    assert "is a PEFT adapter (LORA) of 'owner/base', not a model; merge it" in said and "merge_and_unload" in said
+    assert "is a PEFT adapter (LORA) of 'owner/base', not a model; " in said and "merge_and_unload" in said
+    assert ("; name it as generator.adapter and that model as generator.model" in said) is (role == "generator")
 
 
 def test_an_adapter_beside_a_model_is_ambiguous(path):

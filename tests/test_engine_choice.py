@@ -51,12 +51,24 @@ def test_an_output_keeps_its_engine() -> None:
     assert choose(run(engine="vllm"), "local", lambda: CPUS).engine == "vllm"  # which the fingerprint then refuses
 
 
-@pytest.mark.parametrize("setting", [{"batch_rows": 8}, {"quantization": "nf4"}, {"fp32_head": True}])
+_OURS = [
+    {"batch_rows": 8},
+    {"quantization": "nf4"},
+    {"fp32_head": True},
+    {"adapter": "a"},
+    {"model": "m.gguf"},
+    {"model": "package:m.gguf"},
+]
+
+
+@pytest.mark.parametrize("setting", _OURS)
 def test_a_setting_of_the_local_engine_chooses_it(setting: dict[str, Any]) -> None:
     chosen = choose(run(**setting), None, never)
     assert chosen.engine == "local" and next(iter(setting)) in chosen.why
     with pytest.raises(ConfigError, match="no effect with engine vllm"):
         choose(run(**setting), "vllm", never)
+    with pytest.raises(ConfigError, match=rf"generator: {next(iter(setting))}: .* has no effect with engine: vllm"):
+        run(engine="vllm", **setting)
 
 
 @pytest.mark.parametrize("setting", [{"tensor_parallel": 2}, {"quantization": "fp8"}, {"vllm": {"max_num_seqs": 8}}])

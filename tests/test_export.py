@@ -173,7 +173,7 @@ def test_messages_for_sft_and_the_files_of_other_tools(folder, tmp_path, models)
     answers = json.loads((tmp_path / "o/alpaca_eval/outputs.json").read_text())
     assert len(answers) == 10 and set(answers[0]) == {"dataset", "instruction", "output", "generator"}
     ran = "aisp {sigma2: 0.3, lambda: {ess: 0.1}, num_samples: 4, num_iterations: 3}"
-    assert {answer["generator"] for answer in answers} == {f"{folder / 'model'} + {ran}"}
+    assert {answer["generator"] for answer in answers} == {f"model + {ran}"}
     card = (tmp_path / "o/README.md").read_text()
     assert f"method `{ran}`" in card and "| sft | 10 | none | 10 |" in card and "config_name: prompts" in card
 

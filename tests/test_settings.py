@@ -78,6 +78,7 @@ VALUES = {  # a value other than the default for every scalar key; a key that is
     "prompts.template_kwargs": {"x": 1},
     "generator.model": "m",
     "generator.revision": "r",
+    "generator.adapter": "a",
     "generator.dtype": "float32",
     "generator.chat_template": "t",
     "generator.quantization": "nf4",

@@ -101,8 +101,9 @@ def _draw(
 
 
 def _directory(settings: Generator, folder: str) -> str:
-    """The model as vLLM reads it: a GGUF file's weights are written out as the run has them, dequantised."""
-    if not Path(settings.model).is_file():
+    """The model as vLLM reads it: a GGUF file's weights, and those with an adapter, are written out as the
+    run has them: dequantised, merged."""
+    if not Path(settings.model).is_file() and not settings.adapter:
         return settings.model
     pretrained.weights(settings, torch.device("cpu")).save_pretrained(folder)
     pretrained.tokenizer(settings).save_pretrained(folder)

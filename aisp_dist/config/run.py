@@ -93,6 +93,9 @@ class Generator(Section):
 
     model: str = doc("demo, a local directory, file.gguf, package:file.gguf, or a hub id")
     revision: str | None = doc("hub revision; null: today's commit, which a resume uses again", None)
+    adapter: str | None = doc(
+        "directory with a LoRA adapter (peft), merged into the model while it loads; with local", None, min_length=1
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc(
         "auto: the checkpoint's own; bfloat16 for a quantised GGUF file", "auto"
     )
@@ -128,6 +131,11 @@ class Generator(Section):
         """Refuse what would have no effect with the engine that is named, or that another setting asks for."""
         if owned := sorted(set(self.vllm) & OWNED.keys()):
             raise ValueError(f"vllm.{owned[0]}: {OWNED[owned[0]]}; leave it out")
+        if self.adapter and self.quantization:
+            raise ValueError(
+                f"adapter: {self.adapter} is merged into plain weights, and quantization: {self.quantization} would "
+                "round it; leave one of them out"
+            )
         ours, theirs = self.only_local, self.only_vllm
         if self.engine != "local" and ours and theirs:
             raise ValueError(f"{ours} needs engine: local and {theirs} engine: vllm; leave one of them out")
@@ -143,6 +151,7 @@ class Generator(Section):
         rows = type(self).model_fields["batch_rows"].default
         told = {
             f"quantization: {self.quantization}": self.quantization in LOCAL_QUANTIZATION,
+            f"adapter: {self.adapter}": self.adapter is not None,
             "fp32_head: true": self.fp32_head,
             f"model: {self.model}": self.model.endswith(".gguf"),
             f"batch_rows: {self.batch_rows}": self.batch_rows != rows,

@@ -1,7 +1,7 @@
 """The local decode engine: rounds in, trajectories out. Start at decode.Engine.
 
 checkpoints.py, intact.py, gguf.py, sizes.py   find a checkpoint, read from its files what it is
-pretrained.py, quantized.py     load it by transformers
+pretrained.py, quantized.py, adapter.py        load it by transformers, merge an adapter into it by peft
 model.py, lm.py                 take it over, check that the engine decodes it correctly
 attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
 endings.py                      what ends a response

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aisp_dist import demo
-from aisp_dist.config import ConfigError
+from aisp_dist.config import ConfigError, Generator
 from aisp_dist.engine import gguf, intact
 
 _IN_PACKAGE = re.compile(r"([A-Za-z_]\w*):([^:]+\.gguf)")  # package:file.gguf
@@ -46,9 +46,30 @@ def locate(key: str, name: str, role: Role) -> str:
         if path.is_absolute() or path.exists() or name.startswith((".", "~")) or name.count("/") > 1:
             raise ConfigError(f"{key}: {name!r} is not a directory; name one that holds a transformers checkpoint")
         return name
-    if fault := intact.fault(path):
+    if fault := intact.fault(path, adaptable=role == "generator"):
         raise ConfigError(f"{key}: {name!r} {fault}")
     return str(path.resolve())
+
+
+def locate_adapter(settings: Generator) -> str | None:
+    """The absolute directory of generator.adapter. Raises ConfigError for what is missing, is no LoRA adapter in
+    safetensors or changes more than LoRA does, and where peft is missing."""
+    if settings.adapter is None:
+        return None
+    path = Path(settings.adapter).expanduser()
+    fault = intact.adapter_fault(path) if path.is_dir() else f"is not a directory; {intact.NO_ADAPTER}"
+    if fault:
+        raise ConfigError(f"generator.adapter: {settings.adapter!r} {fault}")
+    return str(path.resolve())
+
+
+def adapter_digest(place: str) -> str:
+    """128 bits over the files that are read of an adapter. place: what `locate_adapter` answered."""
+    whole = hashlib.blake2b(digest_size=16)
+    for name in intact.ADAPTER:
+        whole.update(f"{name}\0{(file := Path(place, name)).stat().st_size}\0".encode())
+        _feed(whole, file)
+    return whole.hexdigest()
 
 
 def _in_package(key: str, name: str, package: str, file: str) -> Path:

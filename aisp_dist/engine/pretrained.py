@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from aisp_dist import quiet
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.engine import gguf, quantized, sizes
+from aisp_dist.engine import adapter, gguf, quantized, sizes
 from aisp_dist.engine.checkpoints import locate
 
 _FAULTS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -45,9 +45,9 @@ def tokenizer(settings: Generator) -> Any:
 
 
 def weights(settings: Generator, device: torch.device) -> Any:
-    """The generator's model on a device. Raises ConfigError for a missing path, a checkpoint without safetensors or
-    with missing weights, remote code that is not trusted, a quantisation that it cannot use, and a GGUF file that
-    transformers does not read as a whole."""
+    """The generator's model on a device, with its adapter merged. Raises ConfigError for a missing path, a checkpoint
+    without safetensors or with missing weights, remote code that is not trusted, a quantisation that it cannot use, a
+    GGUF file that transformers does not read as a whole, and as adapter.merge does."""
     checkpoint = locate("generator.model", settings.model, "generator")
     sizes.check(settings, checkpoint)
     source = _source(settings, checkpoint)
@@ -85,6 +85,9 @@ def weights(settings: Generator, device: torch.device) -> Any:
     elif options:
         quantized.check(settings, model)
         return model
+    if settings.adapter:
+        with quiet.loading():
+            model = adapter.merge(settings, model)
     return model.to(device)
 
 

@@ -98,7 +98,12 @@ def token_bytes(config: dict[str, Any], dtype: str = "auto") -> int:
 
 
 def refuse_twice(settings: Generator, quantised: dict[str, Any] | None) -> None:
-    """Raise ConfigError if a checkpoint with this quantization_config is to be quantised again while it loads."""
+    """Raise ConfigError if a checkpoint with this quantization_config is to be quantised again, or to be adapted."""
+    if quantised and settings.adapter:
+        raise ConfigError(
+            f"generator.adapter: {settings.adapter!r}, but {settings.model!r} is quantised "
+            f"({quantised.get('quant_method')}), and merging would round the adapter; name the plain checkpoint"
+        )
     if quantised and settings.quantization:
         raise ConfigError(
             f"generator.quantization: {settings.quantization!r}, but {settings.model!r} is quantised already "
@@ -107,13 +112,13 @@ def refuse_twice(settings: Generator, quantised: dict[str, Any] | None) -> None:
 
 
 def check(settings: Generator, place: str) -> None:
-    """Raise ConfigError if a quantised checkpoint or a GGUF file is to be quantised, as far as its config can be read
-    without the network. place: what `checkpoints.locate` answered."""
+    """Raise ConfigError if a quantised checkpoint or a GGUF file is to be quantised, or a quantised checkpoint to be
+    adapted, as far as its config can be read without the network. place: what `checkpoints.locate` answered."""
     if settings.quantization and Path(place).is_file():
         raise ConfigError(
             f"generator.quantization: {settings.quantization!r}, but {settings.model!r} is a GGUF file, whose weights "
             "are dequantised while they load; leave it at null, or name a checkpoint with safetensors"
         )
-    directory = cached(place, settings.revision) if settings.quantization else None
+    directory = cached(place, settings.revision) if settings.quantization or settings.adapter else None
     if directory:
         refuse_twice(settings, read_config(directory).get("quantization_config"))

@@ -55,11 +55,12 @@ def locate(run: Run, base_dir: Path) -> Run:
     """
     base = run.generator
     place = checkpoints.locate("generator.model", base.model, "generator")
+    adapter = checkpoints.locate_adapter(base)
     own = templates.file("generator.chat_template", base.chat_template, base_dir) if base.chat_template else None
     return run.model_copy(
         update={
             "method": _locate_method(run.method),
-            "generator": base.model_copy(update={"model": place, "chat_template": own}),
+            "generator": base.model_copy(update={"model": place, "adapter": adapter, "chat_template": own}),
             "rewards": {name: locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()},
             "prompts": locate_prompts(run.prompts),
         }
@@ -109,15 +110,17 @@ def components(
     where it is not the local one (vllm.choice.Choice.component). version: vLLM's, where a reward model runs on it."""
     base = located.generator
     digests = {"generator.model": checkpoints.digest("generator.model", base.model, base.revision)}
+    if base.adapter:
+        digests["generator.adapter"] = checkpoints.adapter_digest(base.adapter)
     if base.chat_template:
         digests["generator.chat_template"] = _hash(Path(base.chat_template).read_bytes())
     digests |= reward_digests(located.rewards, base_dir)
     if isinstance(method := located.method, ReControl):
         about = checkpoints.value_network("method.value", method.value)
-        if about["digests"]["generator.model"] != digests["generator.model"]:
+        if any(about["digests"].get(key) != digests.get(key) for key in ("generator.model", "generator.adapter")):
             raise ConfigError(
                 f"method.value: {method.value!r} was trained for the base model {about['model']!r}, whose weights are "
-                f"not those of {run.generator.model!r}; train one for it by `aisp train-value`"
+                f"not those of {model_name(run)!r}; train one for it by `aisp train-value`"
             )
         digests["method.value"] = checkpoints.digest("method.value", method.value, None)
     settings = run.row_settings()
@@ -125,7 +128,7 @@ def components(
     for reward in settings["rewards"].values():
         if "engine" in reward:
             reward["engine"] = f"vllm {version}"
-    for name in _OF_MODEL:
+    for name in (*_OF_MODEL, "adapter"):
         del settings["generator"][name]
     settings["method"].pop("value", None)
     if first_input is None and (run.prompts.source == "demo" or is_local(located.prompts.source)):
@@ -143,12 +146,13 @@ def reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_name(run: Run) -> str:
-    """The base model as rows name it: no path."""
+    """The base model as rows name it, and its adapter: no path."""
     name = run.generator.model
-    if ("generator", name) in checkpoints.EMBEDDED:
-        return name
-    place = Path(checkpoints.locate("generator.model", name, "generator"))
-    return place.name if place.exists() else name
+    if ("generator", name) not in checkpoints.EMBEDDED:
+        place = Path(checkpoints.locate("generator.model", name, "generator"))
+        name = place.name if place.exists() else name
+    adapter = checkpoints.locate_adapter(run.generator)
+    return f"{name} + {Path(adapter).name}" if adapter else name
 
 
 def reward_digests(located: Mapping[str, Reward], base_dir: Path) -> dict[str, str]:

@@ -69,6 +69,10 @@ def generator(output: Output) -> Generator:
     name = str(near) if not known and near.exists() else settings.model
     place = checkpoints.locate("generator.model", name, "generator")
     now = {"generator.model": checkpoints.digest("generator.model", place, settings.revision)}
+    adapter = settings.adapter and str(Path(output.record["directory"], Path(settings.adapter).expanduser()))
+    adapter = checkpoints.locate_adapter(settings.model_copy(update={"adapter": adapter}))
+    if adapter:
+        now["generator.adapter"] = checkpoints.adapter_digest(adapter)
     template = settings.chat_template and Path(output.record["base_dir"], settings.chat_template)
     if template:
         found = template.read_bytes() if template.is_file() else b""
@@ -78,4 +82,4 @@ def generator(output: Output) -> Generator:
             f"{output} was made with other files than are there now: {', '.join(changed)}; put those back, or give "
             "--no-model"
         )
-    return settings.model_copy(update={"model": place, "chat_template": template and str(template)})
+    return settings.model_copy(update={"model": place, "adapter": adapter, "chat_template": template and str(template)})

@@ -75,7 +75,7 @@ def _settings(contents: Contents) -> list[tuple[str, str]]:
     seeds = {name: f"{len(of)} seed{'s' * (len(of) > 1)}" for name, of in contents.arms.items()}
     return [
         ("Prompts", f"{len(contents.ids)} of {run.prompts.source}{lost}"),
-        ("Base model", run.generator.model),
+        ("Base model", contents.output(contents.main).model_name),
         ("Rewards", ", ".join(rewards)),
         *((f"Arm {name}", f"{contents.output(name).method_name}, {seeds[name]}") for name in contents.arms),
         ("Samples", f"{contents.output(contents.main).budget} a prompt"),

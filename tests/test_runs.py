@@ -256,7 +256,7 @@ def test_rewards_that_fail_on_a_prompt_fail_that_row(cluster, project):
     ],
 )
 def test_what_only_models_or_the_cluster_can_refuse(cluster, project, change, said):
-    (project / "broken.py").write_text("import no_such_package\n")
+    (project / "broken.py").write_text("import no_such_package\ndef words(prompts, completions): ...\n")
     if "generator" in change:
         tiny.save("falcon", project / "falcon")
     write(project, **change)

@@ -72,8 +72,8 @@ class MethodSection(Section):
         spend: Spend | None = getattr(self, "spend", None)
         if spend and spend.expected_gain and (spend.max_iterations or getattr(self, "num_iterations", 1)) == 1:
             raise ValueError(
-                "spend.expected_gain with one iteration, so there is no place to stop; give num_iterations: 3 or more, "
-                "with fewer samples in each"
+                "spend.expected_gain with one iteration, after which nothing is left to stop; give num_iterations: 3 "
+                "or more, with fewer samples in each"
             )
         return self
 
@@ -232,7 +232,7 @@ class Population(MethodSection):
     num_iterations: Count = doc("iterations; the first draws whole answers", 16)
     ess: float = doc("effective number of earlier answers that are continued", 8.0, ge=1)
     fresh: Share | Literal["ties"] = doc(
-        "share of an iteration that draws whole answers; ties: one in as many samples as the rewards so far have steps",
+        "share of an iteration that draws whole answers; ties: 1 / (number of levels that the rewards so far have)",
         0.0,
     )
     sampling: FlipRate | Nucleus = doc(_DRAWN, FlipRate(flip_rate=0.28))
@@ -296,7 +296,7 @@ class BestOfN(MethodSection):
     algorithm = "best_of_n"
     kind: Literal["best_of_n"] = doc("the method", "best_of_n")
     num_samples: Count = doc("candidates drawn together", 16)
-    num_iterations: Count = doc("rounds; N = num_samples x num_iterations", 8)
+    num_iterations: Count = doc("iterations; N = num_samples x num_iterations", 8)
     sampling: Nucleus | Gaussian = doc(
         "how candidates are drawn: {top_p: 0.95, temperature: 1.0}, or {gaussian: 0.5}: greedily under noise",
         Nucleus(top_p=0.95),

@@ -19,7 +19,9 @@ def main(args: Sequence[str]) -> int:
     parse = settings.parser("align", cli.VERBS["align"])
     parse.add_argument("--retry-failed", action="store_true", help="compute the rows of failed/ again")
     parse.add_argument(
-        "--dry-run", action="store_true", help="load the models, search a few prompts, say what all cost; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="load the models, search a few prompts, say what the whole run will take; write nothing",
     )
     parse.add_argument(
         "--shard", metavar="I/N", help="only this one of N shards, from 0: one job of many on one output"

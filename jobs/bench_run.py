@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     parse = settings.parser("bench run", ABOUT)
     parse.add_argument("--prompts", type=int, default=8, help="prompts, from the first on (8)")
     parse.add_argument("--repeat", type=int, default=3, help="repetitions; contenders take turns in each (3)")
-    parse.add_argument("--peers", choices=PEERS, default="vllm", help="(vllm)")
+    parse.add_argument("--peers", choices=PEERS, default="vllm", help="none: measure without vLLM (vllm)")
     parse.add_argument(
         "--vllm",
         action="append",

@@ -18,21 +18,21 @@ from aisp_dist.config import ConfigError
 
 VERBS = {
     "align": "relabel: prompts in, Parquet out; the same command resumes",
-    "compare": "base, best-of-n, AISP and a shuffled control on the same prompts at equal samples",
+    "compare": "methods and a shuffled control on the same prompts at equal samples; the cost of the full run",
     "tune": "search each method's settings on a few prompts at the same budget; writes a configuration",
     "train-value": "train the value network of RE-Control for a base model and a reward",
     "submit": "align as a job on a Ray cluster: sends this directory, follows the log, ends with the job's exit code",
     "validate": "check a configuration without loading anything heavy",
     "schema": "the JSON schema of a configuration",
     "status": "progress of an output, from its files",
-    "verify": "account for every input exactly once",
+    "verify": "check that every input is in an output exactly once",
     "evaluate": "measures of a finished output: held-out rewards, win rate, diversity, coherence, KL, flips",
     "report": "one HTML page from finished outputs: curves, trade-offs, samples side by side",
-    "export": "training sets from a finished output: sft, dpo, kto, reward, prompts",
-    "rescore": "select again among stored candidates by other rewards, without the base model",
-    "lm-eval": "tasks of lm-evaluation-harness: base, best-of-n and AISP at an equal budget",
-    "doctor": "exactness, schedule and reward checks on your own hardware and models",
-    "bench": "speed beside peers in the same run, as JSON",
+    "export": "training sets from a finished output: sft, dpo, kto, reward, prompts, alpaca_eval",
+    "rescore": "select again among kept candidates by other rewards, without the base model",
+    "lm-eval": "tasks of lm-evaluation-harness: base, best-of-n and the configured method at equal samples",
+    "doctor": "checks of the local engine and of reward models, with your models on your hardware",
+    "bench": "speed of the engine (decode) or of whole runs (run) beside peers, as JSON",
 }
 
 

@@ -37,8 +37,8 @@ def main(args: Sequence[str]) -> int:
     parse.add_argument("--judge", metavar="URL", help="OpenAI-compatible API of a judge, for the win rate")
     parse.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
     parse.add_argument("--judge-key-env", metavar="VAR", help="environment variable with its API key")
-    parse.add_argument("--sample", type=int, default=64, help="prompts that the measures which ask a model take (64)")
-    parse.add_argument("--seed", type=int, default=0, help="decides the sample (0)")
+    parse.add_argument("--sample", type=int, default=64, help="prompts taken by the measures that ask a model (64)")
+    parse.add_argument("--seed", type=int, default=0, help="seed of the sample (0)")
     parse.add_argument("--no-model", action="store_true", help="without the base model: no KL, no flips")
     options = parse.parse_args(args)
     if options.sample < 1 or options.seed < 0:

@@ -26,9 +26,9 @@ from jobs.progress import say
 _ROWS_PER_FILE = 50_000
 _FILTERS: dict[str, tuple[type, str]] = {
     "min-gap": (float, "smallest difference of the two rewards"),
-    "min-tokens": (int, "of the chosen answer"),
-    "max-tokens": (int, "of the chosen answer"),
-    "max-repetition": (float, "share of 4-grams of words that have come before in the chosen answer"),
+    "min-tokens": (int, "smallest length of the chosen answer"),
+    "max-tokens": (int, "largest length of the chosen answer"),
+    "max-repetition": (float, "largest share of repeated 4-grams of words in the chosen answer"),
 }
 # https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md; not run here.
 _LLAMA_FACTORY: dict[str, dict[str, Any]] = {
@@ -80,7 +80,9 @@ def _options(args: Sequence[str]) -> Any:
     parse.add_argument("--to", action="append", required=True, choices=export.KINDS, help="may be repeated")
     parse.add_argument("--out", required=True, help="local directory to write; must not exist")
     parse.add_argument(
-        "--rejected", default="base", help="base (default), original, worst, median, or lowest-above:FLOOR"
+        "--rejected",
+        default="base",
+        help="base (default: the greedy answer), original (the dialogue's own), worst, median, or lowest-above:FLOOR",
     )
     parse.add_argument("--sft-format", default="prompt-completion", choices=("prompt-completion", "messages"))
     for name, (kind, about) in _FILTERS.items():

@@ -38,7 +38,7 @@ _FREE = ("output", "save", "runtime", "compare", "tune")  # ignored there: they 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("rescore", cli.VERBS["rescore"], config=False)
     parse.add_argument("output", help=OUTPUT)
-    parse.add_argument("--config", required=True, help="YAML file with `rewards` or `combine`, as of a run")
+    parse.add_argument("--config", required=True, help="YAML file with `rewards` or `combine`, as in a configuration")
     parse.add_argument("--out", required=True, help="directory of the new output, or s3://bucket/path")
     options = parse.parse_args(args)
     parent = outputs.open_output(Place.at(options.output))

@@ -274,7 +274,7 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         (["--output", "s3://id:key@bucket/x"], "^output: not of the form s3://bucket/path; credentials go into"),
         (
             ["--runtime.generators.num_gpus", "2"],
-            "runtime.generators.num_gpus: .*one model uses one GPU or a part of it",
+            "runtime.generators.num_gpus: .*it is at most 1, a GPU or a part of one",
         ),
         (["--runtime.shards", "0"], "runtime.shards: .*it is .*; it must be at least 1"),
         (["--runtime.storage_options.secret_key", "x"], "access_key and secret_key come together"),

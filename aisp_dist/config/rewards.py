@@ -124,7 +124,7 @@ class HttpReward(RewardBase, Endpoint):
         if self.rubric is not None:
             for field in ("{prompt}", "{response}")[self.protocol != "chat" :]:
                 if field not in self.rubric:
-                    raise ValueError(f"rubric: has no {field}, so it could not be read; put it where the text belongs")
+                    raise ValueError(f"rubric: has no {field}, so the model would not see it; put it into the text")
         if self.protocol != "chat":
             for field in ("scale", "max_tokens"):
                 if (value := getattr(self, field)) != type(self).model_fields[field].default:

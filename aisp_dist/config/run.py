@@ -269,7 +269,7 @@ class Run(Section):
                 what = remote[0] if remote else "combine: standardized"
                 raise ValueError(
                     f"method: args asks for rewards at every token, inside the generator, which {what} cannot serve; "
-                    "give rewards of kind model or function, and combine: weighted_sum"
+                    "give rewards of kind model (engine: transformers) or function, and combine: weighted_sum"
                 )
         if self.guard.held_out_gain is not None and all(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("guard.held_out_gain: no reward has use: report; add one that never selects")

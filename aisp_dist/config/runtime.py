@@ -25,7 +25,7 @@ def known_place(output: str) -> str:
 
 class Replicas(Section):
     replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = doc(
-        "processes of this kind; auto: as many as the cluster holds, in the ratio that a pilot has measured", 1
+        "processes of this kind; auto: as many as the cluster holds, in the ratio that `aisp compare` measured", 1
     )
     at_least: int | None = doc("begin when this many are up; the others join later. null: all of them", None, ge=1)
     num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = doc(
@@ -40,8 +40,8 @@ class Replicas(Section):
     def one_at_most(cls, value: float | str) -> float | str:
         if isinstance(value, float) and value > 1:
             raise ValueError(
-                f"num_gpus is {value:g}; one model uses one GPU or a part of it: give at most 1, and more replicas for "
-                "more GPUs"
+                f"num_gpus is {value:g}; it is at most 1, a GPU or a part of one: give more replicas for more GPUs, or "
+                "split a large model by generator.tensor_parallel with num_gpus: auto"
             )
         return value
 

@@ -78,13 +78,13 @@ class Spend(Section):
         None,
         gt=0,
     )
-    max_iterations: Count | None = doc("most iterations until then; null: num_iterations", None)
+    max_iterations: Count | None = doc("most iterations if nothing stops a prompt earlier; null: num_iterations", None)
 
     @model_validator(mode="after")
     def bounded(self) -> Spend:
         if self.target is None and self.plateau is None and self.expected_gain is None:
             raise ValueError(
-                "target, plateau and expected_gain are null, so no prompt would stop early; give one or no spend"
+                "target, plateau and expected_gain are null, so nothing stops early; give one, or leave out spend"
             )
         if self.plateau is None and self.expected_gain is None and self.max_iterations is not None:
             raise ValueError(

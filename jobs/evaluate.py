@@ -23,7 +23,7 @@ from jobs.status import OUTPUT
 
 def main(args: Sequence[str]) -> int:
     parse = settings.parser("evaluate", cli.VERBS["evaluate"], config=False)
-    parse.add_argument("outputs", nargs="+", help=f"{OUTPUT}; several: trials of one run with other seeds")
+    parse.add_argument("outputs", nargs="+", help=f"{OUTPUT}; several: one run with several seeds")
     parse.add_argument("--against", metavar="OUTPUT", help="another method's output on the same prompts")
     parse.add_argument("--config", help="YAML file whose `rewards` are further held-out ones")
     parse.add_argument(

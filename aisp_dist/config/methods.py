@@ -136,7 +136,7 @@ class Algorithm1(MethodSection):
             paper, before = ([f"{key}: {told[i]}" for key, told in cls.required.items()] for i in range(2))
             raise ValueError(
                 f"{', '.join(missing)}: missing, and kind: {cls.model_fields['kind'].default} has no default for it; "
-                f"the paper has {', '.join(paper)}; 0.1.0 had {', '.join(before)}"
+                f"give it: the paper has {', '.join(paper)}; 0.1.0 had {', '.join(before)}"
             )
         return values
 

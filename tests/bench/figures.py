@@ -3,6 +3,7 @@
     python -m tests.bench.figures record mini outputs/mini/compare "aisp compare configs/paper/mini.yaml"
     python -m tests.bench.figures record population outputs/population "python -m tests.bench.population.measure ..."
     python -m tests.bench.figures record students outputs/distill "python -m tests.bench.distill.proof"
+    python -m tests.bench.figures record run outputs/bench "aisp bench run configs/smollm2/quick.yaml ..."
     aisp align configs/quickstart.yaml | python -m tests.bench.figures picture
 
 `python -m tests.texts` then writes them into the texts. `picture` draws a command's output as .github/quickstart.svg.
@@ -79,7 +80,37 @@ def students(folder: Path) -> list[Table]:
     return [{"title": "", "columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}]
 
 
-PARTS: dict[str, Callable[[Path], list[Table]]] = {"mini": mini, "population": population, "students": students}
+def run(folder: Path) -> list[Table]:
+    """From documents of `aisp bench run`, one a method. A spread over repetitions is text: median (least to most)."""
+    rows: list[list[Cell]] = []
+    shares: list[list[Cell]] = []
+    for document in (json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))):
+        for name, one in document["contenders"].items():
+            ratios = [_spread(one[key]) if key in one else None for key in ("ratio", "cpu_ratio")]
+            reward = sum(one["mean_reward"]) / len(one["mean_reward"])
+            rows.append([document["method"], name, f"{one['tokens_per_second']['median']:.0f}", *ratios, reward])
+        parts = {name.removeprefix("generator "): f"{share:.0%}" for name, share in document["time"].items()}
+        shares.append([document["method"], *(parts[part] for part in _SHARES)])
+    columns = ["method", "contender", "tokens/s", "ours over it", "in CPU seconds", "mean best reward"]
+    return [
+        {"title": "", "columns": columns, "rows": rows},
+        {"title": "where a generator's time goes", "columns": ["method", *_SHARES], "rows": shares},
+    ]
+
+
+_SHARES = ("busy", "prefill", "decoder", "control", "head", "draw", "likelihood", "record")
+
+
+def _spread(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+PARTS: dict[str, Callable[[Path], list[Table]]] = {
+    "mini": mini,
+    "population": population,
+    "students": students,
+    "run": run,
+}
 
 
 def blocks() -> dict[str, str]:

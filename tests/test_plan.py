@@ -22,6 +22,7 @@ STORE = {"object_store_memory": 80 * 2**20}
 # What a configuration names and the project does not ship.
 FILES = {"mini": ["--prompts.source", "posts.jsonl", "--generator.model", "demo"], "quickstart": []}
 FILES["tables"] = FILES["mini"][:2]
+FILES["quick"] = ["--prompts.source", str(ROOT / "configs/smollm2/prompts.jsonl"), "--generator.model", "demo"]
 
 
 @pytest.fixture(scope="module")
@@ -52,4 +53,4 @@ def test_shipped_configurations_have_a_plan_on_common_machines(head, gpus, tmp_p
             assert idle == (gpus > 1 + len(models))
     finally:
         head.remove_node(node)
-    assert len(CONFIGS) == 3 and os.listdir() == ["posts.jsonl"] and not ray.is_initialized()
+    assert len(CONFIGS) == 4 and os.listdir() == ["posts.jsonl"] and not ray.is_initialized()

@@ -22,7 +22,7 @@ class RayBackend:
 
     def __init__(self, pools: Mapping[str, Pool]) -> None:
         self.pools = pools
-        self.sums: Counter[str] = Counter()  # iterations, samples and tokens, as in Counts
+        self.sums: Counter[str] = Counter()  # iterations, samples, tokens and given, as in Counts
         self.exporter: Exporter | None = None
         for pool in pools.values():
             pool.fleet.event = self._event
@@ -30,9 +30,9 @@ class RayBackend:
     async def rollout(self, round: Round) -> Rollout:
         began = time.monotonic()
         rollout: Rollout = await self.pools["generator"].call(round.prompt_id, "rollout", round)
-        samples, tokens = round.stop - round.start, sum(len(t.token_ids) for t in rollout.trajectories)
-        for name, count in (("iterations", round.iteration >= 0), ("samples", samples), ("tokens", tokens)):
-            self.sums[name] += count
+        samples, given = round.stop - round.start, sum(map(len, round.starts))
+        tokens = sum(len(t.token_ids) for t in rollout.trajectories) - given
+        self.sums.update(iterations=round.iteration >= 0, samples=samples, tokens=tokens, given=given)
         if self.exporter:
             self.exporter.round(time.monotonic() - began, samples, tokens)
         return rollout

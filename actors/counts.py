@@ -10,10 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """done, failed: inputs with a row, also of earlier commands. fresh: inputs that this command finished. gain: sum
-    over `gains` prompts of the selected reward minus the base answer's. By role: calls that wait (queued), replicas
-    that are up (alive), seconds that replicas worked (busy) and existed (up). row_steps, row_slots: over the decoding
-    steps of the generators, rows with a trajectory and all rows. parts: seconds of the generators' steps by part.
+    """done, failed: inputs with a row, also of earlier commands. fresh: inputs that this command finished. tokens:
+    decoded; given: those of earlier answers with which answers begin. gain: sum over `gains` prompts of the selected
+    reward minus the base answer's. By role: calls that wait (queued), replicas that are up (alive), seconds that
+    replicas worked (busy) and existed (up). row_steps, row_slots: over the decoding steps of the generators, rows with a
+    trajectory and all rows. parts: seconds of the generators' steps by part.
     """
 
     done: int = 0
@@ -24,6 +25,7 @@ class Counts:
     iterations: int = 0
     samples: int = 0
     tokens: int = 0
+    given: int = 0
     quarantined: int = 0
     gain: float = 0.0
     gains: int = 0

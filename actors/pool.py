@@ -110,7 +110,7 @@ class Pool:
         Raises RowError where the call itself is to blame, Fault after too many faults.
         """
         faults, raised, slot = 0, None, None
-        pauses, patience = 0, asyncio.get_running_loop().time() + (self.timeout or 0.0)
+        pauses, patience = 0, 0.0
         while faults <= self.retries:
             sound: bool | None = True
             try:
@@ -124,7 +124,10 @@ class Pool:
                 faults += error.counts
                 self._repeats(slot, home, method, error)
             except _Down as error:
-                if pauses and asyncio.get_running_loop().time() > patience:
+                now = asyncio.get_running_loop().time()
+                if not pauses:
+                    patience = now + (self.timeout or 0.0)
+                elif now > patience:
                     raise Fault(f"{error}; it was asked again for {self.timeout or 0:g} s ({self.key})") from None
                 log.warning("%s; asking again", error)
                 self._repeats(slot, home, method, error)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
 @contextmanager
 def ours(run: Run, base_dir: Path, folder: str) -> Iterator[Work]:
     """A session of `aisp align` for this configuration; `work(repetition, prompts)` fills an output of its own."""
+    os.environ.pop("RAY_ADDRESS", None)  # the peer runs on this machine too
     from aisp_dist.analysis import outputs
     from jobs import session
     from jobs.progress import Progress, say
@@ -110,7 +112,8 @@ def ours(run: Run, base_dir: Path, folder: str) -> Iterator[Work]:
             assert counts is not None
             return {
                 "prompts": counts.finished,
-                "tokens": counts.tokens,
+                "tokens": counts.tokens + counts.given,
+                "given": counts.given,
                 "reward": float(rows["selected", "reward"].mean()) if len(rows) else None,
                 "busy": dict(counts.busy),
                 "up": dict(counts.up),
@@ -140,7 +143,8 @@ def _alternate(contenders: Mapping[str, Contender], repeat: int, prompts: int) -
 
 
 def _summary(turns: Sequence[Turn], mine: Sequence[Turn], loading: float) -> dict[str, Any]:
-    """ratio, cpu_ratio: our tokens per second and per CPU second over this contender's, repetition by repetition."""
+    """tokens: of the answers, given_tokens included, with which answers of population and qalign begin. ratio,
+    cpu_ratio: our tokens per second and per CPU second over this contender's, repetition by repetition."""
     rates = [turn.answer["tokens"] / turn.seconds for turn in turns]
     cpu_rates = [turn.answer["tokens"] / turn.cpu_seconds for turn in turns]
     found: dict[str, Any] = {
@@ -150,6 +154,7 @@ def _summary(turns: Sequence[Turn], mine: Sequence[Turn], loading: float) -> dic
         "tokens_per_second": paired.spread(rates),
         "prompts_per_second": paired.spread([turn.answer["prompts"] / turn.seconds for turn in turns]),
         "tokens": [turn.answer["tokens"] for turn in turns],
+        "given_tokens": [turn.answer.get("given", 0) for turn in turns],
         "mean_reward": [turn.answer["reward"] for turn in turns],
     }
     if turns is not mine:

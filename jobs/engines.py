@@ -24,11 +24,12 @@ def look(run: Run) -> Found:
     if "RAY_ADDRESS" not in os.environ:
         return here()
 
+    import ray
+
     from jobs.connection import Connection
 
-    connection = Connection(run, lambda message: None)
+    connection = None if ray.is_initialized() else Connection(run, lambda message: None)  # one is enough
     try:
-        import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -41,7 +42,8 @@ def look(run: Run) -> Found:
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE)
         versions = {asked[ref]["NodeManagerHostname"]: ray.get(ref) for ref in done}
     finally:
-        connection.close()
+        if connection is not None:
+            connection.close()
     if len(set(versions.values())) > 1:
         told = ", ".join(f"{host} {version or 'none'}" for host, version in sorted(versions.items()))
         raise ConfigError(

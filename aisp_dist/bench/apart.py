@@ -42,6 +42,7 @@ class Apart:
         self.pipe, self.theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(self.theirs, load))
         self.loading = 0.0  # seconds
+        self.below: dict[int, psutil.Process] = {}  # every process that was seen below it
 
     def __enter__(self) -> Apart:
         start = time.perf_counter()
@@ -60,8 +61,10 @@ class Apart:
             with suppress(OSError):
                 self.pipe.send(None)
             self.process.join(_END)
-        for process in _tree(self.process.pid):
-            process.kill()
+        self._tree()
+        for process in self.below.values():
+            with suppress(psutil.Error):
+                process.kill()
         self.process.join()
 
     def __call__(self, *args: Any) -> Turn:
@@ -83,21 +86,20 @@ class Apart:
 
     def _cpu_seconds(self) -> float:
         total = 0.0
-        for process in _tree(self.process.pid):
-            try:
+        for process in self._tree():
+            with suppress(psutil.Error):
                 times = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += times.user + times.system
+                total += times.user + times.system
         return total
 
-
-def _tree(pid: int | None) -> list[psutil.Process]:
-    try:
-        top = psutil.Process(pid)
-        return [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            top = psutil.Process(self.process.pid)
+            found = [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+        self.below.update((process.pid, process) for process in found)
+        return found
 
 
 def _serve(pipe: Connection, load: Callable[[], AbstractContextManager[Work]]) -> None:

@@ -27,7 +27,7 @@ from aisp_dist.rewards.combine import combine
 
 # Where nothing else is set: all cores decode, and blocks of 32 tokens, since a block of 128 shares no part of a short
 # prompt. On GPUs vLLM's own block size stays.
-_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "0-{last}", "VLLM_CPU_KVCACHE_SPACE": "4"}
+_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "{cores}", "VLLM_CPU_KVCACHE_SPACE": "4"}
 _BLOCK = 32
 TOP_K = 50
 
@@ -114,6 +114,7 @@ def _settle() -> bool:
     """Environment of vLLM, before it is imported. Returns whether it will run on the CPU."""
     if torch.cuda.is_available():
         return False
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     for name, value in _CPU.items():
-        os.environ.setdefault(name, value.format(last=(os.cpu_count() or 1) - 1))
+        os.environ.setdefault(name, value.format(cores=cores))
     return True

@@ -82,6 +82,7 @@ OWNED = dict.fromkeys(
     _PLACE,
 ) | {
     "speculative_config": "speculative decoding checks tokens against logits without control",
+    "hf_token": "run.json would show it; export HF_TOKEN on the machines instead",
     "logprobs_mode": "likelihoods are the base model's, at temperature 1",
     "data_parallel_size": "runtime.generators.replicas makes more copies",
     "logits_processors": "they would change what the search sees",

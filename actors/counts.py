@@ -13,8 +13,8 @@ class Counts:
     """done, failed: inputs with a row, also of earlier commands. fresh: inputs that this command finished. tokens:
     decoded; given: those of earlier answers with which answers begin. gain: sum over `gains` prompts of the selected
     reward minus the base answer's. By role: calls that wait (queued), replicas that are up (alive), seconds that
-    replicas worked (busy) and existed (up). row_steps, row_slots: over the decoding steps of the generators, rows with a
-    trajectory and all rows. parts: seconds of the generators' steps by part.
+    replicas worked (busy) and existed (up). row_steps, row_slots: over the decoding steps of the generators, rows with
+    a trajectory and all rows. parts: seconds of the generators' steps by part.
     """
 
     done: int = 0

@@ -21,10 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not _starts_ray(item.path))  # the longest first
 
 
+_BESIDE = ("test_kill_matrix", "test_s3", "test_security", "test_tokens")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """For `-n 2`: one worker runs the tests that kill processes, the other all other files that start Ray, since both
-    have long waits; then each file runs on one worker."""
+    """For `-n 2`: the files that start Ray are in two parts that take about as long, one a worker, since both have long
+    waits; then each other file runs on one worker."""
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -32,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             file = nodeid.split("::")[0]
             if not _starts_ray(Path(str(config.rootpath), file)):
                 return file
-            return "kills" if "kill" in Path(file).name else "ray"
+            return "ray beside" if Path(file).stem in _BESIDE else "ray"
 
     return ByFile(config, log)
 

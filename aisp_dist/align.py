@@ -41,6 +41,7 @@ from aisp_dist.records import (
 )
 from aisp_dist.rewards import RewardError
 from aisp_dist.rewards.combine import Frozen, combine
+from aisp_dist.together import together
 
 Tokens = tuple[int, ...]
 
@@ -135,17 +136,6 @@ async def align(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Backen
         return Failed(prompt, str(error))
 
 
-async def _together(*calls: Awaitable[Any]) -> list[Any]:
-    """All answers. Where one call fails the others are cancelled first, so that no work goes on for a failed prompt."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Backend, thinks: bool) -> Done:
     key = prompt_key(run.seed, prompt.id)
     selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
@@ -161,7 +151,7 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
         said = [text for text in texts if isinstance(text, str)]
         answers: list[list[Score]] = [[] for _ in selecting]
         if said:
-            answers = await _together(*(backend.score(name, prompt, said) for name in selecting))
+            answers = await together(*(backend.score(name, prompt, said) for name in selecting))
         given = {name: iter(scores) for name, scores in zip(selecting, answers, strict=True)}
         raw = {n: [next(scores) if isinstance(t, str) else t for t in texts] for n, scores in given.items()}
         combined, frozen = combine(selecting, run.combine, raw, frozen)
@@ -190,7 +180,7 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
         shown = _answer(run, prompt.original, thinks=False)
         reports: list[list[Score]] = [[Score(None)] for _ in held_out]
         if isinstance(shown, str):
-            reports = await _together(*(backend.score(name, prompt, [shown]) for name in held_out))
+            reports = await together(*(backend.score(name, prompt, [shown]) for name in held_out))
         values = [(name, score.value) for name, (score,) in zip(held_out, reports, strict=True)]
         return Original(answer.reward, (*answer.rewards, *values))
 
@@ -238,7 +228,7 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
     (base,), _ = await scored(BASE_ITERATION, base_drawn.trajectories, frozen)
     answered = isinstance(_answer(run, base_drawn.trajectories[0].text, thinks), str)
     shown = [best.text, base.text][: 1 + answered]
-    losses, *reports = await _together(
+    losses, *reports = await together(
         backend.nll(prompt.id, prompt_tokens, [best.token_ids, base.token_ids][: 1 + (base_nll is None)]),
         *(backend.score(name, prompt, shown) for name in held_out),
     )

@@ -12,6 +12,7 @@ from aisp_dist.vllm import choice
 from aisp_dist.vllm.choice import Choice, Found, here
 
 _PATIENCE = 120.0  # seconds for the machines to answer
+_found: dict[str, Found] = {}  # by address: a command with many outputs asks once
 
 
 def resolve(run: Run, before: Mapping[str, Any] | None) -> tuple[Run, Choice]:
@@ -21,9 +22,14 @@ def resolve(run: Run, before: Mapping[str, Any] | None) -> tuple[Run, Choice]:
 
 def look(run: Run) -> Found:
     """What the machines with GPUs have; where none has any, all machines. Raises ConfigError where they differ."""
-    if "RAY_ADDRESS" not in os.environ:
+    if (address := os.environ.get("RAY_ADDRESS")) is None:
         return here()
+    if address not in _found:
+        _found[address] = _ask(run)
+    return _found[address]
 
+
+def _ask(run: Run) -> Found:
     import ray
 
     from jobs.connection import Connection

@@ -15,10 +15,11 @@ PURE = ["aisp_dist/align.py", *(f"aisp_dist/methods/{p.name}" for p in (ROOT / "
 PURE.remove(f"aisp_dist/methods/{NETWORK}")
 
 # Which parts of the library each part may import. Those without arrows are below everything; analysis is on top.
-BELOW = {"records", "philox", "quiet"}
+BELOW = {"records", "philox", "quiet", "together"}
 ARROWS = {
     "records": set(),
     "philox": set(),
+    "together": set(),
     "quiet": set(),
     "demo": set(),
     "config": {"records"},

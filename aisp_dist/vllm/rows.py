@@ -25,7 +25,6 @@ from aisp_dist.vllm.requests import Spec
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 _CONTROLS = 1 << 30  # bytes of controls that are kept to continue from, beside those in use
-_KEPT = 64  # requests whose states wait to be asked for
 _BEHIND = 2  # steps after which a flag is read without waiting for the device
 
 
@@ -105,10 +104,12 @@ class Finite:
 
 
 class Rows:
-    """All requests in flight that want more than greedy decoding. head: hidden states to logits, of the base model."""
+    """All requests in flight that want more than greedy decoding. head: hidden states to logits, of the base model.
+    batch: rows at most, which bounds the requests whose states wait to be asked for: the service has at most twice so
+    many in flight, and those that were cancelled are the oldest."""
 
-    def __init__(self, head: Head, dim: int, device: torch.device) -> None:
-        self.head, self.dim, self.device = head, dim, device
+    def __init__(self, head: Head, dim: int, device: torch.device, batch: int) -> None:
+        self.head, self.dim, self.device, self.most_kept = head, dim, device, 2 * batch + 32
         self.rows: dict[str, Row | None] = {}  # by vLLM's own name of a request
         self.controls: OrderedDict[tuple[int, str, int], control.Control] = OrderedDict()
         self.kept: OrderedDict[str, list[torch.Tensor]] = OrderedDict()
@@ -267,5 +268,5 @@ class Rows:
         if one.step == len(states) + 1:  # a preempted row shows some again
             states.append(h_ND[one.place].clone())
         self.kept[name] = states
-        while len(self.kept) > _KEPT:
+        while len(self.kept) > self.most_kept:
             self.kept.popitem(last=False)

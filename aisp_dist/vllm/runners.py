@@ -31,6 +31,7 @@ V1: tuple[Part, ...] = (
     ("requests", None),
     ("optimistic_seq_lens_cpu", None),
     ("model_config.get_hidden_size", ()),
+    ("max_num_reqs", None),
     ("device", None),
 )
 V2: tuple[Part, ...] = (
@@ -40,6 +41,7 @@ V2: tuple[Part, ...] = (
     ("sampler.apply_sampling_params", ("logits",)),
     ("req_states.req_id_to_index", None),
     ("model_config.get_hidden_size", ()),
+    ("max_num_reqs", None),
     ("device", None),
 )
 _V2_BATCH = ("req_ids", "idx_mapping_np", "seq_lens_cpu_upper_bound")
@@ -75,7 +77,7 @@ class Hook:
     def __init__(self, runner: Any) -> None:
         self.runner, self.armed = runner, False
         self.plain: Callable[..., torch.Tensor] = runner.model.compute_logits
-        self.rows = Rows(self.plain, runner.model_config.get_hidden_size(), runner.device)
+        self.rows = Rows(self.plain, runner.model_config.get_hidden_size(), runner.device, runner.max_num_reqs)
         self.sampled: torch.Tensor | None = None  # what the sampler shall go on with
         runner.model.compute_logits = self.compute_logits
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aisp_dist.data.detokenize import stopped, text_after
 from aisp_dist.engine.admissible import check
 from aisp_dist.records import Calibration, Finish, Late, Rollout, Round, Sampling, TopP, Trajectory
+from aisp_dist.together import together
 from aisp_dist.vllm import requests
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Service:
         async with self._asked():
             names = [self._name() for _ in range(round.start, round.stop)]
             samples = range(round.start, round.stop)
-            found = await _all([self._decode(round, s, name) for s, name in zip(samples, names, strict=True)])
+            found = await together(*(self._decode(round, s, name) for s, name in zip(samples, names, strict=True)))
             controlled = requests.plain(round) if round.sampling.sigma2 and round.trace else None
             asked = names, controlled, round.start, [len(t.token_ids) for t in found], self.served.max_new_tokens
             sound, u_sq, costs = await self._rpc("aisp_finish", *asked)
@@ -109,7 +110,7 @@ class Service:
         if not prompt_tokens or not all(responses):
             raise ValueError("nll needs at least one prompt token and one response token")
         async with self._asked():
-            answers = await _all([self._forced(prompt_tokens, response, self._name()) for response in responses])
+            answers = await together(*(self._forced(prompt_tokens, response, self._name()) for response in responses))
         losses = [_loss(answer) for answer in answers]
         if not all(map(math.isfinite, losses)):
             raise ValueError("the logits of a given answer are not finite; use a wider dtype")
@@ -169,11 +170,16 @@ class Service:
         served, likely = self.served, round.sampling.likelihood
         given = tokens = round.starts[sample - round.start] if round.starts else ()
         ends, ended = sorted(served.end_ids), None
-        while ended is None:  # vLLM may see a stop string where the text has none, such as in halves of characters
-            asked = requests.trajectory(round, sample, tokens, name, served.max_new_tokens, ends, served.stop)
-            answer = await self._generate(*asked, name)
-            tokens = (() if likely else tokens) + tuple(answer.token_ids)
-            ended = self._ended(round.prompt_tokens, tokens, len(given))
+        # vLLM may see a stop string where the text has none, such as in halves of characters; then it is asked for the
+        # rest without any, which always ends.
+        for stop in (served.stop, ()):
+            if ended is None:
+                asked = requests.trajectory(round, sample, tokens, name, served.max_new_tokens, ends, stop)
+                answer = await self._generate(*asked, name)
+                tokens = (() if likely else tokens) + tuple(answer.token_ids)
+                ended = self._ended(round.prompt_tokens, tokens, len(given))
+        if ended is None:
+            raise Disobeyed(f"vLLM ended a request after {len(tokens)} tokens, without an end token or stop string")
         tokens, finish, text = ended
         losses = _losses(answer)[: len(tokens)]
         return Trajectory(sample, tokens, text, finish, nll=math.fsum(losses) / len(losses) if likely else None)
@@ -259,14 +265,3 @@ def _losses(answer: CompletionOutput) -> list[float]:
 def _loss(answer: CompletionOutput) -> float:
     losses = _losses(answer)
     return math.fsum(losses) / len(losses)
-
-
-async def _all(calls: Sequence[Any]) -> list[Any]:
-    """All answers. Where one fails or the caller leaves, the others are cancelled, which aborts them in vLLM."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

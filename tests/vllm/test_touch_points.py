@@ -24,6 +24,7 @@ def runner() -> Any:
         requests={},
         optimistic_seq_lens_cpu=None,
         model_config=SimpleNamespace(get_hidden_size=lambda: 8),
+        max_num_reqs=4,
         device="cpu",
     )
 

@@ -11,13 +11,7 @@ from aisp_dist.records import TopP
 
 def draw(logits_RV: torch.Tensor, wanted: TopP, uniform_R: torch.Tensor) -> torch.Tensor:
     p_R = torch.full((len(logits_RV),), wanted.p, dtype=torch.float64)
-    return _draw(logits_RV, p_R, torch.full_like(p_R, wanted.temperature), uniform_R)
-
-
-def _draw(
-    logits_RV: torch.Tensor, p_R: torch.Tensor, temperature_R: torch.Tensor, uniform_R: torch.Tensor
-) -> torch.Tensor:
-    return nucleus.draw(logits_RV, nucleus.log_normalizer(logits_RV, temperature_R), p_R, temperature_R, uniform_R)
+    return nucleus.draw(logits_RV, p_R, torch.full_like(p_R, wanted.temperature), uniform_R)
 
 
 def by_sorting(
@@ -53,7 +47,7 @@ def test_a_draw_is_that_of_the_sorted_vocabulary(shape: str, vocab_size: int) ->
     p_R = torch.tensor([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0], dtype=torch.float64)[choose[0]]
     temperature_R = torch.tensor([0.05, 0.3, 0.7, 1.0, 1.5, 4.0], dtype=torch.float64)[choose[1]]
     uniform_R = torch.rand(rows, dtype=torch.float64, generator=draws)
-    drawn_R = _draw(logits_RV, p_R, temperature_R, uniform_R)
+    drawn_R = nucleus.draw(logits_RV, p_R, temperature_R, uniform_R)
     assert drawn_R.tolist() == by_sorting(logits_RV, p_R, temperature_R, uniform_R).tolist()
 
 
@@ -62,10 +56,9 @@ def test_a_row_alone_has_the_bits_that_it_has_in_company() -> None:
     logits_RV = torch.cat([logits_of(shape, 6000, 8, draws) for shape in ("flat", "usual", "peaked", "ties")])
     uniform_R = torch.rand(len(logits_RV), dtype=torch.float64, generator=draws)
     p_R, temperature_R = torch.full_like(uniform_R, 0.9), torch.ones_like(uniform_R)
-    together = _draw(logits_RV, p_R, temperature_R, uniform_R)
-    normalizer_R = nucleus.log_normalizer(logits_RV)
+    together = nucleus.draw(logits_RV, p_R, temperature_R, uniform_R)
     for keep in (slice(0, 1), slice(7, 9), slice(3, 31)):
-        given = (x[keep] for x in (logits_RV, normalizer_R, p_R, temperature_R, uniform_R))
+        given = (x[keep] for x in (logits_RV, p_R, temperature_R, uniform_R))
         assert nucleus.draw(*given).tolist() == together[keep].tolist()
 
 

@@ -5,6 +5,7 @@ pretrained.py, quantized.py, adapter.py        load it by transformers, merge an
 model.py, lm.py                 take it over, check that the engine decodes it correctly
 attention.py, kv.py             attention over a shared prefix, keys and values of prompts and rows
 endings.py                      what ends a response
+packed.py                       weights of a model on a CPU in the layout that products want
 step.py, nucleus.py             one token for every row on the model's device; draws from the nucleus
 control.py, noise.py            the control of a round from its trace, keyed noise
 rows.py                         trajectories, rounds and prompts in flight
@@ -15,4 +16,4 @@ service.py                      one engine for many callers
 """
 
 # Part of the fingerprint. Raise it with every change that may give other rows for the same configuration and seed.
-VERSION = 4
+VERSION = 5

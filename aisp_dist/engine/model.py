@@ -23,6 +23,7 @@ from aisp_dist.engine import attention, pretrained
 from aisp_dist.engine.endings import end_ids, warn_of_turn_end
 from aisp_dist.engine.kv import KVCache, suffixes
 from aisp_dist.engine.lm import LM, Heads
+from aisp_dist.engine.packed import pack
 
 _PROBE_TOKENS = 24
 
@@ -130,6 +131,7 @@ def _probe(model: Any, lm: LM, config: Any) -> LM:
         expected_TD = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
         expected_TV = model(input_ids=ids, use_cache=False).logits[0].float()
         model.set_attn_implementation(attention.NAME)
+        pack(lm.decoder, lm.head)
         lm = replace(lm, attention=_heads(lm, tokens, config, advice))
         z_TD = _in_parts(lm, tokens)
         logits_TV = lm.logits(expected_TD)

@@ -36,7 +36,7 @@ Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V], 
 STEP, ENDED, FINITE, TOKEN, LENGTH, PLAN, CONTROL, KEY0, KEY1, WORD = range(10)
 _EMPTY = (1, 1, 1, *[0] * 7)
 _BY_ROW = ("rows_BF", "z0_BD", "filter_BD", "dots_BT", "nll_BT")
-_DRAWN = 32  # rows whose tokens are drawn or measured together: a draw takes 60 bytes for each logit
+_DRAWN = 32  # rows whose tokens are drawn or measured together: a measure takes 16 bytes for each logit
 
 
 class Seat(NamedTuple):
@@ -74,7 +74,7 @@ class Plans:
                     self.line(old)
             at = self.lines[sampling] = len(self.lines)
             made = noise.time_filter(sampling, self.num_steps, self.device)
-            draw = sampling.decode or TopP(1.0, 1.0)
+            draw = sampling.decode or TopP(1e-6, 1.0)  # a greedy row's draw is not read: the likeliest token is enough
             self.feed_FT[at], self.gain_FT[at], self.keep_F[at] = made.feed, made.gain, made.keep
             self.sigma_F[at] = 0.0 if sampling.mean else math.sqrt(sampling.sigma2)
             self.draws_F[at] = sampling.decode is not None
@@ -158,6 +158,7 @@ class Batch:
         *,
         controlled: bool,
         drawn: bool,
+        greedy: bool = True,
         measured: bool = False,
         ascent: Ascent | None = None,
         choose: Choose | None = None,
@@ -165,8 +166,8 @@ class Batch:
         """One token for every row that has not ended.
 
         attend: the decode pass; None if every row is at its first step, whose state is known. controlled, drawn,
-        measured: whether any row is under control, draws its tokens, or has its likelihood under the base model
-        measured. ascent: how rows of RE-Control climb the value network. choose: replaces tokens, given all logits."""
+        greedy, measured: whether any row is under control, draws its tokens, decodes greedily, or has its likelihood
+        under the base model measured. ascent: how rows of RE-Control climb the value network. choose: replaces tokens, given all logits."""
         lap = self.laps.lap
         base_BD = self.states(attend).float()
         lap("decoder")
@@ -177,7 +178,7 @@ class Batch:
             lap("control")
         logits_BV = self.lm.logits(z_BD)
         lap("head")
-        token_B, finite_B = self.select(logits_BV, drawn)
+        token_B, finite_B = self.select(logits_BV, drawn, greedy)
         if choose:
             token_B = choose(logits_BV, token_B)
         lap("draw")
@@ -213,21 +214,16 @@ class Batch:
         self.dots_BT.scatter_(1, at_B[:, None], (m_BD.double() * e_BD.double()).sum(-1, keepdim=True))
         return z_BD + v_BD
 
-    def select(self, logits_BV: torch.Tensor, drawn: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, logits_BV: torch.Tensor, drawn: bool, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """y [B], the argmax (5) with ties to the lowest id, or a keyed draw; and whether the logits are finite [B], for
-        which the argmax's own is enough: it is NaN or +inf if any logit is."""
-        token_B = logits_BV.argmax(-1)
-        finite_B = logits_BV.gather(1, token_B[:, None])[:, 0].isfinite()
+        which the largest is enough: it is NaN or +inf if any logit is."""
+        token_B = logits_BV.argmax(-1) if greedy else torch.zeros_like(self.rows_BF[:, TOKEN])
         if drawn:
             plan_B = self.rows_BF[:, PLAN]
-            p_B, temperature_B = self.plans.p_F[plan_B], self.plans.temperature_F[plan_B]
-            whole = logits_BV, p_B, temperature_B, noise.uniform(*self._counter())
-            parts = zip(*(x.split(_DRAWN) for x in whole), strict=True)
-            drawn_B = torch.cat(
-                [nucleus.draw(logits, nucleus.log_normalizer(logits, t), p, t, u) for logits, p, t, u in parts]
-            )
+            whole = logits_BV, self.plans.p_F[plan_B], self.plans.temperature_F[plan_B], noise.uniform(*self._counter())
+            drawn_B = torch.cat([nucleus.draw(*part) for part in zip(*(x.split(_DRAWN) for x in whole), strict=True)])
             token_B = torch.where(self.plans.draws_F[plan_B], drawn_B, token_B)
-        return token_B, finite_B
+        return token_B, logits_BV.amax(-1).isfinite()
 
     def measure(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> None:
         """Keeps -log P_LLM(y_t | x, y_<t), from the base model's logits, in `nll_BT`."""

@@ -261,7 +261,7 @@ class Rows:
         u_R = noise.uniform(counter[:, :2], counter[:, 3], counter[:, 2])
         logits_RV = logits_RV.float()
         parts = zip(*(torch.split(x, 32) for x in (logits_RV, p_R, temperature_R, u_R)), strict=True)
-        return torch.cat([nucleus.draw(x, nucleus.log_normalizer(x, t), p, t, u) for x, p, t, u in parts])
+        return torch.cat([nucleus.draw(*part) for part in parts])
 
     def _keep(self, one: At, h_ND: torch.Tensor) -> None:
         states, name = one.row.states, one.row.spec.name

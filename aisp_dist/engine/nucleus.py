@@ -4,9 +4,10 @@ The nucleus is the smallest set of likeliest tokens whose probabilities add up t
 with the lower id comes first (Holtzman et al. 2020, arXiv 1904.09751). A token is drawn by the inverse CDF of a keyed
 uniform over the nucleus in that order.
 
-Only the likeliest tokens are ranked, and more of them only for rows that need more. Weights of tokens are fp64, relative
-to the likeliest. Their total over the vocabulary is first known in fp32, within a bound; where the bound leaves a choice
-of tokens, it is computed in fp64. So a row's token depends on its own logits alone, and no order of a sum can move it.
+Only the likeliest tokens are ranked, and more of them only for rows that need more. Weights of tokens are fp64,
+relative to the likeliest. Their total over the vocabulary is first known in fp32, within a bound; where the bound
+leaves a choice of tokens, it is computed in fp64. So a row's token depends on its own logits alone, and no order of a
+sum can move it.
 
 Shapes: R rows, V vocabulary, K ranked tokens, P values of p.
 """

@@ -1,6 +1,6 @@
-"""Linear layers of a model on a CPU with weights in oneDNN's own layout, made once. PyTorch's own linear layer lays them
-out anew in every call, which costs a fifth of a step in fp32 and more in bf16, and its bits depend on how many rows it
-is given; packed ones give a row the same bits among any.
+"""Linear layers of a model on a CPU with weights in oneDNN's own layout, made once. PyTorch's linear layer may lay them
+out anew in every call, and its bits depend on how many rows it is given; packed ones give a row the same bits among
+any. (fp32 on AVX2, 64 rows of 576: the output layer takes .6 of the time, the others .9 to 1.)
 
 The operators are those that torch.compile uses for frozen weights. They are no public interface, so layers stay plain
 where the operators are missing, refuse a weight, or do not keep what is said here: each shape is tried.
@@ -30,8 +30,8 @@ class PackedLinear(nn.Module):
 
 @torch.inference_mode()
 def pack(*roots: nn.Module) -> bool:
-    """Replaces the plain linear layers of these modules on a CPU, or none if one of them cannot be. A layer that several
-    hold stays one layer."""
+    """Replaces the plain linear layers of these modules on a CPU, or none if one of them cannot be. A layer that
+    several hold stays one layer."""
     held = [
         (parent, name, child) for root in roots for parent in root.modules() for name, child in parent.named_children()
     ]

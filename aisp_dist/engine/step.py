@@ -167,7 +167,8 @@ class Batch:
 
         attend: the decode pass; None if every row is at its first step, whose state is known. controlled, drawn,
         greedy, measured: whether any row is under control, draws its tokens, decodes greedily, or has its likelihood
-        under the base model measured. ascent: how rows of RE-Control climb the value network. choose: replaces tokens, given all logits."""
+        under the base model measured. ascent: how rows of RE-Control climb the value network. choose: replaces tokens,
+        given all logits."""
         lap = self.laps.lap
         base_BD = self.states(attend).float()
         lap("decoder")

@@ -167,7 +167,7 @@ def test_a_wrong_merge_of_prefix_and_suffix(monkeypatch):
 
 
 def test_a_choice_that_is_not_the_argmax(monkeypatch):
-    def second(self: Batch, logits_BV: torch.Tensor, drawn: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def second(self: Batch, logits_BV: torch.Tensor, *_: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return logits_BV.topk(2).indices[:, 1], torch.ones(len(logits_BV), dtype=torch.bool)
 
     monkeypatch.setattr(Batch, "select", second)

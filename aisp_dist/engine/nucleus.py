@@ -122,7 +122,7 @@ def _sizes(vocab_size: int) -> Iterator[int]:
 def _blocks(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The row as [R, _BLOCK, W], of which [:, :, w] is a block, and what is left behind it."""
     whole = logits_RV.shape[1] // _BLOCK * _BLOCK
-    return logits_RV[:, :whole].unflatten(1, (_BLOCK, -1)), logits_RV[:, whole:]
+    return logits_RV[:, :whole].view(len(logits_RV), _BLOCK, whole // _BLOCK), logits_RV[:, whole:]
 
 
 def _rank(logits_RV: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

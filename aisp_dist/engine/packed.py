@@ -8,6 +8,8 @@ where the operators are missing, refuse a weight, or do not keep what is said he
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -53,7 +55,7 @@ def pack(*roots: nn.Module) -> bool:
     return bool(packed)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer whose weight is a plain tensor (a quantised one is of a class of its own)."""
     if type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor:
         return False

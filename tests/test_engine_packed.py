@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from aisp_dist.config import Generator
 from aisp_dist.engine import packed
-from aisp_dist.engine.model import adapt
+from aisp_dist.engine.model import adapt, load
 from tests import tiny
 
 
@@ -69,3 +71,15 @@ def test_an_adapted_model_is_packed_but_for_its_embeddings() -> None:
     lm = adapt(tiny.causal("llama"), tiny.tokenizer())
     kinds = {type(module) for module in (*lm.decoder.modules(), *lm.head.modules())}
     assert packed.PackedLinear in kinds and nn.Linear not in kinds
+
+
+def test_a_dtype_that_the_cpu_emulates_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Generator(model=str(tiny.save("llama", tmp_path)), dtype="bfloat16")
+    for missing in (True, False):
+        caplog.clear()
+        monkeypatch.setattr(packed.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=not missing: has)
+        load(settings, "cpu")
+        assert ("set generator.dtype: float32" in caplog.text) is missing
+    assert not packed.emulated(torch.float32)

@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +24,10 @@ from aisp_dist.engine import attention, pretrained
 from aisp_dist.engine.endings import end_ids, warn_of_turn_end
 from aisp_dist.engine.kv import KVCache, suffixes
 from aisp_dist.engine.lm import LM, Heads
-from aisp_dist.engine.packed import pack
+from aisp_dist.engine.packed import emulated, pack
 
 _PROBE_TOKENS = 24
+_log = logging.getLogger("aisp")
 
 
 class Unsupported(ValueError):
@@ -59,6 +61,13 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
     except Unsupported as error:
         raise ConfigError(f"generator.model: {settings.model!r}: {error}") from error
     warn_of_turn_end(settings, lm.tokenizer, lm.turn_end)
+    if chosen.type == "cpu" and emulated(lm.dtype):
+        _log.warning(
+            "generator.dtype: %r computes in %s, which this CPU has no products of, so decoding takes several times as "
+            "long; set generator.dtype: float32",
+            settings.model,
+            str(lm.dtype).removeprefix("torch."),
+        )
     return lm
 
 

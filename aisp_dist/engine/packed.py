@@ -55,6 +55,13 @@ def pack(*roots: nn.Module) -> bool:
     return bool(packed)
 
 
+def emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no products of this dtype, so that they take several times as long as those of fp32."""
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, known[dtype], None) if dtype in known else None
+    return supported is not None and not supported()
+
+
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer whose weight is a plain tensor (a quantised one is of a class of its own)."""
     if type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor:

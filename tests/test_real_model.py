@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 import tiny
 
 from aisp_dist import relabel
+from aisp_dist.records import Rollout, Round, Sampling, TopP, Trajectory
 from tests.bench.real_model import __main__ as program
-from tests.bench.real_model import rewards, table, tasks
+from tests.bench.real_model import noisy, rewards, student, table, tasks
 
 REWARD = """
 def vowels(completions, **_):
@@ -41,6 +44,12 @@ def test_every_arm_spends_the_same_in_the_same_number_of_trials():
                 | {"method": arm.method(point, 64)}
             ).method
             assert method.num_samples * method.num_iterations == 64
+    for arm in (tasks.FIXED | tasks.SENSITIVITY).values():
+        (point,) = arm.points
+        job = program.Job("report", "shp", "a", arm.method(point, 64), 0, [], 8)
+        method = program._settings(tasks.run_values("shp", Path("p"), "m", 8, "auto"), job).method
+        assert method.num_iterations == 64 // arm.together and not method.is_control
+    assert set(tasks.CONTROLS.values()) < tasks.ARMS.keys() | tasks.FIXED.keys()
     with pytest.raises(ValueError, match="--samples: 24 is not a multiple of 16"):
         tasks.ARMS["qalign, 16 chains"].method({}, 24)
 
@@ -85,6 +94,18 @@ def test_an_arm_less_itself_is_nothing_and_prompts_are_paired():
             assert (row["prompts"], row["seeds"]) == (5 if row["arm"] == "few" else 6, 2)
 
 
+def test_a_run_that_was_interrupted_has_a_table_of_the_prompts_that_all_arms_finished(tmp_path):
+    for name, ids in ((tasks.BEST, "abc"), ("late", "cb"), ("aside", "a")):
+        place = tmp_path / "report" / "t" / name / "0.jsonl"
+        place.parent.mkdir(parents=True)
+        place.write_text("".join(json.dumps(record([1.0, 2.0], [5, 5], one)) + "\n" for one in ids) + '{"id": "torn')
+    found = table.tables(tmp_path, 8, "report", [tasks.BEST, "late", "not begun"])
+    assert {(row["arm"], row["prompts"]) for row in found} == {(name, 2) for name in ("greedy", tasks.BEST, "late")}
+    assert {row["prompts"] for row in table.tables(tmp_path, 8, "report", [tasks.BEST])} == {3}
+    with pytest.raises(ValueError, match="run --stage tune first"):
+        table.best_trial([tmp_path / "tune/t/a/0/0.jsonl"])
+
+
 def test_seconds_of_prompts_that_ran_together_are_not_compared():
     of = {("p", 0): record([1.0, 2.0], [5, 5], together=4)}
     assert {row["equal"] for row in table.rows("t", {tasks.BEST: of}, [1, 2])} == {"samples", "tokens"}
@@ -98,7 +119,6 @@ def test_copied_counts_what_stands_in_the_prompt():
 
 
 def test_ifeval_is_scored_by_its_checkers(real_data):
-    pytest.importorskip("if_verifiable")
     checks = [("punctuation:no_comma", {}), ("startend:quotation", {})]
     assert [rewards.share(t, checks) for t in ('"Fine."', '"So, fine."', "Fine.", "a, b", "")] == [1, 0.5, 0.5, 0, 0]
     for row in tasks.lines("ifeval", real_data / "data"):
@@ -128,7 +148,7 @@ def test_a_run_tunes_measures_every_arm_and_resumes(project, monkeypatch, capsys
     assert "report: at most 576 samples" in capsys.readouterr().out and not out.exists()
     program.main(args)
     found = table.arms(out, "shp")
-    assert found.keys() == tasks.ARMS.keys() | tasks.CONTROLS.keys()
+    assert found.keys() == tasks.ARMS.keys() | {c for c, of in tasks.CONTROLS.items() if of in tasks.ARMS}
     prompts = [row["id"] for row in tasks.split("shp", tasks.lines("shp", project))["report"][:2]]
     for name, of in found.items():
         assert [one for one, _ in of] == prompts
@@ -137,7 +157,7 @@ def test_a_run_tunes_measures_every_arm_and_resumes(project, monkeypatch, capsys
             assert one["best"][-1]["reward"] == max(one["rewards"])
             assert one["seconds"] == sorted(one["seconds"]) and one["seconds"][0] > 0
             assert min(one["drawn"]) > 0 and one["method"].get("shuffle_rewards", False) == ("shuffled" in name)
-    assert (out / "table.json").exists() and "at the tokens of best-of-n" in capsys.readouterr().out
+    assert (out / "report.json").exists() and "at the tokens of best-of-n" in capsys.readouterr().out
 
     place = out / "report/shp/population/0.jsonl"
     before = place.read_text()
@@ -146,13 +166,115 @@ def test_a_run_tunes_measures_every_arm_and_resumes(project, monkeypatch, capsys
     mine, again = ([json.loads(line) for line in text.splitlines()] for text in (before, place.read_text()))
     timeless = [[{k: v for k, v in one.items() if k != "seconds"} for one in of] for of in (mine, again)]
     assert timeless[0] == timeless[1]
-    monkeypatch.setattr(program, "Timed", None)
+    monkeypatch.setattr(program, "LocalBackend", None)
     program.main(args)
     with pytest.raises(ValueError, match="give another --out"):
         program.main([*args, "--samples", "16"])
+    with pytest.raises(ValueError, match="give another --out"):
+        program.main([*args, "--tokens", "9"])
 
-    source = out / "prompts/report-shp-population.jsonl"
+    monkeypatch.undo()  # the backend is needed again
+    monkeypatch.setitem(tasks.REWARDS, "shp", reward)
+    few = [tasks.BEST, "ar1 0.8, flip rate 0.2, ess 0.5"]
+    monkeypatch.setattr(program.tasks, "SENSITIVITY", {name: tasks.SENSITIVITY[name] for name in few})
+    program.main(
+        [*args, "--stage", "sensitivity", "--stage", "report", "--arms", "qalign, beta large", "--together", "3"]
+    )
+    (of,) = table.arms(out, "shp", "sensitivity")[few[1]].values()
+    assert len(of["rewards"]) == 16 and of["method"]["noise"] == {"ar1": 0.8}
+    assert {row["arm"] for row in json.loads((out / "sensitivity.json").read_text())} == {"greedy", *few}
+    assert len(table.arms(out, "shp")["qalign, beta large"]) == 2
+
+    source = out / "prompts/report-shp.jsonl"
     values = tasks.run_values("shp", source, str(project / "model"), 8, "auto") | {"method": mine[1]["method"]}
-    (row,) = relabel(values)
+    *_, row = relabel(values)
     assert (row["id"], row["reward"]) == (mine[1]["id"], mine[1]["best"][-1]["reward"])
     assert row["completion"][-1]["content"] == mine[1]["best"][-1]["text"]
+
+
+def test_prompts_are_searched_by_all_arms_before_the_next_one(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(
+        tasks.REWARDS, "shp", {"alike": {"kind": "function", "function": f"{project}/vowels.py:vowels"}}
+    )
+    args = ["--model", str(project / "model"), "--data", str(project), "--out", str(tmp_path), "--tokens", "4", *SMALL]
+    program.main(
+        [
+            *args,
+            "--stage",
+            "report",
+            "--arms",
+            "qalign, beta large",
+            "--arms",
+            "population, defaults",
+            "--arms",
+            "population, noise beside draws",
+            "--no-controls",
+        ]
+    )
+    said = [line.split("prompt ")[1].split(";")[0] for line in capsys.readouterr().err.splitlines() if " of " in line]
+    prompts = [row["id"] for row in tasks.split("shp", tasks.lines("shp", project))["report"][:2]]
+    assert said == [prompts[0]] * 3 + [prompts[1]] * 3
+    for record in table.arms(tmp_path, "shp")["population, noise beside draws"].values():
+        assert len(record["drawn"]) == 32 and {0 < n <= 4 for n in record["drawn"]} == {True}
+
+
+def test_students_learn_from_each_kind_of_answer_and_what_is_finished_is_not_repeated(project, tmp_path, monkeypatch):
+    rows = [
+        {"key": i, "prompt": f"Say {i}.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+        for i in range(306)
+    ]
+    (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = {"followed": {"kind": "function", "function": f"{project}/vowels.py:vowels"}}
+    monkeypatch.setitem(tasks.REWARDS, "ifeval", reward)
+    args = ["--model", str(project / "model"), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--tokens", "8"]
+    tune = ["--stage", "tune", "--task", "ifeval", "--tuning-prompts", "1", "--tuning-samples", "8", "--settings", "1"]
+    program.main([*args, *tune, "--arms", tasks.BEST])
+    args += [
+        "--arms",
+        tasks.BEST,
+        "--arms",
+        "population, defaults",
+        "--settings",
+        "1",
+        "--prompts",
+        "3",
+        "--samples",
+        "16",
+    ]
+    args += ["--tests", "4", "--training-seeds", "2"]
+    student.main(args)
+    found = json.loads((tmp_path / "out/students.json").read_text())
+    kinds = ["not trained", student.OWN, "samples at random", tasks.BEST, "population, defaults"]
+    assert [row["student"] for row in found["rows"]] == kinds and (found["tests"], found["lessons"]) == (4, 3)
+    lessons = student._lessons(tmp_path / "out", student._jobs(student._parser().parse_args(args)))
+    best = table.arms(tmp_path / "out", "ifeval", "student")[tasks.BEST]
+    assert {r["best"][-1]["text"] for r in best.values()} == {
+        r["completion"][0]["content"] for r in lessons[tasks.BEST]
+    }
+    assert {r["base"]["text"] for r in best.values()} == {r["completion"][0]["content"] for r in lessons[student.OWN]}
+    monkeypatch.setattr(student, "_train", None)
+    monkeypatch.setattr(student.measure, "answers", None)
+    monkeypatch.setattr(program, "LocalBackend", None)
+    student.main(args)
+    assert json.loads((tmp_path / "out/students.json").read_text()) == found
+
+
+def test_noise_beside_draws_keeps_what_is_given_and_the_length():
+    class Backend:
+        tokenizer = tiny.tokenizer()
+
+        async def rollout(self, round):
+            asked.append(round)
+            return Rollout((Trajectory(round.start, (50, 51, 52, 2), "", "stop"),))
+
+    asked: list[Round] = []
+    sampling = Sampling(sigma2=0.5, decode=TopP(0.9, 1.0))
+    round = Round(0, "p", (1, 40), 3, 4, 6, sampling, starts=((), (60, 61)))
+    long, short = (asyncio.run(noisy.rollout(Backend(), n, round)).trajectories for n in (8, 5))
+    assert [t.token_ids for t in long] == [(50, 51, 52, 2), (60, 61, 50, 51, 52, 2)]
+    assert [t.token_ids for t in short] == [(50, 51, 52, 2), (60, 61, 50, 51, 52)]
+    assert [t.finish_reason for t in (*long, *short)] == ["stop", "stop", "stop", "length"]
+    assert long[1].text == short[1].text == Backend.tokenizer.decode([60, 61, 50, 51, 52])
+    assert [(r.prompt_tokens, r.start, r.stop) for r in asked[:2]] == [((1, 40), 4, 5), ((1, 40, 60, 61), 5, 6)]
+    asyncio.run(noisy.rollout(Backend(), 8, replace(round, sampling=Sampling(decode=TopP(0.9, 1.0)))))
+    assert asked[-1].starts == round.starts

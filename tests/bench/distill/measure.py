@@ -20,9 +20,11 @@ from aisp_dist.records import BASE_ITERATION, Prompt, Round, Sampling
 Columns = dict[str, np.ndarray]  # by measure, [P]
 
 
-def answers(run: Run, student: str, asked: Sequence[Prompt]) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
+def answers(
+    run: Run, student: Generator, asked: Sequence[Prompt]
+) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
     """Prompt tokens, greedy tokens and text, by prompt."""
-    lm = model.load(Generator(model=student, max_new_tokens=run.generator.max_new_tokens))
+    lm = model.load(student)
     engine = decode.Engine(lm, run.generator.batch_rows, run.generator.max_new_tokens, run.generator.stop)
     rendered = [render.render(p, run.prompts, lm.tokenizer, run.prompts.max_tokens) for p in asked]
     rounds = [
@@ -40,7 +42,7 @@ def measure(run: Run, base_dir: Path, students: Mapping[str, str], num_prompts: 
     teacher = decode.Engine(model.load(run.generator), 32, run.generator.max_new_tokens)
     found = {}
     for name, student in students.items():
-        given = answers(run, student, asked)
+        given = answers(run, Generator(model=student), asked)
         columns: dict[str, list[float]] = {
             "NLL by the teacher": [teacher.nll(tokens, response) for tokens, response, _ in given],
             "diversity": [metrics.diversity(text) for _, _, text in given],

@@ -9,16 +9,25 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from aisp_dist.config import Generator
+from aisp_dist.engine import pretrained
 
-def sft(teacher: str, rows: Dataset, out: Path, *, lr: float, epochs: float, seed: int) -> Path:
-    """Train on rows of prompt and completion, both messages."""
+
+def sft(
+    teacher: str, rows: Dataset, out: Path, *, lr: float, epochs: float, seed: int, rank: int | None = None
+) -> Path:
+    """Train on rows of prompt and completion, both messages. rank: of a LoRA adapter, which alone is trained and saved;
+    None: all weights."""
     config = SFTConfig(**_common(out, lr, epochs, seed), completion_only_loss=True)
     model, tokenizer = _load(teacher)
-    rows = rows.select_columns(["prompt", "completion"])
-    return _run(SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer), out)
+    rows, lora = rows.select_columns(["prompt", "completion"]), None
+    if rank is not None:
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
+    return _run(SFTTrainer(model=model, args=config, **given), out)
 
 
 def dpo(student: str, rows: Dataset, out: Path, *, lr: float, epochs: float, beta: float, seed: int) -> Path:
@@ -30,9 +39,8 @@ def dpo(student: str, rows: Dataset, out: Path, *, lr: float, epochs: float, bet
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True), tokenizer
+    settings = Generator(model=name, dtype="bfloat16" if torch.cuda.is_available() else "float32")
+    return pretrained.weights(settings, torch.device("cpu")), pretrained.tokenizer(settings)
 
 
 def _run(trainer: Any, out: Path) -> Path:

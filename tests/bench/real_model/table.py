@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,23 +32,33 @@ def read(file: Path) -> list[Record]:
 
 
 def best_trial(files: Iterable[Path]) -> int:
-    """The setting with the largest mean reward over the prompts that all settings have; the first of equals."""
+    """The setting with the largest mean reward over the prompts that all settings have; the first of equals. Raises
+    ValueError where there is no such prompt."""
+    files = list(files)
     found = [{r["id"]: r["best"][-1]["reward"] for r in read(file) if "failed" not in r} for file in files]
     shared = set.intersection(*(set(of) for of in found))
-    means = [sum(of[one] for one in sorted(shared)) / max(1, len(shared)) for of in found]
+    if not shared:
+        raise ValueError(f"{files[0].parent.parent}: no prompt has every setting; run --stage tune first")
+    means = [sum(of[one] for one in sorted(shared)) / len(shared) for of in found]
     return means.index(max(means))
 
 
-def finished(out: Path, task: str) -> int:
-    return sum(len(read(file)) for file in (out / "report" / task).glob("*/*.jsonl"))
+def finished(out: Path, task: str, name: str) -> int:
+    return sum(len(read(file)) for file in (out / "report" / task / name).glob("*.jsonl"))
 
 
-def arms(out: Path, task: str) -> dict[str, Arm]:
+def arms(out: Path, task: str, stage: str = "report") -> dict[str, Arm]:
     found: dict[str, Arm] = {}
-    for file in sorted((out / "report" / task).glob("*/*.jsonl")):
+    for file in sorted((out / stage / task).glob("*/*.jsonl")):
         of = found.setdefault(file.parent.name, {})
         of |= {(r["id"], int(file.stem)): r for r in read(file) if "failed" not in r}
     return found
+
+
+def whole(found: dict[str, Arm]) -> dict[str, Arm]:
+    """The arms on the prompts and seeds that all of them have finished."""
+    shared = set.intersection(*(set(of) for of in found.values())) if found else set()
+    return {name: {key: of[key] for key in sorted(shared)} for name, of in found.items()}
 
 
 def greedy(of: Arm) -> Arm:
@@ -130,10 +140,16 @@ def _spending(of: list[tuple[Record, int]]) -> Record:
     }
 
 
-def tables(out: Path, samples: int) -> list[Record]:
-    budgets = [n for n in (8, 16, 32, 64, 128, 256) if n <= samples]
-    found = {task.name: arms(out, task.name) for task in sorted((out / "report").glob("*"))}
-    return [row for task, of in found.items() if BEST in of for row in rows(task, of, budgets)]
+def tables(out: Path, samples: int, stage: str, names: Collection[str]) -> list[Record]:
+    """The rows of a stage. names: the arms of the report; an arm without a line yet is left out."""
+    budgets = [n for n in (8, 16, 32, 64, 128, 256) if n <= samples] if stage == "report" else [samples]
+    rows_of = []
+    for task in sorted((out / stage).glob("*")):
+        found = arms(out, task.name, stage)
+        found = whole({name: of for name, of in found.items() if stage != "report" or name in names})
+        if BEST in found:
+            rows_of += list(rows(task.name, found, budgets))
+    return rows_of
 
 
 def markdown(found: list[Record]) -> str:

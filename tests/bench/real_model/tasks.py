@@ -59,6 +59,12 @@ def run_values(task: str, source: Path, model: str, tokens: int, dtype: str) -> 
     }
 
 
+def all_rewards() -> dict[str, Any]:
+    """The part of a configuration that has the rewards of all tasks."""
+    keep = ["checks", "preferred"]
+    return {"rewards": {k: v for of in REWARDS.values() for k, v in of.items()}, "prompts": {"keep": keep}}
+
+
 @dataclass(frozen=True)
 class Arm:
     """A method and the settings that tuning tries. together: samples of an iteration."""
@@ -108,3 +114,24 @@ ARMS = {
     ),
 }
 CONTROLS = {f"{name}, rewards shuffled": name for name in ("population", "qalign, 16 chains", "aisp, ess")}
+
+# Arms that are not tuned and run only when they are asked for: population's defaults, then ablations.
+FIXED = {
+    "population, defaults": Arm({"kind": "population"}, ({},)),
+    "population, fresh by ties": Arm({"kind": "population"}, ({"fresh": "ties"},)),
+    "population, half of the answers are parents": Arm({"kind": "population"}, ({"ess": 1e6},)),
+    "population, noise beside draws": Arm({"kind": "population"}, ({"noise_rate": 0.05},)),
+    "qalign, beta near 0": Arm({"kind": "qalign"}, ({"beta": {"sd": 1e-6}, "sampling": {"top_p": 0.9}},), together=16),
+    "qalign, beta large": Arm({"kind": "qalign"}, ({"beta": {"sd": 1e6}, "sampling": {"top_p": 0.9}},), together=16),
+}
+CONTROLS |= {f"{name}, rewards shuffled": name for name in list(FIXED)[:2]}
+
+# AISP over its two settings, with noise that is independent and noise that is correlated over time, beside best-of-n.
+SENSITIVITY = {BEST: Arm({"kind": "best_of_n"}, _nuclei((0.9, 1.0)))} | {
+    f"{noise if isinstance(noise, str) else 'ar1 0.8'}, flip rate {rate}, ess {ess}": Arm(
+        {"kind": "aisp", "noise": noise}, ({"sigma2": {"flip_rate": rate}, "lambda": {"ess": ess}},)
+    )
+    for noise in ("independent", {"ar1": 0.8})
+    for rate in (0.05, 0.1, 0.2)
+    for ess in (0.1, 0.25, 0.5)
+}

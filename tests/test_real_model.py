@@ -218,6 +218,26 @@ def test_prompts_are_searched_by_all_arms_before_the_next_one(project, tmp_path,
         assert len(record["drawn"]) == 32 and {0 < n <= 4 for n in record["drawn"]} == {True}
 
 
+def test_an_interrupted_run_ends_the_engine_and_says_that_it_resumes(project, tmp_path, monkeypatch, capsys):
+    closed = []
+
+    class Backend(program.LocalBackend):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    async def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "LocalBackend", Backend)
+    monkeypatch.setattr(program, "_search_all", interrupted)
+    args = ["--model", str(project / "model"), "--data", str(project), "--out", str(tmp_path), "--tokens", "4", *SMALL]
+    with pytest.raises(SystemExit, match="130"):
+        program.main(args)
+    assert len(closed) == 1 and not closed[0].service._thread.is_alive()
+    assert "the same command resumes" in capsys.readouterr().err
+
+
 def test_students_learn_from_each_kind_of_answer_and_what_is_finished_is_not_repeated(project, tmp_path, monkeypatch):
     rows = [
         {"key": i, "prompt": f"Say {i}.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from aisp_dist.config import Generator
@@ -25,6 +26,7 @@ def sft(
     model, tokenizer = _load(teacher)
     rows, lora = rows.select_columns(["prompt", "completion"]), None
     if rank is not None:
+        set_seed(seed)  # TRL draws an adapter's first weights before it sets the seed
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
     return _run(SFTTrainer(model=model, args=config, **given), out)

@@ -200,7 +200,11 @@ def work(options: argparse.Namespace, jobs: Sequence[Job], backend: LocalBackend
         for place in (*range(turn % len(jobs), len(jobs)), *range(turn % len(jobs))):  # no arm is always the first
             if (row["id"], place) in left:
                 queue.append((jobs[place], runs[place], line, row))
-    asyncio.run(_search_all(queue, backend, options))
+    try:
+        asyncio.run(_search_all(queue, backend, options))
+    except BaseException:  # Ctrl-C too: an engine that is still at work would crash the interpreter as it ends
+        backend.close()
+        raise
     return backend
 
 

@@ -139,7 +139,8 @@ def _measured(
         source = options.out / "prompts" / "student-test.jsonl"
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("".join(json.dumps(row) + "\n" for row in tests), encoding="utf-8")
-        run = load.check(tasks.run_values(TASK, source, options.model, options.tokens, options.dtype))
+        values = tasks.run_values(TASK, source, options.model, options.tokens, options.dtype)
+        run = load.check(values | {"method": {"kind": "best_of_n"}})  # of which nothing is used: answers are greedy
         student = Generator(model=options.model, adapter=adapter, dtype=options.dtype)
         texts = [text for *_, text in measure.answers(run, student, list(prompts.read(run.prompts)))]
         lines = [json.dumps({"id": row["id"], "text": text}) for row, text in zip(tests, texts, strict=True)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from aisp_dist.config import Run
 from aisp_dist.data import prompts
 from aisp_dist.output.filesystem import Place
+from aisp_dist.output.kept_columns import ColumnType
 from aisp_dist.output.lease import Lease
-from aisp_dist.output.schema import ColumnType
 from aisp_dist.output.writer import Store
 
 SETTLED = 200  # prompts before runtime.max_failed is applied

@@ -20,6 +20,7 @@ from aisp_dist.data import prompts
 from aisp_dist.engine import checkpoints, sizes
 from aisp_dist.output import fingerprint, lease, manifest, schema
 from aisp_dist.output.filesystem import Place
+from aisp_dist.output.kept_columns import ColumnType
 from aisp_dist.vllm.choice import Choice
 from jobs import engines
 
@@ -33,7 +34,7 @@ class Prepared:
     base_dir: Path
     output: Place
     components: dict[str, Any]
-    columns: dict[str, schema.ColumnType]
+    columns: dict[str, ColumnType]
     model: str  # the base model as rows name it
     choice: Choice  # of the engine
 
@@ -145,7 +146,7 @@ def prepare(run: Run, base_dir: Path, shard: tuple[int, int] = (0, 1)) -> Prepar
     run = fingerprint.pin(run, before["config"] if before else {})
     located = _check_rest(run, base_dir)
     if before:
-        columns: dict[str, schema.ColumnType] = before["columns"]
+        columns: dict[str, ColumnType] = before["columns"]
     else:
         sample = prompts.sample(located.prompts)
         columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)

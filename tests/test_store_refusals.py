@@ -10,7 +10,7 @@ import pytest
 from rows import COLUMNS, changed, prompt, prompts, result, run, store, tables, write
 
 from aisp_dist.config import ConfigError
-from aisp_dist.output import schema
+from aisp_dist.output import kept_columns
 from aisp_dist.output.writer import Unfinished
 from aisp_dist.records import BadInput, Prompt
 
@@ -112,4 +112,4 @@ def test_a_kept_value_that_does_not_fit_its_column_costs_no_prompt_and_is_not_lo
     assert [misfit["name"] for misfit in failed["kept_as_json"]] == ["answer", "grade", "extra"]
     assert failed["kept_as_json"][2]["value"] is None  # bytes have no JSON form
     for row, line in ((good, lines[0]), (done, lines[1])):
-        assert schema.kept_columns(row, COLUMNS) == line.columns
+        assert kept_columns.of_row(row, COLUMNS) == line.columns

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from aisp_dist.analysis.metrics import repetition
 from aisp_dist.analysis.outputs import Output, Row, answer, batches
 from aisp_dist.config import ConfigError
-from aisp_dist.output.schema import ARROW, ORIGINAL, TRAINERS, ColumnType
+from aisp_dist.output.kept_columns import ColumnType
+from aisp_dist.output.schema import ARROW, ORIGINAL, TRAINERS
 
 Kind = Literal["sft", "dpo", "kto", "reward", "prompts", "alpaca_eval"]
 KINDS: tuple[Kind, ...] = ("sft", "dpo", "kto", "reward", "prompts", "alpaca_eval")

@@ -22,9 +22,9 @@ from pydantic import ValidationError
 
 from aisp_dist.analysis.metrics import diversity
 from aisp_dist.config import ConfigError, Run, readable
-from aisp_dist.output import manifest, parts, verify
+from aisp_dist.output import kept_columns, manifest, parts, verify
 from aisp_dist.output.filesystem import Place
-from aisp_dist.output.schema import ORIGINAL, kept_columns
+from aisp_dist.output.schema import ORIGINAL
 from aisp_dist.records import Prompt
 
 _ABOUT = ["id", "source_index", "prompt", "finish_reason", "samples_spent", "quarantined", "curve"]
@@ -82,7 +82,7 @@ class Output:
         content = row["prompt"]
         if not isinstance(content, str):
             content = tuple((message["role"], message["content"]) for message in content)
-        return Prompt(row["id"], row["source_index"], content, kept_columns(row, self.record["columns"]))
+        return Prompt(row["id"], row["source_index"], content, kept_columns.of_row(row, self.record["columns"]))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from aisp_dist.analysis.metrics import interval, repetition
 from aisp_dist.analysis.outputs import Columns, Output
 from aisp_dist.config import Guard
 from aisp_dist.output.filesystem import Place
-from aisp_dist.output.schema import MISFITS
+from aisp_dist.output.kept_columns import MISFITS
 
 
 def read(place: Place) -> Columns:
@@ -144,7 +144,7 @@ def _example(columns: Columns) -> list[str]:
     ]
 
 
-def one_line(content: Any, limit: int = 400) -> str:
+def one_line(content: Any, width: int = 400) -> str:
     """A prompt or completion in one line; of a chat its last turn."""
     line = " ".join(outputs.answer(content).split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return line if len(line) <= width else line[: width - 1] + "…"

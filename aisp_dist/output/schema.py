@@ -5,28 +5,24 @@ of `column_types` only. Knows no files and no parts. No row holds a time, a host
 
 In data/, `reward` is the end of `curve`, which is of the candidates drawn (of those kept, where rescore.py chose among
 them), and `nll` is null only where rescoring has selected another answer than the search did.
-
-Kept columns. A column's type is decided once, before the first row, from a sample of the inputs (`column_types`): bool,
-int64, float64 (integers among floats are floats) or string if all its values agree, else `json`: a string column that
-holds each value as JSON text. A value that does not fit its column's type later is null there and stands as JSON text
-in the row's `kept_as_json`; it never costs the prompt. Function rewards see every value as it is in the input.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
 from aisp_dist.config import ConfigError
+from aisp_dist.output import kept_columns
+from aisp_dist.output.kept_columns import ColumnType
 from aisp_dist.records import BadInput, Candidate, Done, Failed, Input, Message, Original, Prompt
 
 VERSION = 1
 Kind = Literal["chat", "raw"]
-ColumnType = Literal["string", "int64", "float64", "bool", "json", "misfits", "original"]
 Row = dict[str, Any]
 
 
@@ -85,11 +81,19 @@ _DONE = {
     "best_sample": pa.int32(),
     "curve": _list(pa.float64()),
 }
-MISFITS = "kept_as_json"  # list of name and JSON text: values that do not fit their columns
+ARROW: dict[ColumnType, pa.DataType] = {  # of the columns that an output may have or not
+    "bool": pa.bool_(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "string": pa.string(),
+    "json": pa.string(),
+    "misfits": _structs(name=pa.string(), value=pa.string()),
+    "original": pa.string(),
+}
 ORIGINAL = "original_completion"  # the answer that a dialogue came with (prompts.drop_last_answer), and its scores
 _ORIGINAL = {ORIGINAL: pa.string(), "original_reward": pa.float64(), "original_rewards": _SCORES}
-_OURS = {"id", "source_index", "prompt", "completion", "reason", "model", "run_id", MISFITS, *_DONE, *_ORIGINAL}
-_OURS |= {"chosen_reward", "rejected_reward"}  # of exported pairs
+_OURS = {"id", "source_index", "prompt", "completion", "reason", "model", "run_id", *_DONE, *_ORIGINAL}
+_OURS |= {kept_columns.MISFITS, "chosen_reward", "rejected_reward"}  # the last two of exported pairs
 # TRL 1.16 takes these for its own: it would train on them in place of, or beside, prompt and completion, hand them to
 # the chat template, or look for pictures. The last line are arguments that GRPO adds to a reward function's columns.
 TRAINERS = {"messages", "conversations", "text", "input_ids", "labels", "completion_mask", "assistant_masks"}
@@ -161,7 +165,7 @@ def done_row(done: Done, kind: Kind, columns: Mapping[str, ColumnType], model: s
         "best_sample": best.sample,
         "curve": list(done.curve),
         **(_original(done) if ORIGINAL in columns else {}),
-        **_kept(done.prompt, columns),
+        **kept_columns.to_row(done.prompt, columns),
         "model": model,
         "run_id": run_id,
     }
@@ -176,7 +180,7 @@ def failed_row(failed: Failed, kind: Kind, columns: Mapping[str, ColumnType], ru
         "prompt": None if prompt.content is None else _read_prompt(prompt.content, kind),
         "reason": as_utf8(failed.reason),
         **({ORIGINAL: prompt.original if isinstance(prompt, Prompt) else None} if ORIGINAL in columns else {}),
-        **_kept(prompt, columns),
+        **kept_columns.to_row(prompt, columns),
         "run_id": run_id,
     }
 
@@ -226,12 +230,10 @@ def candidates_row(done: Done, keep: Literal["all", "none"] | tuple[int, int], t
 def column_types(
     names: Sequence[str], sample: Iterable[Input], drops_last_answer: bool = False
 ) -> dict[str, ColumnType]:
-    """The columns of an output beside those that every output has: the kept ones with their types, the one for values
-    that fit no longer, and where `drops_last_answer` the one for the original answers. Types are from a sample of the
-    inputs; nulls say nothing, and a column of nulls only is `json`.
+    """The columns of an output beside those that every output has: the kept ones with their types, from a sample of the
+    inputs; the one for values that fit no longer; and where `drops_last_answer` the one for the original answers.
 
-    Raises ConfigError for a value that JSON has no words for (an image, say), and for a name that is taken or kept
-    twice.
+    Raises ConfigError as `kept_columns.types` does, and for a name that is taken or kept twice.
     """
     original: dict[str, ColumnType] = {ORIGINAL: "original"} if drops_last_answer else {}
     if not names:
@@ -239,22 +241,7 @@ def column_types(
     check_kept(names)
     if len(set(names)) < len(names):
         raise ConfigError(f"prompts.keep: {list(names)} names a column twice; name it once")
-    order: tuple[ColumnType, ...] = ("bool", "int64", "float64", "string", "json")
-    fitting = dict.fromkeys(names, order)
-    empty = set(names)
-    for line in sample:
-        for name, value in line.columns:
-            if value is None:
-                continue
-            empty.discard(name)
-            fitting[name] = tuple(type_ for type_ in fitting[name] if _fits(value, type_))
-            if not fitting[name]:
-                raise ConfigError(
-                    f"prompts.keep: column {name!r} holds a {type(value).__name__}, which is neither text, a number, a "
-                    "bool nor JSON; take it out of keep"
-                )
-    types: dict[str, ColumnType] = {name: "json" if name in empty else fitting[name][0] for name in names}
-    return types | {MISFITS: "misfits"} | original
+    return kept_columns.types(names, sample) | {kept_columns.MISFITS: "misfits"} | original
 
 
 def misfit(line: Input) -> str | None:
@@ -305,28 +292,6 @@ def _read_prompt(content: str | tuple[Message, ...], kind: Kind) -> Any:
     return _prompt(tuple((as_utf8(role), as_utf8(text)) for role, text in content), kind)
 
 
-def _kept(prompt: Input, columns: Mapping[str, ColumnType]) -> Row:
-    """The kept columns of an input, null where a value does not fit, and those values as JSON text."""
-    values = dict(prompt.columns)
-    misfits = [name for name, value in values.items() if not _fits(value, columns[name])]
-    kept = {name: None if name in misfits else _cast(value, columns[name]) for name, value in values.items()}
-    if MISFITS in columns:  # outputs of 0.1.0 have no such column
-        texts = {name: _cast(values[name], "json") if _fits(values[name], "json") else None for name in misfits}
-        kept[MISFITS] = [{"name": name, "value": text} for name, text in texts.items()]
-    return kept
-
-
-def kept_columns(row: Row, columns: Mapping[str, ColumnType]) -> tuple[tuple[str, Any], ...]:
-    """The kept columns of a row as its input had them."""
-    misfits = {misfit["name"]: misfit["value"] for misfit in row.get(MISFITS) or ()}
-
-    def value(name: str) -> Any:
-        text = misfits.get(name) if row[name] is None else row[name] if columns[name] == "json" else None
-        return row[name] if text is None else json.loads(text)
-
-    return tuple((name, value(name)) for name in columns if name not in (MISFITS, ORIGINAL))
-
-
 def _original(done: Done) -> Row:
     found = done.original
     return {
@@ -347,55 +312,3 @@ def _finite(value: float | None) -> float | None:
 def _short(value: Any) -> str:
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _as_int(value: Any) -> int:
-    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
-        raise ValueError
-    return value
-
-
-def _as_float(value: Any) -> float:
-    if type(value) is float or (type(value) is int and abs(value) <= 1 << 53):  # larger ones would be rounded
-        return float(value)
-    raise ValueError
-
-
-def _as_bool(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError
-    return value
-
-
-def _as_string(value: Any) -> str:
-    if type(value) is not str or as_utf8(value) != value:
-        raise ValueError
-    return value
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value)
-
-
-ARROW = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "json": pa.string()}
-ARROW |= {"misfits": _structs(name=pa.string(), value=pa.string()), "original": pa.string()}
-_CAST: dict[ColumnType, Callable[[Any], Any]] = {
-    "bool": _as_bool,
-    "int64": _as_int,
-    "float64": _as_float,
-    "string": _as_string,
-    "json": _as_json,
-}
-
-
-def _cast(value: Any, type_: ColumnType) -> Any:
-    """`value` as the column holds it. Raises ValueError or TypeError where it does not fit."""
-    return None if value is None else _CAST[type_](value)
-
-
-def _fits(value: Any, type_: ColumnType) -> bool:
-    try:
-        _cast(value, type_)
-    except (ValueError, TypeError, RecursionError):
-        return False
-    return True

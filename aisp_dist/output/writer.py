@@ -29,9 +29,10 @@ from typing import Literal, NamedTuple
 from aisp_dist.config import ConfigError
 from aisp_dist.output import manifest, parts, schema, staging
 from aisp_dist.output.filesystem import Place
+from aisp_dist.output.kept_columns import ColumnType
 from aisp_dist.output.lease import LeaseLost
 from aisp_dist.output.parts import Header, Standing
-from aisp_dist.output.schema import ColumnType, Kind
+from aisp_dist.output.schema import Kind
 from aisp_dist.output.staging import Finished
 from aisp_dist.records import Done, Input, Result
 

@@ -187,7 +187,7 @@ async def start_pools(
         decodes = group.role == "generator"
         pools[group.role] = Pool(
             replicas,
-            limit=2 * window if decodes else 1,  # a scorer's timeout must be of its own request alone
+            max_calls=2 * window if decodes else 1,  # a scorer's timeout must be of its own request alone
             timeout=None if decodes else timeouts.reward,  # a generator counts from the admission of rows, by itself
             key=f"runtime.timeouts.{'round' if decodes else 'reward'}",
             retries=run.runtime.retries,

@@ -74,16 +74,16 @@ class _Waiter(NamedTuple):
 class Pool:
     """Replicas of one kind.
 
-    limit: calls that a replica is given at a time; further calls wait here. timeout: seconds that a replica may take
-    for a call; None where it keeps its own limit and raises Late. key: the limit's in the configuration, for messages.
-    stall, patience: see Fleet.
+    max_calls: that a replica is given at a time; further calls wait here. timeout: seconds that a replica may take
+    for a call; None where it keeps its own limit and raises Late. key: the time limit's in the configuration, for
+    messages. stall, patience: see Fleet.
     """
 
     def __init__(
         self,
         replicas: Sequence[Replica],
         *,
-        limit: int,
+        max_calls: int,
         timeout: float | None,
         retries: int,
         is_fault: Callable[[BaseException], bool],
@@ -94,7 +94,7 @@ class Pool:
         self.fleet = Fleet(
             replicas, retries=retries, stall=stall, patience=patience, up=self._hand_out, broken=self._give_up
         )
-        self.limit, self.timeout, self.retries = limit, timeout, retries
+        self.max_calls, self.timeout, self.retries = max_calls, timeout, retries
         self.is_fault, self.key = is_fault, key
         self.waiting: deque[_Waiter] = deque()
         self.home: dict[str, Slot] = {}  # where a prompt's prefix and control are warm; a preference, not a rule
@@ -334,7 +334,7 @@ class Pool:
             return False
         if slot.alone:
             return only is slot and not slot.held
-        return slot.held < self.limit
+        return slot.held < self.max_calls
 
     def _give(self, slot: Slot, home: str) -> Slot:
         if self.home.get(home) is not slot:

@@ -25,11 +25,11 @@ class Scorer:
         columns: Sequence[str],
         name: str,
         group: Group,
-        limit: float,
+        timeout: float,
     ) -> None:
-        """limit: timeouts.reward."""
+        """timeout: timeouts.reward, in seconds."""
         self.reward, self.settings, self.base_dir, self.columns = reward, settings, base_dir, columns
-        self.limit = 0.9 * limit  # a server that is slow is told from a process that hangs
+        self.seconds = 0.9 * timeout  # a server that is slow is told from a process that hangs
         self.name, self.group = name, group
         self.answered = 0
         self.busy_seconds = 0.0
@@ -51,7 +51,7 @@ class Scorer:
             self.settings,
             self.base_dir,
             columns=self.columns,
-            limit=self.limit,
+            seconds=self.seconds,
             share=self.group.memory,
         )
         quiet.libraries()

@@ -87,10 +87,10 @@ def window(run: Run) -> int:
 def tokens_of(run: Run, prompt: Prompt, tokenizer: render.Tokenizer, context_length: int | None) -> Tokens:
     """The prompt's token ids. context_length: of the base model, in tokens; None where it has no limit. Raises
     Unrenderable for this prompt, ConfigError for what is wrong with every prompt."""
-    limit = run.prompts.max_tokens
+    max_tokens = run.prompts.max_tokens
     if context_length is not None:
-        limit = min(limit, context_length - run.generator.max_new_tokens)
-    return render.render(prompt, run.prompts, tokenizer, limit)
+        max_tokens = min(max_tokens, context_length - run.generator.max_new_tokens)
+    return render.render(prompt, run.prompts, tokenizer, max_tokens)
 
 
 async def probe(

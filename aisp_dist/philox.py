@@ -45,6 +45,6 @@ def sample_word(iteration: int, sample: int) -> int:
 
 
 def permutation(key: tuple[int, int], iteration: int, n: int) -> list[int]:
-    """A keyed permutation of range(n), for the control experiment whose update sees shuffled rewards."""
+    """A keyed permutation of range(n), for the search that learns from shuffled rewards."""
     words = [philox4x32((0, i, iteration, SHUFFLE), key) for i in range(n)]
     return sorted(range(n), key=lambda i: (words[i][0], words[i][1], i))

@@ -46,7 +46,7 @@ def main(args: Sequence[str]) -> int:
     with session.Session(prepared, say, shard) as cluster:
         say(cluster.first_prompt)
         if options.dry_run:
-            print(_trial(cluster, prepared, table))
+            print(_rehearsal(cluster, prepared, table))
             return 0
         with Progress(prepared.output, prepared.located, shard=table.shard) as progress:
             cluster.relabel(prepared, table, progress)
@@ -75,13 +75,13 @@ def _end(prepared: prepare.Prepared, seconds: float, samples: int) -> int:
     return 0
 
 
-def _trial(cluster: session.Session, prepared: prepare.Prepared, table: Table) -> str:
+def _rehearsal(cluster: session.Session, prepared: prepare.Prepared, table: Table) -> str:
     """What the whole run will take, from a few prompts searched for real."""
     run = prepared.located
     inputs = prompts.count(run.prompts)
     few = window(run) * next(group.replicas for group in cluster.plan.groups if group.role == "generator")
-    say(f"trial: the first {min(few, inputs)} prompts, searched for real, then discarded")
-    counts, seconds, size = cluster.trial(table, few)
+    say(f"rehearsal: the first {min(few, inputs)} prompts, searched for real, then discarded")
+    counts, seconds, size = cluster.rehearse(table, few)
     actors = int(counts.alive.get("generator", 1))
     each = counts.samples / max(counts.finished, 1)
     told = cost.text(run, inputs, counts, seconds, actors, size, counts.done, each)

@@ -18,7 +18,7 @@ from aisp_dist.config import ConfigError
 
 VERBS = {
     "align": "relabel: prompts in, Parquet out; the same command resumes",
-    "compare": "methods and a shuffled control on the same prompts at equal samples; the cost of the full run",
+    "compare": "methods, one with shuffled rewards, on the same prompts at equal samples; the cost of the full run",
     "tune": "search each method's settings on a few prompts at the same budget; writes a configuration",
     "train-value": "train the value network of RE-Control for a base model and a reward",
     "submit": "align as a job on a Ray cluster: sends this directory, follows the log, ends with the job's exit code",

@@ -48,15 +48,15 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError("--embeddings needs sentence-transformers; pip install 'aisp-dist[evaluate]'")
 
     from aisp_dist.analysis import outputs
-    from aisp_dist.analysis.evaluate import trials
+    from aisp_dist.analysis.evaluate import evaluated
 
     runs = [outputs.open_output(Place.at(output)) for output in options.outputs]
     against = outputs.open_output(Place.at(options.against)) if options.against else None
-    trials.check(runs)
+    evaluated.check(runs)
     for output in runs if against is None else [*runs, against]:
         outputs.check_finished(output, inputs(output.place))
     wanted = _rewards(options, runs[0].run)
-    generator = None if options.no_model else trials.generator(runs[0])
+    generator = None if options.no_model else evaluated.generator(runs[0])
 
     from aisp_dist import rewards
     from aisp_dist.analysis import judge

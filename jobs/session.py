@@ -164,15 +164,15 @@ class Session:
             manifest.write_run(prepared.output, prepared.record())
             self._fill([replace(table, lease=mine, shard=shard.share) for shard in self.shards], progress)
 
-    def trial(self, table: Table, prompts: int) -> tuple[Counts, float, int]:
+    def rehearse(self, table: Table, prompts: int) -> tuple[Counts, float, int]:
         """Search the first prompts for real, by the first coordinator alone, into a directory that is removed at the
         end. Returns counts, seconds and bytes."""
-        with tempfile.TemporaryDirectory(prefix="aisp-trial-") as folder:
+        with tempfile.TemporaryDirectory(prefix="aisp-rehearsal-") as folder:
             output = Place.at(folder)
             few = table.run.prompts.model_copy(update={"limit": min(prompts, table.run.prompts.limit or prompts)})
             run = table.run.model_copy(update={"output": folder, "prompts": few})
             self.shards[0].counts = self.shards[0].carried = Counts()
-            with lease.Lease.take(output).beating() as mine, Progress(output, run, "trial: ") as progress:
+            with lease.Lease.take(output).beating() as mine, Progress(output, run, "rehearsal: ") as progress:
                 manifest.write_run(output, self.prepared.record())
                 self._fill([replace(table, run=run, output=output, lease=mine, shard=(0, 1))], progress)
             assert progress.now is not None
@@ -224,13 +224,13 @@ class Session:
                 )
             raise
 
-    def _look(self, shard: _Shard, table: Table, progress: Progress, limit: float) -> None:
-        """Take in a shard's counts if they come within `limit` seconds. Kills a coordinator that does not give them
+    def _look(self, shard: _Shard, table: Table, progress: Progress, seconds: float) -> None:
+        """Take in a shard's counts if they come within so many seconds. Kills a coordinator that does not give them
         for timeouts.stall: it is frozen."""
         if shard.asked is None:
             total = share(progress.counted.value, self.prepared.run.save.rows_per_file, table.shard)
             shard.asked, shard.since = self._ask(shard, total), time.monotonic()
-        if self._await([shard.asked], limit):
+        if self._await([shard.asked], seconds):
             asked, shard.asked = shard.asked, None
             now: Counts = self._value(asked)
             if now.committed > shard.counts.committed:
@@ -312,11 +312,11 @@ class Session:
         shard.counts = Counts()
         self._start(shard)
 
-    def _await(self, refs: list[Any], limit: float) -> bool:
+    def _await(self, refs: list[Any], seconds: float) -> bool:
         """Whether all answers are there within so many seconds. Raises Interrupted, ClusterLost."""
         import ray
 
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + seconds
         while True:
             self._check()
             left = max(0.0, min(_POLL, deadline - time.monotonic()))

@@ -119,16 +119,16 @@ def _responses(run: Run, base_dir: Path, asked: Sequence[Prompt], keep: int) -> 
     engine = decode.Engine(lm, run.generator.batch_rows, run.generator.max_new_tokens, run.generator.stop)
     selecting = {name: reward for name, reward in run.rewards.items() if reward.use == "select"}
     scorers = {n: rewards.load(n, r, base_dir, columns=run.prompts.keep) for n, r in selecting.items()}
-    limit = run.prompts.max_tokens
+    max_tokens = run.prompts.max_tokens
     if lm.context_length is not None:
-        limit = min(limit, lm.context_length - run.generator.max_new_tokens)
+        max_tokens = min(max_tokens, lm.context_length - run.generator.max_new_tokens)
     sampling = Sampling(decode=TopP(0.95, 1.0))
     skipped = 0
     for start in range(0, len(asked), _TOGETHER):
         rounds = {}
         for prompt in asked[start : start + _TOGETHER]:
             try:
-                tokens = render.render(prompt, run.prompts, lm.tokenizer, limit)
+                tokens = render.render(prompt, run.prompts, lm.tokenizer, max_tokens)
                 rounds[prompt.id] = prompt, Round(run.seed, prompt.id, tokens, 0, 0, 1, sampling)
             except render.Unrenderable:
                 skipped += 1

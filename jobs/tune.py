@@ -55,8 +55,8 @@ def main(args: Sequence[str]) -> int:
 
 
 def _arms(run: Run, names: Sequence[str] | None) -> dict[str, Method]:
-    """The arms to tune by name. Controls and the random pick follow the arms that they belong to."""
-    found = {arm: m for arm, m in arms.arms(run).items() if not m.is_control and arm != arms.RANDOM}
+    """The arms to tune by name. Arms with shuffled rewards and the random pick follow the arms that they belong to."""
+    found = {arm: m for arm, m in arms.arms(run).items() if not m.is_shuffled and arm != arms.RANDOM}
     chosen = names or list(found)
     if unknown := [name for name in chosen if name not in found]:
         raise ConfigError(f"--arm: {unknown[0]!r} is not among {'; '.join(found)}")
@@ -121,9 +121,9 @@ def _write(
     method = next((tuned[arm] for arm in tuned if there[arm] == run.method), run.method)
     named: dict[str, Method | None] = {arm: None for arm, method in run.compare.arms.items() if method is None}
     named |= there | tuned
-    for arm, control in there.items():
-        true = next((tuned[name] for name in tuned if there[name] == control.shuffled(False)), None)
-        if control.is_control and true is not None:
+    for arm, method in there.items():
+        true = next((tuned[name] for name in tuned if there[name] == method.shuffled(False)), None)
+        if method.is_shuffled and true is not None:
             named[arm] = true.shuffled(True)
     if arms.RANDOM in there and arms.TOP_P in tuned:
         named[arms.RANDOM] = arms.one_answer(tuned[arms.TOP_P])

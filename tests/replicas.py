@@ -35,7 +35,7 @@ class Fake:
 
 
 def pool(*replicas, **options):
-    defaults = {"limit": 4, "timeout": 5.0, "retries": 2, "is_fault": lambda e: isinstance(e, Dead)}
+    defaults = {"max_calls": 4, "timeout": 5.0, "retries": 2, "is_fault": lambda e: isinstance(e, Dead)}
     return Pool(replicas, **defaults | options)
 
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from aisp_dist import relabel
-from aisp_dist.analysis.evaluate import trials
+from aisp_dist.analysis.evaluate import evaluated
 from aisp_dist.analysis.outputs import Output
 from aisp_dist.bench import script
 from aisp_dist.config import ConfigError, Generator
@@ -235,11 +235,11 @@ def test_rows_are_those_of_the_merged_model_and_can_be_checked_again(project):
     output = prepared()
     prepare.manifest.write_run(output.output, output.record())
     found = Output(output.output, output.record())
-    assert trials.generator(found).adapter == str(project / "mine")
+    assert evaluated.generator(found).adapter == str(project / "mine")
     shutil.rmtree("mine")
     adapter(project / "mine", seed=2)
     with pytest.raises(ConfigError, match=r"other files than are there now: generator\.adapter \(now"):
-        trials.generator(found)
+        evaluated.generator(found)
 
 
 def test_a_value_network_belongs_to_one_adapter(project):

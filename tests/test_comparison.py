@@ -170,9 +170,9 @@ def test_the_usual_arms_have_the_same_samples_and_keep_what_the_configuration_sa
     assert made.method in found.values()
     main = arms.main_arm(made, found)
     assert found[main] == made.method.shuffled(False), "the main arm is the configuration's own method"
-    (control,) = [m for m in found.values() if m.is_control]
+    (shuffled,) = [m for m in found.values() if m.is_shuffled]
     learns = main if main in (AISP, POPULATION) else AISP
-    assert control == found[learns].model_copy(update={"shuffle_rewards": True})
+    assert shuffled == found[learns].model_copy(update={"shuffle_rewards": True})
 
 
 def test_usual_arms_that_the_configuration_does_not_name_have_documented_defaults():

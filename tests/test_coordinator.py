@@ -102,8 +102,8 @@ def coordinator(run, generators, scorers, retries=50, reward_timeout=30.0):
     async def start():
         options = {"retries": retries, "is_fault": lambda e: isinstance(e, Dead)}
         return {
-            "generator": Pool(generators, limit=8, timeout=30.0, **options),
-            "r": Pool(scorers, limit=1, timeout=reward_timeout, **options),
+            "generator": Pool(generators, max_calls=8, timeout=30.0, **options),
+            "r": Pool(scorers, max_calls=1, timeout=reward_timeout, **options),
         }, 256
 
     return Coordinator(run, start)

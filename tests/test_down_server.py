@@ -48,7 +48,7 @@ def quick(monkeypatch):
 def test_a_server_that_comes_back_costs_no_process(fault):
     async def main(told):
         process = Process(told.url, 30.0)
-        p = pool(process, timeout=30.0, limit=1)
+        p = pool(process, timeout=30.0, max_calls=1)
         told.answer = lambda path, body: chat(body["messages"][0]["content"].split()[-1])
         told.faults = [fault] * 5
         calls = (p.call(str(n), "score", PROMPT, [str(n)]) for n in range(1, 5))
@@ -62,7 +62,7 @@ def test_a_server_that_comes_back_costs_no_process(fault):
 def test_one_that_stays_down_ends_the_run_with_its_address():
     async def main(told):
         process = Process(told.url, 0.5)
-        p = pool(process, timeout=0.5, limit=1, key="runtime.timeouts.reward")
+        p = pool(process, timeout=0.5, max_calls=1, key="runtime.timeouts.reward")
         assert await p.call("x", "score", PROMPT, ["a"]) == [Score(5.0)]
         told.faults = ["close"] * 10_000
         said = rf"^{told.url}/chat/completions: no answer \(\w+\), 1 time; .* for 0.5 s \(runtime.timeouts.reward\)"
@@ -79,7 +79,7 @@ def test_one_that_hangs_is_told_from_a_process_that_hangs():
         process = Process(told.url, 1.0)
         told.delay = lambda body: 1.2
         with pytest.raises(Fault, match=rf"^{told.url}/chat/completions: no answer \(ReadTimeout\)"):
-            await pool(process, timeout=1.0, limit=1).call("x", "score", PROMPT, ["a"])
+            await pool(process, timeout=1.0, max_calls=1).call("x", "score", PROMPT, ["a"])
         assert not process.restarts
 
     with serving() as told:

@@ -16,7 +16,7 @@ import pytest
 from finished import AISP, BEST_OF_N
 
 from aisp_dist.analysis import outputs
-from aisp_dist.analysis.evaluate import trials
+from aisp_dist.analysis.evaluate import evaluated
 from aisp_dist.analysis.evaluate.document import TEXTS
 from aisp_dist.analysis.evaluate.document import measure as document_measure
 from aisp_dist.analysis.metrics import diversity
@@ -103,13 +103,13 @@ def test_measures_do_not_depend_on_how_rows_are_batched(here):
     output = outputs.open_output(Place.at(here / "one"))
     whole, single = outputs.read(output, TEXTS), outputs.read(output, TEXTS, batch_rows=1)
     assert whole.rows.equals(single.rows) and list(whole.rows.index) == [f"p{i}" for i in range(6)]
-    rows = trials.rows(whole, ["p5", "p0"])  # of two parts, in the order that was asked for
+    rows = evaluated.rows(whole, ["p5", "p0"])  # of two parts, in the order that was asked for
     assert [row["id"] for row in rows] == ["p5", "p0"] and all(len(row["trace"]) == 3 for row in rows)
     assert all(len(row["tokens"]) == row["num_tokens"] for row in rows)
     assert output.prompt(rows[0]).columns == (("note", {"n": 5}),)
 
 
-def test_trials_are_averaged_and_their_means_deviate(here, capsys):
+def test_seeds_are_averaged_and_their_means_deviate(here, capsys):
     found = document(capsys, "one", "two")
     means = [np.mean([row["reward"] for row in table(here / name)]) for name in ("one", "two")]
     assert found["trials"] == 2 and found["measures"]["reward"]["selected"][0] == pytest.approx(np.mean(means))

@@ -111,7 +111,7 @@ def test_nothing_is_sent_to_a_process_that_is_still_loading():
             assert not loading, "sent while it loads"
             return "ok"
 
-        p = pool(Fake("a", [Dead("gone"), *[work] * 9], load), limit=1)
+        p = pool(Fake("a", [Dead("gone"), *[work] * 9], load), max_calls=1)
         assert await asyncio.gather(*(p.call(str(i), "m") for i in range(5))) == ["ok"] * 5
 
     asyncio.run(main())

@@ -55,11 +55,11 @@ def test_a_section_is_what_it_says_again(kind):
 
 def test_names_tell_methods_and_their_controls_apart():
     found = [made(kind) for kind in KINDS] + [made("best_of_n", sampling={"gaussian": 0.5})]
-    controls = [one.shuffled(True) for one in found if one.shuffled(True).is_control]
-    assert {one.kind for one in controls} == {"aisp", "batched_aisp", "population", "qalign"}
-    assert all(one.shuffled(False) in found for one in controls)
-    names = [one.name for one in found + controls]
-    assert len(set(names)) == len(names) and sum("rewards shuffled" in name for name in names) == len(controls)
+    shuffled = [one.shuffled(True) for one in found if one.shuffled(True).is_shuffled]
+    assert {one.kind for one in shuffled} == {"aisp", "batched_aisp", "population", "qalign"}
+    assert all(one.shuffled(False) in found for one in shuffled)
+    names = [one.name for one in found + shuffled]
+    assert len(set(names)) == len(names) and sum("rewards shuffled" in name for name in names) == len(shuffled)
 
 
 @pytest.mark.parametrize("kind", ["aisp", "batched_aisp"])

@@ -48,9 +48,9 @@ def test_an_error_is_confirmed_once_and_no_healthy_process_is_replaced():
             return args[0]
 
     async def main():
-        for count, limit in ((1, 1), (1, 4), (3, 1), (3, 4)):
+        for count, max_calls in ((1, 1), (1, 4), (3, 1), (3, 4)):
             replicas = [Picky(str(i)) for i in range(count)]
-            p = pool(*replicas, limit=limit)
+            p = pool(*replicas, max_calls=max_calls)
             names = ["bad" + str(i) if i in (7, 8, 21) else f"good {i}" for i in range(30)]
             found = await asyncio.gather(*(p.call(name, "m", name) for name in names), return_exceptions=True)
             for name, answer in zip(names, found, strict=True):
@@ -97,7 +97,7 @@ def test_a_process_that_stalls_is_replaced_and_a_call_that_hangs_alone_twice_is_
         a = Fake("a", [forever])
         assert await pool(a, timeout=0.05).call("x", "m") == "ok" and "no answer within 0.05 s" in a.restarts[0]
         slow = type("Slow", (Fake,), {"call": hang})("b")
-        p = pool(slow, timeout=0.05, limit=1, key="runtime.timeouts.reward")
+        p = pool(slow, timeout=0.05, max_calls=1, key="runtime.timeouts.reward")
         names = ["bad", *map(str, range(6))]
         found = await asyncio.gather(*(p.call(name, "m", name) for name in names), return_exceptions=True)
         assert found[1:] == ["ok"] * 6 and isinstance(found[0], RowError)
@@ -187,7 +187,7 @@ def test_calls_beside_one_that_errs_do_not_use_up_their_retries():
     asyncio.run(main())
 
 
-def test_a_replica_is_never_given_more_than_its_limit_and_none_starves():
+def test_a_replica_is_never_given_more_than_max_calls_and_none_starves():
     async def main():
         running = most = 0
 
@@ -199,7 +199,7 @@ def test_a_replica_is_never_given_more_than_its_limit_and_none_starves():
             running -= 1
             return "ok"
 
-        p = pool(Fake("a", [work] * 50), limit=3)
+        p = pool(Fake("a", [work] * 50), max_calls=3)
         assert await asyncio.gather(*(p.call(str(i), "m") for i in range(50))) == ["ok"] * 50
         assert most == 3
 
@@ -243,7 +243,7 @@ class Poisoned(Fake):
 def test_a_prompt_that_kills_its_process_every_time_becomes_a_row_and_no_other_does():
     async def main():
         for count in (1, 3):
-            p = pool(*(Poisoned(str(i)) for i in range(count)), limit=4)
+            p = pool(*(Poisoned(str(i)) for i in range(count)), max_calls=4)
             names = ["poison" if i in (5, 11) else f"good {i}" for i in range(30)]
             found = await asyncio.gather(*(p.call(name, "m", name) for name in names), return_exceptions=True)
             for name, answer in zip(names, found, strict=True):
@@ -285,11 +285,11 @@ class Tainted(Fake):
         self.tainted = False
 
 
-@pytest.mark.parametrize("limit", [1, 4])
+@pytest.mark.parametrize("max_calls", [1, 4])
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_error_is_judged_alone_in_a_process_that_nobody_else_has_been_in(count, limit):
+def test_an_error_is_judged_alone_in_a_process_that_nobody_else_has_been_in(count, max_calls):
     async def main():
-        p = pool(*(Tainted(str(i)) for i in range(count)), limit=limit)
+        p = pool(*(Tainted(str(i)) for i in range(count)), max_calls=max_calls)
         names = ["bad" if i in (3, 4, 17) else f"good {i}" for i in range(24)]
         found = await asyncio.gather(*(p.call(str(i), "m", n) for i, n in enumerate(names)), return_exceptions=True)
         for name, answer in zip(names, found, strict=True):
@@ -304,7 +304,7 @@ def test_two_broken_processes_are_no_witnesses_against_a_call():
 
     async def main():
         broken = [Tainted(str(i)) for i in range(2)]
-        p = pool(*broken, limit=1)
+        p = pool(*broken, max_calls=1)
         for replica in broken:
             replica.tainted = True
         assert await p.call("x", "m", "good") == "ok"
@@ -315,7 +315,7 @@ def test_two_broken_processes_are_no_witnesses_against_a_call():
 def test_calls_that_are_given_up_leave_nothing_behind():
     async def main():
         gate = asyncio.Event()
-        p = pool(Fake("a", [gate.wait] * 40), limit=2)
+        p = pool(Fake("a", [gate.wait] * 40), max_calls=2)
         for _ in range(3):
             calls = [asyncio.ensure_future(p.call(str(i), "m")) for i in range(6)]
             await asyncio.sleep(0)

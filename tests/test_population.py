@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from aisp_dist import config
 from aisp_dist.analysis import outputs
-from aisp_dist.analysis.evaluate import trials
+from aisp_dist.analysis.evaluate import evaluated
 from aisp_dist.analysis.metrics import diversity
 from aisp_dist.methods import population
 from aisp_dist.methods.limit import within
@@ -231,6 +231,6 @@ def test_an_output_with_flip_rates_is_evaluated_as_what_each_prompt_was(tmp_path
     for output, name in ((noisy, "sigma2"), (still, "top_p")):
         opened = outputs.open_output(Place.at(output))
         for of in list(rows(output))[1]:
-            sampling = trials.last_round(opened, {"id": of["id"], "trace": of["trace"]}, (1, 2)).sampling
+            sampling = evaluated.last_round(opened, {"id": of["id"], "trace": of["trace"]}, (1, 2)).sampling
             drawn = {"sigma2": sampling.sigma2, "top_p": sampling.decode and sampling.decode.p}
             assert drawn[name] == of["trace"][0][name]

@@ -215,10 +215,10 @@ def test_every_sample_is_spent_and_the_best_of_all_is_selected():
 
 
 def test_the_shuffled_control_learns_nothing():
-    true, control = (search(chains=500, num_iterations=12, beta=0.3, shuffle_rewards=s) for s in (False, True))
-    gain = {d: np.mean([reward(y) for y in states(d)]) for d in (true, control)}
+    true, shuffled = (search(chains=500, num_iterations=12, beta=0.3, shuffle_rewards=s) for s in (False, True))
+    gain = {d: np.mean([reward(y) for y in states(d)]) for d in (true, shuffled)}
     base = float(np.dot(target(math.inf), [reward(y) for y in ANSWERS]))
-    assert gain[true] > base + 1 and abs(gain[control] - base) < 0.2
+    assert gain[true] > base + 1 and abs(gain[shuffled] - base) < 0.2
     one = config.Qalign(chains=1)
     assert one.shuffled(True) == one, "among the chains of an iteration there is nothing to permute"
 

@@ -48,7 +48,7 @@ def test_every_arm_spends_the_same_in_the_same_number_of_trials():
         (point,) = arm.points
         job = program.Job("report", "shp", "a", arm.method(point, 64), 0, [], 8)
         method = program._settings(tasks.run_values("shp", Path("p"), "m", 8, "auto"), job).method
-        assert method.num_iterations == 64 // arm.together and not method.is_control
+        assert method.num_iterations == 64 // arm.together and not method.is_shuffled
     assert set(tasks.CONTROLS.values()) < tasks.ARMS.keys() | tasks.FIXED.keys()
     with pytest.raises(ValueError, match="--samples: 24 is not a multiple of 16"):
         tasks.ARMS["qalign, 16 chains"].method({}, 24)

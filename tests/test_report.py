@@ -280,7 +280,7 @@ def arm(name, reward, held=0.0, nll=0.0, prompts=100, width=0.1):
             arm("shuffled", 0.05, 1.0),
             "aisp wins",
             "agrees",
-            ["The gain over the control shuffled"],
+            ["The gain over shuffled"],
         ),
         (
             arm("best", 1.0, 0.0),

@@ -109,7 +109,7 @@ def test_a_server_that_is_gone_or_too_slow_is_infrastructure(server):
 
 @pytest.mark.parametrize("fault", ["slow", (429, {"Retry-After": "60"}), (503, {})])
 def test_a_call_ends_before_its_limit_whatever_the_server_does(server, fault):
-    score = load("http", settings(server, retries=99), limit=0.3)
+    score = load("http", settings(server, retries=99), seconds=0.3)
     if fault == "slow":
         server.delay = lambda body: 1.0
     else:

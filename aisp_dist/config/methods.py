@@ -36,7 +36,7 @@ Grid = Mapping[str, tuple[float, ...]]  # values by key of the section; a key in
 _NUCLEUS: Grid = {"sampling.temperature": (0.4, 0.6, 0.8, 1.0), "sampling.top_p": (0.7, 0.8, 0.9, 0.95)}
 _LIMIT = "how far from the base model a selected answer may be, as {nll: 0.3, diversity: 0.9}; null: no limit"
 _SPEND = "stopping rule of a prompt, as {plateau: 2}; null: every prompt has num_iterations"
-_SHUFFLE = "control: the search learns from permuted rewards; the true rewards select"
+_SHUFFLE = "the search learns from permuted rewards, for comparison; the true rewards select"
 _DRAWN = (
     "how tokens are drawn: {flip_rate: 0.28}, the top_p that does this to each prompt's base answer, or "
     "{top_p: 0.9, temperature: 1.0}"
@@ -52,10 +52,10 @@ class MethodSection(Section):
     @property
     def name(self) -> str:
         """What comparisons, summaries and cards call this method."""
-        return self.kind.replace("_", "-") + ", rewards shuffled" * self.is_control
+        return self.kind.replace("_", "-") + ", rewards shuffled" * self.is_shuffled
 
     @property
-    def is_control(self) -> bool:
+    def is_shuffled(self) -> bool:
         return bool(getattr(self, "shuffle_rewards", False))
 
     @property
@@ -63,9 +63,9 @@ class MethodSection(Section):
         """Whether what it draws depends on the rewards of earlier answers."""
         return "shuffle_rewards" in type(self).model_fields
 
-    def shuffled(self, control: bool) -> Self:
-        """This method as its own control, or without being one; itself where it does not learn from rewards."""
-        return self.model_copy(update={"shuffle_rewards": control}) if self.learns else self
+    def shuffled(self, shuffle: bool) -> Self:
+        """This method learning from shuffled rewards or from true ones; itself where it does not learn from rewards."""
+        return self.model_copy(update={"shuffle_rewards": shuffle}) if self.learns else self
 
     @model_validator(mode="after")
     def several_rounds(self) -> Self:
@@ -279,8 +279,8 @@ class Qalign(MethodSection):
     def num_samples(self) -> int:
         return self.chains
 
-    def shuffled(self, control: bool) -> Self:
-        return self if self.chains == 1 else super().shuffled(control)
+    def shuffled(self, shuffle: bool) -> Self:
+        return self if self.chains == 1 else super().shuffled(shuffle)
 
     def draws(self) -> tuple[Sampling, Rates]:
         return _draws(self.sampling, self.limit)

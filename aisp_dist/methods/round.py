@@ -51,7 +51,7 @@ def finished(
 
 def told(shuffle: bool, key: Key, iteration: int, rewards: Sequence[float | None]) -> list[float | None]:
     """The rewards of an iteration as the search learns from them. shuffle: each eligible sample has the reward of
-    another one, by a keyed permutation; that is the control."""
+    another one, by a keyed permutation."""
     learnt = list(rewards)
     if shuffle:
         eligible = [j for j, reward in enumerate(rewards) if reward is not None]

@@ -23,12 +23,12 @@ def load(
     base_dir: Path | None = None,
     device: str | None = None,
     columns: Sequence[str] = (),
-    limit: float = math.inf,
+    seconds: float = math.inf,
     share: float = 1.0,
 ) -> RewardFn:
     """The reward called `name` in the configuration, ready to score. base_dir: where function paths start, the
     configuration's directory (default: the current one). device: of a model, as torch names it (default: cuda where
-    there is one, else cpu). columns: prompts.keep, what functions are handed. limit: seconds that a server may
+    there is one, else cpu). columns: prompts.keep, what functions are handed. seconds: how long a server may
     take for one call. share: of a GPU's memory, for a model that vLLM scores. Raises ConfigError."""
     if isinstance(settings, ModelReward):
         from aisp_dist.rewards import model
@@ -37,7 +37,7 @@ def load(
     if isinstance(settings, HttpReward):
         from aisp_dist.rewards import http
 
-        return http.load(name, settings, limit)
+        return http.load(name, settings, seconds)
     from aisp_dist.rewards import function
 
     return function.load(name, settings, base_dir, columns)

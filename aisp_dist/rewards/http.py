@@ -20,9 +20,9 @@ _NUMBER = re.compile(
 _PROBES = ("How many legs has a spider?", "A spider has eight legs."), ("Name a colour.", "Blue is a colour.")
 
 
-def load(name: str, settings: HttpReward, limit: float = math.inf) -> Callable[[Prompt, Sequence[str]], list[Score]]:
+def load(name: str, settings: HttpReward, seconds: float = math.inf) -> Callable[[Prompt, Sequence[str]], list[Score]]:
     """The server behind its address, asked once for each distinct response, `max_parallel` at a time; scores come in
-    the order of the responses. limit: seconds for the responses of one call.
+    the order of the responses. seconds: for the responses of one call.
 
     chat: the rubric as one user message; the reply must be one number on the scale (`7`, `Score: 7`, `7/10`).
     classify: vLLM's POST /classify beside the API's /v1, with `input` (the rubric filled in) or `messages`, and with
@@ -53,7 +53,7 @@ def load(name: str, settings: HttpReward, limit: float = math.inf) -> Callable[[
         return answer if isinstance(answer, Refused) else _logit(answer, settings.protocol)
 
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
-        distinct, deadline = list(dict.fromkeys(responses)), time.monotonic() + limit
+        distinct, deadline = list(dict.fromkeys(responses)), time.monotonic() + seconds
         answers = client.map(lambda response: ask(prompt, response, deadline), distinct)
         found = dict(zip(distinct, answers, strict=True))
         return [

@@ -76,8 +76,8 @@ async def _start(run: Run, groups: Sequence[placement.Group], samples: int, toke
             cluster.RayReplica(f"{group.role}-{i}", Instant, (samples, tokens), group, 60.0, False)
             for i in range(group.replicas)
         ]
-        limit = 2 * window(run) if group.role == "generator" else Plan().queue
-        pools[group.role] = await pooled(replicas, limit, None, retries=0, is_fault=cluster.is_fault)
+        max_calls = 2 * window(run) if group.role == "generator" else Plan().queue
+        pools[group.role] = await pooled(replicas, max_calls, None, retries=0, is_fault=cluster.is_fault)
     return pools, None
 
 

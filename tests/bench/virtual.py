@@ -250,8 +250,8 @@ def _trajectory(sample: int, length: int) -> Trajectory:
     return Trajectory(sample, (0,) * length, "." * length, "stop")
 
 
-async def pooled(replicas: Sequence[Replica], limit: int, timeout: float | None, **settings: Any) -> Pool:
+async def pooled(replicas: Sequence[Replica], max_calls: int, timeout: float | None, **settings: Any) -> Pool:
     """A pool with all its replicas started."""
-    pool = Pool(replicas, limit=limit, timeout=timeout, **settings)
+    pool = Pool(replicas, max_calls=max_calls, timeout=timeout, **settings)
     await pool.fleet.ready(len(replicas))
     return pool

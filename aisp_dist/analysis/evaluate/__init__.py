@@ -1,7 +1,7 @@
 """`aisp evaluate`: measures of the selected answers of a finished output, beside the base answers and those of another
 method.
 
-trials.py       what evaluation asks of the outputs it is given
+evaluated.py    what evaluation asks of the outputs that are evaluated
 texts.py        measures of an answer's text
 states.py       measures of one answer by the base model: KL, flips
 search.py       those over sampled rows, from the trace of their search

@@ -1,8 +1,8 @@
 """All measures of finished outputs as one JSON document, and the document as a table for a terminal.
 
-A value is averaged over trials (the same run with other seeds) by prompt, then over the prompts that every trial
-finished, with a 95 % bootstrap interval over prompts. Measures of numbers and texts take every row; those that ask a
-model take `sample` prompts.
+A value is averaged over the seeds of a run by prompt, then over the prompts that are done with every seed, with a 95 %
+bootstrap interval over prompts. Measures of numbers and texts take every row; those that ask a model take `sample`
+prompts.
 
 Shapes: P prompts.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from aisp_dist.analysis import outputs
 from aisp_dist.analysis.compare import aligned
-from aisp_dist.analysis.evaluate import texts, trials
+from aisp_dist.analysis.evaluate import evaluated, texts
 from aisp_dist.analysis.judge import Pair, Verdict, win_rate
 from aisp_dist.analysis.metrics import Interval, diversity, repetition, spread
 from aisp_dist.analysis.outputs import Columns, Output, Row
@@ -51,12 +51,12 @@ def evaluate(runs: Sequence[Output], asked: Asked, against: Output | None = None
         outputs.check_prompts(tables[0], table)
     shared = outputs.in_all(tables)
     if shared.empty:
-        raise ConfigError("no prompt is done in every trial, so there is nothing to average; see each one's failed/")
+        raise ConfigError("no prompt is done with every seed, so there is nothing to average; see each one's failed/")
     ends = sum((Counter(table.rows["about", "finish_reason"]) for table in tables), start=Counter[str]())
     document: dict[str, Any] = {
         "prompts": len(shared),
         "left_out": len(outputs.in_any([table.rows.index for table in tables])) - len(shared),
-        "trials": len(runs),
+        "trials": len(runs),  # seeds, by the name that scripts know
         "measures": _measures(tables, shared, asked.seed),
         "reward_std_over_trials": _deviation(tables, shared),
         "finish_reasons": {reason: count / ends.total() for reason, count in sorted(ends.items())},
@@ -70,7 +70,7 @@ def evaluate(runs: Sequence[Output], asked: Asked, against: Output | None = None
         document["against"] = _against(tables, shared, other)
     drawn = np.random.default_rng(asked.seed).choice(len(shared), min(asked.sample, len(shared)), replace=False)
     ids = [shared[place] for place in sorted(drawn)]
-    sampled = [trials.rows(table, ids) for table in tables]
+    sampled = [evaluated.rows(table, ids) for table in tables]
     document["sampled"] = len(ids)
     _add_coherence(document, runs, sampled, asked.embed)
     _add_rewards(document, runs, sampled, asked.rewards)
@@ -90,9 +90,9 @@ def evaluate(runs: Sequence[Output], asked: Asked, against: Output | None = None
     return document
 
 
-def _mean(of_trials: Iterable[np.ndarray]) -> np.ndarray:
-    """[P] means over trials, NaN where one has no value."""
-    mean: np.ndarray = np.mean(list(of_trials), axis=0)
+def _mean(of_seeds: Iterable[np.ndarray]) -> np.ndarray:
+    """[P] means over seeds, NaN where one has no value."""
+    mean: np.ndarray = np.mean(list(of_seeds), axis=0)
     return mean
 
 
@@ -113,7 +113,7 @@ def _measures(tables: Sequence[Columns], ids: Any, seed: int) -> dict[str, dict[
 
 
 def _deviation(tables: Sequence[Columns], ids: Any) -> float | None:
-    """Standard deviation over trials of the average reward (Kanai et al., Table 1)."""
+    """Standard deviation over seeds of the average reward (Kanai et al., Table 1)."""
     means = [float(table.values("reward", ids).mean()) for table in tables]
     return float(np.std(means, ddof=1)) if len(means) > 1 else None
 
@@ -177,7 +177,7 @@ def _scores(score: RewardFn, prompt: Prompt, row: Row, reasons: list[str]) -> tu
 def _add_win_rate(
     document: dict[str, Any], output: Output, rows: Sequence[Row], theirs: Mapping[str, str], against: str, asked: Asked
 ) -> None:
-    """The first trial's selected answers against others by id: trials of one prompt are no independent comparisons."""
+    """The first seed's selected answers against others by id: those of one prompt are no independent comparisons."""
     if asked.judge is None:
         document["omitted"]["win_rate"] = "it needs --judge URL and --judge-model NAME"
         return
@@ -203,11 +203,11 @@ def text(document: Mapping[str, Any]) -> str:
         rows.append((name, *(str(Interval(*sides[s])) if sides[s] else "" for s in ("base", "selected", "difference"))))
     out = aligned(rows)
     count, left = document["trials"], document["left_out"]
-    out.append(f"{document['prompts']} prompts, {count} trial{'s' * (count > 1)}, {document['sampled']} sampled")
+    out.append(f"{document['prompts']} prompts, {count} seed{'s' * (count > 1)}, {document['sampled']} sampled")
     if left:
-        out.append(f"{left} prompts are not done in every trial and are left out")
+        out.append(f"{left} prompts are not done with every seed and are left out")
     if count > 1:
-        out.append(f"standard deviation of the average reward over trials: {document['reward_std_over_trials']:.4f}")
+        out.append(f"standard deviation of the average reward over seeds: {document['reward_std_over_trials']:.4f}")
     ends = document["finish_reasons"].items()
     out.append("selected answers end by " + ", ".join(f"{why} {share:.1%}" for why, share in ends))
     if other := document["against"]:

@@ -1,4 +1,4 @@
-"""Measures of sampled rows by the base model: states.py over prompts and trials, or why a measure is left out.
+"""Measures of sampled rows by the base model: states.py over prompts and seeds, or why a measure is left out.
 
 Shapes: P prompts, K iterations.
 """
@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from aisp_dist.analysis.evaluate import states
+from aisp_dist.analysis.evaluate.evaluated import last_round
 from aisp_dist.analysis.evaluate.texts import left_out
-from aisp_dist.analysis.evaluate.trials import last_round
 from aisp_dist.analysis.metrics import interval, spread
 from aisp_dist.analysis.outputs import Output, Row
 from aisp_dist.config import Algorithm1, ConfigError, Generator
@@ -30,11 +30,11 @@ def measures(
     """`kl` and `flips` as far as the outputs keep what they need, and what is left out, with the reason. Raises
     ConfigError for a base model that cannot be used."""
     lm, method = model.load(generator), runs[0].run.method
-    trials = [
+    by_seed = [
         [(row, last_round(run, row, _tokens(lm, run, row))) for row in rows]
         for run, rows in zip(runs, sampled, strict=True)
     ]
-    everything = [answer for trial in trials for answer in trial]
+    everything = [answer for answers in by_seed for answer in answers]
     found: dict[str, Any] = {}
     omitted: dict[str, str] = {}
     searches, noisy = isinstance(method, Algorithm1), any(round.sampling.sigma2 for _, round in everything)
@@ -45,7 +45,7 @@ def measures(
     elif not traced:
         omitted["kl"] = no_trace
     else:
-        found["kl"], reasons = _kl(lm, trials, generator)
+        found["kl"], reasons = _kl(lm, by_seed, generator)
         if reasons:
             omitted["kl"] = left_out(reasons, len(everything))
     if not noisy:
@@ -55,17 +55,17 @@ def measures(
     elif any(row["tokens"] is None for row, _ in everything):
         omitted["flips"] = "the output keeps no tokens of its selected answers; save.candidates: {top_bottom: 1} does"
     else:
-        found["flips"] = _flips(lm, trials, generator.max_new_tokens)
+        found["flips"] = _flips(lm, by_seed, generator.max_new_tokens)
     return found, omitted
 
 
 def _tokens(lm: LM, output: Output, row: Row) -> tuple[int, ...]:
     """The prompt's tokens as in the run. Raises ConfigError where there is another number of them."""
-    limit = output.run.prompts.max_tokens
+    max_tokens = output.run.prompts.max_tokens
     if lm.context_length is not None:
-        limit = min(limit, lm.context_length - output.run.generator.max_new_tokens)
+        max_tokens = min(max_tokens, lm.context_length - output.run.generator.max_new_tokens)
     try:
-        tokens = render(output.prompt(row), output.run.prompts, lm.tokenizer, limit)
+        tokens = render(output.prompt(row), output.run.prompts, lm.tokenizer, max_tokens)
     except Unrenderable:
         tokens = ()
     if len(tokens) != row["prompt_tokens"]:
@@ -76,23 +76,23 @@ def _tokens(lm: LM, output: Output, row: Row) -> tuple[int, ...]:
     return tokens
 
 
-def _kl(lm: LM, trials: Sequence[list[Answer]], settings: Generator) -> tuple[dict[str, Any] | None, list[str]]:
-    """Means over trials, then over the prompts that have an answer under the control in every trial; the reasons of
+def _kl(lm: LM, by_seed: Sequence[list[Answer]], settings: Generator) -> tuple[dict[str, Any] | None, list[str]]:
+    """Means over seeds, then over the prompts that have an answer under the control with every seed; the reasons of
     those that have none."""
-    by_trial, reasons = [], []
-    for trial in trials:
-        drawn = states.drawn(lm, [round for _, round in trial], settings.max_new_tokens, settings.stop)
+    found, reasons = [], []
+    for answers in by_seed:
+        drawn = states.drawn(lm, [round for _, round in answers], settings.max_new_tokens, settings.stop)
         reasons += [why for why in drawn.values() if isinstance(why, str)]
         values = {}
-        for _, round in trial:
+        for _, round in answers:
             if not isinstance(tokens := drawn[round.prompt_id], str):
                 values[round.prompt_id] = states.kl(lm, round, tokens, settings.max_new_tokens)
-        by_trial.append(pd.DataFrame(values, index=["estimate", "exact", "control"]))
-    means = sum(by_trial).dropna(axis=1) / len(by_trial)
+        found.append(pd.DataFrame(values, index=["estimate", "exact", "control"]))
+    means = sum(found).dropna(axis=1) / len(found)
     return (None if means.empty else {name: interval(x.to_numpy()) for name, x in means.iterrows()}), reasons
 
 
-def _flips(lm: LM, trials: Sequence[list[Answer]], num_steps: int) -> list[dict[str, Any]]:
+def _flips(lm: LM, by_seed: Sequence[list[Answer]], num_steps: int) -> list[dict[str, Any]]:
     """Flip rates by iteration, over the prompts whose search got there: method.spend ends each when it will."""
 
     def of_row(row: Row, round: Round) -> list[float]:
@@ -101,6 +101,6 @@ def _flips(lm: LM, trials: Sequence[list[Answer]], num_steps: int) -> list[dict[
         moves = states.moves(lm, round, len(row["curve"]), num_steps, best)
         return [states.flips(lm, plain_T, z_TD, v_TD) for v_TD in moves]
 
-    by_trial = [pd.DataFrame([of_row(*answer) for answer in trial]) for trial in trials]  # [P, K]
-    rates_PK = pd.concat(by_trial).groupby(level=0).mean()  # over the trials that got there
+    found = [pd.DataFrame([of_row(*answer) for answer in answers]) for answers in by_seed]  # [P, K]
+    rates_PK = pd.concat(found).groupby(level=0).mean()  # over the seeds that got there
     return [{"iteration": k, "rate": spread(x.to_numpy()), "prompts": int(x.count())} for k, x in rates_PK.items()]

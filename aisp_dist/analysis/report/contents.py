@@ -43,7 +43,7 @@ class Contents:
         return self.comparison.main
 
     @property
-    def controls(self) -> list[str]:
+    def shuffled(self) -> list[str]:
         """Arms whose search saw shuffled rewards."""
         return sorted(name for name in self.arms if getattr(self.method(name), "shuffle_rewards", False))
 

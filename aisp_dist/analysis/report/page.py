@@ -47,7 +47,7 @@ def render(contents: Contents, count: int) -> bytes:
     """The page. count: prompts in the sample browser, at most."""
     look = figures.looks(list(contents.arms), contents.main, BASE)
     budgets = {name: contents.output(name).budget for name in contents.arms}
-    found = verdict(contents.comparison.json()["arms"], contents.main, budgets, contents.controls)
+    found = verdict(contents.comparison.json()["arms"], contents.main, budgets, contents.shuffled)
     answers = samples.collect(contents, found.rival, count)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text("utf-8"))

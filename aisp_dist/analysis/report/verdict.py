@@ -24,10 +24,10 @@ class Verdict:
     rival: str
 
 
-def verdict(arms: Sequence[Json], main: str, budgets: Mapping[str, int], controls: Collection[str]) -> Verdict:
-    """arms: as in comparison.json. budgets: samples of a prompt by arm. controls: arms that saw shuffled rewards."""
+def verdict(arms: Sequence[Json], main: str, budgets: Mapping[str, int], shuffled: Collection[str]) -> Verdict:
+    """arms: as in comparison.json. budgets: samples of a prompt by arm. shuffled: arms that saw shuffled rewards."""
     by_name = {arm["name"]: arm for arm in arms}
-    same = [n for n in by_name if n not in (main, BASE, *controls) and budgets[n] == budgets[main]]
+    same = [n for n in by_name if n not in (main, BASE, *shuffled) and budgets[n] == budgets[main]]
     if same:
         rival = max(same, key=lambda name: by_name[name]["reward"][0])
         first = _wins(main, budgets[main], {name: by_name[name]["versus"] for name in same})
@@ -39,7 +39,7 @@ def verdict(arms: Sequence[Json], main: str, budgets: Mapping[str, int], control
             f"one greedy answer of the base model, {main} {told} ({_cell(gain)}) in reward."
         )
     says = [first, *_agreement(main, rival, by_name[rival])]
-    return Verdict(tuple(says), tuple(_warnings(main, same, by_name, controls)), rival)
+    return Verdict(tuple(says), tuple(_warnings(main, same, by_name, shuffled)), rival)
 
 
 def _wins(main: str, samples: int, gains: Mapping[str, Cell]) -> str:
@@ -80,12 +80,12 @@ def _agreement(main: str, rival: str, other: Json) -> list[str]:
     return says
 
 
-def _warnings(main: str, same: Sequence[str], by_name: Mapping[str, Json], controls: Collection[str]) -> list[str]:
-    base, others = by_name[BASE], [by_name[name] for name in (*same, *controls) if name != main]
+def _warnings(main: str, same: Sequence[str], by_name: Mapping[str, Json], shuffled: Collection[str]) -> list[str]:
+    base, others = by_name[BASE], [by_name[name] for name in (*same, *shuffled) if name != main]
     found = [
-        f"The gain over the control {name} is {_cell(by_name[name]['versus'])}, which is not above zero: a search that "
+        f"The gain over {name} is {_cell(by_name[name]['versus'])}, which is not above zero: a search that "
         "saw shuffled rewards does as well, so the gain is not shown to come from the rewards."
-        for name in controls
+        for name in shuffled
         if name != main and _side(by_name[name]["versus"]) != "higher"
     ]
     for score, cell in base["held_out_versus"].items():

@@ -1,5 +1,5 @@
-"""What evaluation asks of outputs beyond reading them: that several are trials of one run, that the base model's files
-are still those of the run, and the search of a sampled row as a round of the engine. No torch."""
+"""What evaluation asks of outputs beyond reading them: that several are one run with different seeds, that the base
+model's files are still those of the run, and the search of a sampled row as a round of the engine. No torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _TRACE = [f"trace.list.element.{name}" for name in ("weights", "lengths", "sigma
 _CANDIDATE = [f"candidates.list.element.{name}" for name in ("iteration", "sample", "token_ids")]
 
 
-def check(trials: Sequence[Output]) -> None:
+def check(runs: Sequence[Output]) -> None:
     """Raise ConfigError unless the outputs are of one run with different seeds."""
-    first = dict(trials[0].record["components"], seed=None)
-    for other in trials[1:]:
+    first = dict(runs[0].record["components"], seed=None)
+    for other in runs[1:]:
         if keys := manifest.differing_keys(first, dict(other.record["components"], seed=None)):
             raise ConfigError(
-                f"{other} is no trial of {trials[0]}: they differ in {', '.join(keys)}; trials differ in seed alone "
-                "(another method goes into --against)"
+                f"{other} is not {runs[0]} with another seed: they differ in {', '.join(keys)} (another method "
+                "goes into --against)"
             )
-    seeds = Counter(output.run.seed for output in trials)
+    seeds = Counter(output.run.seed for output in runs)
     if repeated := [str(seed) for seed, times in seeds.items() if times > 1]:
-        raise ConfigError(f"seed {', '.join(repeated)}: two of the outputs have it; trials need seeds of their own")
+        raise ConfigError(f"seed {', '.join(repeated)}: two of the outputs have it; give each seed once")
 
 
 def rows(columns: Columns, ids: Sequence[str]) -> list[Row]:

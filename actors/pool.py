@@ -25,6 +25,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from actors.fleet import Call, Fault, Fleet, Replica, Slot, cause
@@ -63,6 +64,14 @@ class _Lost(_NoAnswer):
 
 class _Away(Exception):
     """The only slot that will do did not come back in time."""
+
+
+@dataclass
+class _Wait:
+    """For a server that is down. until: the loop's time after which it is not asked again."""
+
+    pauses: int = 0
+    until: float = 0.0
 
 
 class _Waiter(NamedTuple):
@@ -109,8 +118,7 @@ class Pool:
 
         Raises RowError where the call itself is to blame, Fault after too many faults.
         """
-        faults, raised, slot = 0, None, None
-        pauses, patience = 0, 0.0
+        faults, raised, slot, wait = 0, None, None, _Wait()
         while faults <= self.retries:
             sound: bool | None = True
             try:
@@ -124,15 +132,7 @@ class Pool:
                 faults += error.counts
                 self._repeats(slot, home, method, error)
             except _Down as error:
-                now = asyncio.get_running_loop().time()
-                if not pauses:
-                    patience = now + (self.timeout or 0.0)
-                elif now > patience:
-                    raise Fault(f"{error}; it was asked again for {self.timeout or 0:g} s ({self.key})") from None
-                log.warning("%s; asking again", error)
-                self._repeats(slot, home, method, error)
-                await asyncio.sleep(min(_PAUSE * 2**pauses, (self.timeout or 0.0) / 4))
-                pauses += 1
+                await self._wait(wait, slot, home, method, error)
             except _Over as error:
                 self._repeats(slot, home, method, error)
                 break
@@ -166,7 +166,7 @@ class Pool:
                     pass
             async with self._alone(home, slot) as slot:
                 try:
-                    return await self._try(slot, home, method, *args)
+                    return await self._try_up(slot, home, method, *args)
                 except _Raised as error:
                     await self._sound(slot, home, method)  # the next call must not find what this one left behind
                     raise RowError(str(error)) from None
@@ -189,6 +189,27 @@ class Pool:
                     f"times, and nothing else succeeds there; the last failure: {failure}"
                 )
             between |= bool(sound)
+
+    async def _try_up(self, slot: Slot, home: str, method: str, *args: Any) -> Any:
+        """As `_try`, but a server that is down is asked again, by the same process."""
+        wait = _Wait()
+        while True:
+            try:
+                return await self._try(slot, home, method, *args)
+            except _Down as error:
+                await self._wait(wait, slot, home, method, error)
+
+    async def _wait(self, wait: _Wait, slot: Slot | None, home: str, method: str, error: _Down) -> None:
+        """Until a server that is down may be asked again. Raises Fault where it has been down for too long."""
+        now, limit = asyncio.get_running_loop().time(), self.timeout or 0.0
+        if not wait.pauses:
+            wait.until = now + limit
+        elif now > wait.until:
+            raise Fault(f"{error}; it was asked again for {limit:g} s ({self.key})") from None
+        log.warning("%s; asking again", error)
+        self._repeats(slot, home, method, error)
+        await asyncio.sleep(min(_PAUSE * 2**wait.pauses, limit / 4))
+        wait.pauses += 1
 
     def _witness(self, home: str, method: str) -> tuple[Any, ...] | None:
         """A call of another prompt that was answered: its home, method and arguments."""

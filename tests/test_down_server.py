@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from judge_server import chat, serving
-from replicas import pool
+from replicas import Fake, pool
 
 from actors import pool as pools
 from actors.fleet import Fault
 from actors.placement import Group
 from actors.scorer import Scorer
 from aisp_dist.config import HttpReward
-from aisp_dist.records import Prompt, Score
+from aisp_dist.records import Late, Prompt, Score
+from aisp_dist.rewards.client import Unavailable
 
 PROMPT = Prompt("p", 0, (("user", "Hi"),))
 
@@ -57,6 +58,17 @@ def test_a_server_that_comes_back_costs_no_process(fault):
 
     with serving() as told:
         asyncio.run(main(told))
+
+
+def test_a_server_that_goes_down_while_a_call_is_tried_alone_is_no_failure_of_it():
+    """However often it is asked: the fresh process stays, and its answer counts."""
+
+    async def main():
+        a = Fake("a", [Late("slow"), *[Unavailable("down")] * 9, "fine"])
+        assert await pool(a, retries=2).call("x", "m") == "fine"
+        assert a.restarts == ["a fresh process is wanted"] and len(a.calls) == 11
+
+    asyncio.run(main())
 
 
 def test_one_that_stays_down_ends_the_run_with_its_address():

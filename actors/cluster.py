@@ -16,12 +16,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.fleet import Fault, cause
 from actors.generator import Generator
-from actors.placement import Group, Plan, Seat
 from actors.pool import Pool
 from actors.scorer import Scorer
 from aisp_dist.align import reason
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.output.lease import Lease
+from aisp_dist.placement import Group, Plan, Seat
 from aisp_dist.rewards.client import Unavailable
 
 log = logging.getLogger("aisp")
@@ -85,7 +85,9 @@ class RayReplica:
         self.waits = False  # the process is well, and the server behind it does not answer: load() is asked again
 
     async def restart(self, why: str) -> None:
-        """A process where there was none, or another. Raises ConfigError from its load(), Fault after `startup` s."""
+        """A process where there was none, or another. Raises Fault after `startup` s, and ConfigError from load() of a
+        first one: what a process could use before is no matter of the configuration (memory that a dead engine has not
+        given back, say)."""
         if not self.waits:
             if self.handle is not None:
                 ray.kill(self.handle)
@@ -96,7 +98,7 @@ class RayReplica:
         try:
             self.loaded = await asyncio.wait_for(self.call("load"), self.startup)
         except RayTaskError as error:  # first: one whose cause is a TimeoutError is a TimeoutError too
-            if isinstance(error.cause, ConfigError):
+            if isinstance(error.cause, ConfigError) and not why:
                 raise ConfigError(str(error.cause)) from None
             self.waits = isinstance(error.cause, Unavailable)
             raise Fault(f"{self.name} cannot load: {reason(cause(error))}") from error

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from actors.placement import Group
 from aisp_dist import quiet
 from aisp_dist.config import Run
+from aisp_dist.placement import Group
 from aisp_dist.records import Calibration, Rollout, Round, Sampling
 
 

@@ -9,9 +9,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.placement import Group
 from aisp_dist import quiet, rewards
 from aisp_dist.config import ModelReward, Reward
+from aisp_dist.placement import Group
 from aisp_dist.records import Prompt, Score
 from aisp_dist.vllm.service import Dead
 

@@ -10,21 +10,22 @@ import threading
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from aisp_dist import rewards
+from aisp_dist import placement, rewards
 from aisp_dist.align import RowError, Tokens, align_input, probe, reason, window
-from aisp_dist.config import ConfigError, Run, load
+from aisp_dist.config import ConfigError, Run, Runtime, load
 from aisp_dist.data import prompts
 from aisp_dist.data.sources import Line, Source
-from aisp_dist.engine import decode, model
+from aisp_dist.engine import decode, model, sizes
 from aisp_dist.engine.service import Closed, Service
 from aisp_dist.output import fingerprint, schema
+from aisp_dist.placement import GENERATOR
 from aisp_dist.records import Calibration, Done, Input, Prompt, Result, Rollout, Round, Sampling, Score
 from aisp_dist.rewards import stepwise
 from aisp_dist.rewards.client import Unavailable
@@ -45,7 +46,7 @@ class LocalBackend:
 
     run: with its paths resolved (fingerprint.locate). device: of all models, as torch names it (default: the first GPU,
     else the CPU). served: vLLM's engine, where that decodes. Raises ConfigError for a model or function that cannot be
-    used. `close` ends its threads.
+    used. `close` ends its threads and every engine of vLLM, `served` too, as an error here does.
     """
 
     def __init__(
@@ -53,21 +54,33 @@ class LocalBackend:
     ) -> None:
         self.service: Service | serving.Service
         self.context_length: int | None
-        if served is not None:
-            self.service, self.tokenizer = served, served.served.tokenizer
-            self.context_length = served.served.context_length
-        else:
-            settings = run.generator
-            lm = model.load(settings, device)
-            guide = stepwise.load(run, base_dir, lm.device)
-            self.tokenizer, self.context_length = lm.tokenizer, lm.context_length
-            sizes = settings.batch_rows, settings.max_new_tokens
-            self.service = Service(decode.Engine(lm, *sizes, settings.stop, guide=guide))
-        self.rewards = {
-            name: rewards.load(name, reward, base_dir, device, run.prompts.keep) for name, reward in run.rewards.items()
-        }
-        # One thread a reward: what a function keeps between its calls, an event loop say, belongs to a thread.
-        self.threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}") for name in run.rewards}
+        self.rewards: dict[str, rewards.RewardFn] = {}
+        self.threads: dict[str, ThreadPoolExecutor] = {}
+        with ExitStack() as opened:
+            if served is not None:
+                opened.callback(served.close)
+            share = shares(run, device)
+            if served is not None:
+                self.service, self.tokenizer = served, served.served.tokenizer
+                self.context_length = served.served.context_length
+            else:
+                settings = run.generator
+                lm = model.load(settings, device)
+                guide = stepwise.load(run, base_dir, lm.device)
+                self.tokenizer, self.context_length = lm.tokenizer, lm.context_length
+                limits = settings.batch_rows, settings.max_new_tokens
+                engine = decode.Engine(lm, *limits, settings.stop, guide=guide, memory_share=share[GENERATOR])
+                self.service = Service(engine)
+                opened.callback(self.service.close)
+            for name, reward in run.rewards.items():
+                score = rewards.load(name, reward, base_dir, device, run.prompts.keep, share=share[name])
+                if close := getattr(score, "close", None):
+                    opened.callback(close)
+                # One thread a reward: what a function keeps between its calls, an event loop say, belongs to a thread.
+                self.threads[name] = ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}")
+                opened.callback(self.threads[name].shutdown, cancel_futures=True)
+                self.rewards[name] = score
+            self._opened = opened.pop_all()
 
     async def rollout(self, round: Round) -> Rollout:
         return await _answer(self.service.rollout(round))
@@ -87,10 +100,21 @@ class LocalBackend:
         return await _answer(self.service.calibrate(request))
 
     def close(self) -> None:
-        """End the threads, after what they are in the middle of."""
-        self.service.close()
-        for thread in self.threads.values():
-            thread.shutdown(cancel_futures=True)
+        """End the threads, after what they are in the middle of, and the engines."""
+        self._opened.close()
+
+
+def shares(run: Run, device: str | None = None) -> dict[str, float]:
+    """The part of the memory that each model of a run may use in one process, by role: of the first GPU, where all of
+    them are, or else of the machine. run: located. Divided as a cluster of that one GPU would be (placement.plan)."""
+    gpus = 0 if device == "cpu" else min(1, here().gpus)
+    whole = run.generator.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 1})
+    alone = run.model_copy(update={"generator": whole, "runtime": Runtime()})
+    found = sizes.of_models(run)
+    if GENERATOR in found:
+        found[GENERATOR] //= run.generator.gpus
+    plan = placement.plan(alone, [{"CPU": float(1 + len(run.rewards)), "GPU": gpus}], sizes=found)
+    return {group.role: group.memory for group in plan.groups}
 
 
 async def _answer(call: Coroutine[Any, Any, T]) -> T:
@@ -162,7 +186,7 @@ def _inputs(run: Run, given: Sequence[Given] | None) -> Iterator[Input]:
 def _backend(run: Run, base_dir: Path, loop: asyncio.AbstractEventLoop) -> Iterator[LocalBackend]:
     served = None
     if run.generator.engine == "vllm":
-        started = start(run.generator, run.prompts.max_tokens)
+        started = start(run.generator, run.prompts.max_tokens, share=shares(run)[GENERATOR])
         served = asyncio.run_coroutine_threadsafe(started, loop).result()
     backend = LocalBackend(run, base_dir, None, served)
     try:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from aisp_dist import quiet
 from aisp_dist.config import ConfigError
-from jobs import cli, prepare, settings
+from jobs import cli, engines, prepare, settings
 from jobs.progress import say
 
 _STEPS = 72  # more than the 64 after which a row's keys and values continue in another block
@@ -26,7 +26,9 @@ def main(args: Sequence[str]) -> int:
     options, run, base_dir = settings.read(parse, args)
     if options.steps < 1:
         raise ConfigError(f"--steps is {options.steps}; it must be at least 1")
+    run, choice = engines.resolve(run, None)
     located = prepare.check(run, base_dir)
+    say(choice.line())
 
     from aisp_dist.analysis.doctor import examine
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from actors.table import Table
-from aisp_dist.config import ConfigError, FunctionReward, Generator, HttpReward, ModelReward, Run
+from aisp_dist.config import ConfigError, FunctionReward, HttpReward, Run
 from aisp_dist.data import prompts
 from aisp_dist.engine import checkpoints, sizes
 from aisp_dist.output import fingerprint, lease, manifest, schema
@@ -109,18 +108,6 @@ def _check_rest(run: Run, base_dir: Path) -> Run:
     schema.check_kept(run.prompts.keep)
     prompts.check(located.prompts)
     return located
-
-
-def model_sizes(located: Run) -> dict[str, int]:
-    """Bytes of each model's weights by role, as far as its files are on this machine; placement shares GPUs by them."""
-    models: dict[str, Generator | ModelReward] = {"generator": located.generator}
-    models |= {name: reward for name, reward in located.rewards.items() if isinstance(reward, ModelReward)}
-    found = {}
-    for role, model in models.items():
-        if directory := checkpoints.cached(model.model, model.revision):
-            with suppress(OSError, ValueError, KeyError):  # loading it will say what is wrong with its files
-                found[role] = sizes.weight_bytes(directory, model.dtype, getattr(model, "quantization", None))
-    return found
 
 
 def check_output(run: Run) -> Place:

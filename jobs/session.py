@@ -17,16 +17,17 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from actors import placement
 from actors.counts import Counts, share
-from actors.placement import Plan
 from actors.table import Table
+from aisp_dist import placement
 from aisp_dist.align import window
 from aisp_dist.analysis.guard import GuardStop
 from aisp_dist.config import ConfigError, Run
+from aisp_dist.engine import sizes
 from aisp_dist.output import lease, manifest
 from aisp_dist.output.filesystem import Place
-from jobs import cost, prepare
+from aisp_dist.placement import Plan
+from jobs import cost
 from jobs.cli import Exit
 from jobs.connection import ClusterLost, Connection
 from jobs.prepare import Prepared
@@ -368,7 +369,7 @@ def planned(run: Run, coordinators: int) -> Plan:
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     pilot = Place.at(run.output, run.runtime.storage_options) / "compare"
-    return placement.plan(run, machines, coordinators, prepare.model_sizes(run), cost.measured(pilot))
+    return placement.plan(run, machines, coordinators, sizes.of_models(run), cost.measured(pilot))
 
 
 def _sum(shards: Sequence[_Shard]) -> Counts:

@@ -20,7 +20,8 @@ from aisp_dist.analysis.evaluate import evaluated
 from aisp_dist.analysis.outputs import Output
 from aisp_dist.bench import script
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.engine import checkpoints, intact, pretrained
+from aisp_dist.engine import checkpoints, intact, pretrained, sizes
+from aisp_dist.vllm import lora
 from jobs import cli, prepare, settings
 
 IDS = torch.arange(10, 60)[None]
@@ -211,7 +212,7 @@ def test_its_content_is_part_of_the_run_and_its_place_is_not(project):
     for same in ("./mine", str(project / "mine"), "copy"):
         assert prepared(same).components == here.components, same
     assert here.components["digests"]["generator.adapter"] and "adapter" not in here.components["generator"]
-    assert prepare.model_sizes(here.located) == prepare.model_sizes(prepared(None).located)
+    assert sizes.of_models(here.located) == sizes.of_models(prepared(None).located)
     adapter(project / "other", seed=2)
     assert len({prepared(lora).fingerprint for lora in ("mine", "other", None)}) == 3
     assert [prepared(lora).model for lora in ("mine", "copy", None)] == ["model + mine", "model + copy", "model"]
@@ -268,3 +269,36 @@ def test_a_vllm_beside_it_is_measured_with_it(project):
     located = prepared().located.generator
     assert script._directory(located, str(project / "written")) == str(project / "written")
     assert torch.equal(logits(merged(project / "written", None)), logits(merged(project / "model", project / "mine")))
+
+
+def served(path: Path) -> str | None:
+    return checkpoints.locate_adapter(Generator(model="demo", adapter=str(path), engine="vllm"))
+
+
+def test_what_vllm_does_not_compute_beside_a_model_is_refused_before_it_starts(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(intact, "find_spec", lambda name: None)  # peft, which merges, is not needed there
+    assert served(mine) == str(mine)
+    edit(mine, use_dora=True)
+    with pytest.raises(ConfigError, match=r"is DoRA .*vLLM does not compute .*; set generator.engine to local"):
+        served(mine)
+    head = adapter(tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    file = head / "adapter_model.safetensors"  # where peft writes the base's own head too
+    save_file({name: weight for name, weight in load_file(file).items() if ".lora_" in name}, file)
+    with pytest.raises(ConfigError, match="changes the head or the embedding, which vLLM does not compute"):
+        served(head)
+
+
+def test_what_vllm_would_leave_out_of_an_adapter_is_named(base, trained, tmp_path):
+    assert lora.misfit(str(trained), base) is None
+    shallow = tiny.save("llama", tmp_path / "shallow", num_hidden_layers=1, **tiny_gguf.SIZES)
+    assert lora.misfit(str(trained), shallow) == "model.layers.1.mlp.down_proj"
+    wide = tiny.save("llama", tmp_path / "wide", hidden_size=64)
+    assert lora.misfit(str(trained), wide) == "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(("rank", "others", "room"), [(4, {}, 8), (1, {}, 1), (4, {"q_proj": 9}, 16)])
+def test_vllm_has_room_for_the_largest_rank(rank, others, room, tmp_path):
+    place = adapter(tmp_path / "lora", r=rank, rank_pattern=others)
+    modules = sorted(LAYERS)  # not the head, whose logits vLLM would else compute for its own batch only
+    wanted = {"enable_lora": True, "max_loras": 1, "max_lora_rank": room, "lora_target_modules": modules}
+    assert lora.arguments(str(place)) == wanted

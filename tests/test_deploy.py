@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from actors import placement
+from aisp_dist import placement
 from aisp_dist.config import load
 from jobs import cli, submit
 
@@ -136,3 +137,22 @@ def test_image_and_package_agree():
     assert all((ROOT / name).exists() for name in copied)
     tags = {container["image"] for container in containers()} | set(re.findall(r"-t (\S+)", DOCKERFILE))
     assert {tag.rpartition(":")[2] for tag in tags} == {PROJECT["version"]} and len(tags) == 1
+
+
+def shell(line: str, extras: str) -> list[str]:
+    """The words that a command of the build hands to sudo, or to pip."""
+    env = {"EXTRAS": extras, "RAY_VERSION": "2.60.0"}
+    stand_in = 'show() { printf "%s\\n" "$@"; }; sudo() { show "$@"; }; pip() { show "$@"; }; '
+    return subprocess.check_output(["sh", "-c", stand_in + line], env=env, text=True).split()
+
+
+def test_the_image_has_the_extras_that_are_asked_for():
+    """None by default; with vLLM a compiler; each that docs and Dockerfile name is the package's."""
+    install, compiler = re.findall(r"^RUN (.*)", DOCKERFILE, re.M)
+    assert re.search(r"^ARG EXTRAS=$", DOCKERFILE, re.M) and DOCKERFILE.index("ARG EXTRAS") > DOCKERFILE.index("FROM ")
+    for extras in ("", "[s3]", "[vllm]", "[s3,vllm]"):
+        assert shell(install, extras) == ["install", "--no-cache-dir", f".{extras}", "ray[default]==2.60.0"]
+        assert ("gcc" in shell(compiler, extras)) == ("vllm" in extras) == bool(shell(compiler, extras))
+    text = DOCKERFILE.split("FROM")[0] + (ROOT / "docs" / "cluster.md").read_text()
+    named = {name for names in re.findall(r"(?:EXTRAS='?|`)\[([\w,]+)\]", text) for name in names.split(",")}
+    assert {"vllm", "s3"} == named <= PROJECT["optional-dependencies"].keys()

@@ -117,9 +117,10 @@ def engine(family: str = "llama") -> decode.Engine:
 def test_an_end_token_that_only_the_template_names():
     tokenizer = tiny.tokenizer()
     lm = model.adapt(tiny.causal("llama"), tokenizer)
-    assert checks.ends(lm) == Check("end tokens", "ok", "a response ends at '</s>'")
+    assert checks.ends(lm.tokenizer, lm.eos_ids, lm.turn_end) == Check("end tokens", "ok", "a response ends at '</s>'")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}<turn>{% endfor %}"
-    found = checks.ends(model.adapt(tiny.causal("llama"), tokenizer))
+    lm = model.adapt(tiny.causal("llama"), tokenizer)
+    found = checks.ends(lm.tokenizer, lm.eos_ids, lm.turn_end)
     assert found.verdict == "note"
     assert found.figure == "a response ends at '</s>' or '<turn>'; only the chat template names '<turn>'"
     assert "generation_config.json" in found.advice

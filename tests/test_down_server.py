@@ -12,9 +12,9 @@ from replicas import Fake, pool
 
 from actors import pool as pools
 from actors.fleet import Fault
-from actors.placement import Group
 from actors.scorer import Scorer
 from aisp_dist.config import HttpReward
+from aisp_dist.placement import Group
 from aisp_dist.records import Late, Prompt, Score
 from aisp_dist.rewards.client import Unavailable
 

@@ -55,7 +55,6 @@ _OURS = [
     {"batch_rows": 8},
     {"quantization": "nf4"},
     {"fp32_head": True},
-    {"adapter": "a"},
     {"model": "m.gguf"},
     {"model": "package:m.gguf"},
 ]
@@ -76,6 +75,21 @@ def test_a_setting_of_vllm_chooses_it(setting: dict[str, Any]) -> None:
     assert choose(run(**setting), None, lambda: CPUS).engine == "vllm"
     with pytest.raises(ConfigError, match="no effect with the local engine"):
         choose(run(**setting), "local", never)
+
+
+def test_an_adapter_is_for_both() -> None:
+    assert choose(run(adapter="a"), None, lambda: GPUS).engine == "vllm"
+    assert choose(run(adapter="a"), None, lambda: CPUS).engine == run(adapter="a", engine="local").generator.engine
+    for name in ("enable_lora", "max_lora_rank"):
+        with pytest.raises(ConfigError, match=f"vllm.{name}: generator.adapter says it; leave it out"):
+            run(engine="vllm", vllm={name: 1})
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_model_len"])
+@pytest.mark.parametrize("value", ["many", 0, 1.5, True])
+def test_sizes_that_we_read_too_are_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"vllm.{name}: {value!r}; give a whole number of at least 1"):
+        run(engine="vllm", vllm={name: value})
 
 
 @pytest.mark.parametrize("kind", ["args", "re_control"])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from ray.exceptions import RayTaskError
 from replicas import Dead, Fake, forever, pool
 
+from actors.cluster import RayReplica
 from actors.fleet import Fault
 from aisp_dist.config import ConfigError
+from aisp_dist.placement import Group
 
 
 def test_a_replica_that_cannot_come_back_ends_the_run_only_when_no_other_is_left(monkeypatch):
@@ -129,3 +132,18 @@ def test_a_start_that_fails_does_not_end_what_another_is_still_starting(monkeypa
         assert await p.call("x", "m") == "ok"
 
     asyncio.run(main())
+
+
+def test_a_configuration_that_was_good_for_a_first_process_is_no_reason_against_another():
+    """Memory that a dead engine has not given back looks like one that is too small."""
+    group = Group("generator", 1, 1, 1.0, 0.0, None)
+    replica = RayReplica("generator-0", object, (), group, 60.0, False)
+
+    async def load(method):
+        raise RayTaskError("load", "", ConfigError("too little memory"))
+
+    replica.call = load
+    for why, kind in (("", ConfigError), ("its engine has died", Fault)):
+        replica.waits = True  # so that no actor is made
+        with pytest.raises(kind, match="too little memory"):
+            asyncio.run(replica.restart(why))

@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from actors.generator import Generator
-from actors.placement import Group
 from aisp_dist.config import Run, Runtime
+from aisp_dist.placement import Group
 from aisp_dist.records import Late, Round, Sampling
 
 

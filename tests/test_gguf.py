@@ -87,7 +87,7 @@ def test_by_path_and_by_package_it_is_the_same_run(file, tmp_path, monkeypatch):
     assert inside.components == outside.components
     assert (inside.model, outside.model) == ("m.gguf", "tiny-f32.gguf")
     assert inside.located.generator.model == str(package / "m.gguf")
-    assert prepare.model_sizes(inside.located)["generator"] == sizes.weight_bytes(file)
+    assert sizes.of_models(inside.located)["generator"] == sizes.weight_bytes(file)
     assert inside.record()["config"]["generator"]["model"] == "some_model:m.gguf"
     pretrained.weights(inside.located.generator, torch.device("cpu"))  # not the file of that name in this directory
     assert pretrained.tokenizer(inside.located.generator).encode("a") == tiny.tokenizer().encode("a")

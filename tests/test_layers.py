@@ -31,8 +31,9 @@ ARROWS = {
     "output": BELOW | {"config", "data", "engine", "rewards"},  # the fingerprint digests models and functions
     "align": BELOW | {"config", "data", "methods", "rewards"},
     "bench": BELOW | {"config", "data", "engine", "rewards", "align", "vllm"},
-    "local": BELOW | {"config", "data", "engine", "vllm", "rewards", "output", "align"},
-    "analysis": BELOW | {"config", "data", "methods", "engine", "rewards", "output", "align"},
+    "placement": {"config"},
+    "local": BELOW | {"config", "data", "engine", "vllm", "rewards", "output", "align", "placement"},
+    "analysis": BELOW | {"config", "data", "methods", "engine", "vllm", "rewards", "output", "align"},
 }
 
 

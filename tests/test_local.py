@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import finished
 import pyarrow.parquet as pq
@@ -18,10 +19,14 @@ import torch
 import yaml
 
 import aisp_dist
-from aisp_dist import local
+from aisp_dist import local, placement
 from aisp_dist.config import ConfigError
+from aisp_dist.config.load import check as load_run
+from aisp_dist.engine import sizes
 from aisp_dist.engine.service import Closed
 from aisp_dist.output import schema
+from aisp_dist.vllm.choice import Found
+from aisp_dist.vllm.start import arguments, memory
 
 QUESTIONS = [f"What is {i}?" for i in range(30)]
 
@@ -164,3 +169,46 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(project, prompts, chang
 def test_the_import_is_light():
     code = "import sys, aisp_dist; print(sorted({'torch', 'ray', 'pydantic', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+JUDGE = {"kind": "model", "model": "demo"}
+
+
+@pytest.mark.parametrize("sizes_of", [{"generator": 64, "main": 12}, {}])
+def test_models_of_one_process_share_the_memory_as_those_of_a_cluster_do(project, monkeypatch, sizes_of):
+    """On one GPU: what both ask for is never more than there is."""
+    asked, closed = {}, []
+    monkeypatch.setattr(local, "here", lambda: Found(1, "0.32.0"))
+    monkeypatch.setattr(sizes, "of_models", lambda run: dict(sizes_of))
+
+    async def start(settings, prompt_tokens, *, share):
+        asked["generator"] = arguments(settings, 100, share, 80 << 30, 64)["gpu_memory_utilization"]
+        served = SimpleNamespace(tokenizer=None, context_length=100)
+        return SimpleNamespace(served=served, close=lambda: closed.append("generator"))
+
+    def load(name, *args, share):
+        asked[name] = memory(share, 80 << 30)["gpu_memory_utilization"]
+        raise ConfigError("the reward cannot be used")
+
+    monkeypatch.setattr(local, "start", start)
+    monkeypatch.setattr(local.rewards, "load", load)
+    run = mapping(project, rewards={}) | {"rewards": {"main": JUDGE | {"engine": "vllm"}}}
+    run["generator"] = {"model": "demo", "engine": "vllm"}
+    with pytest.raises(ConfigError, match="the reward cannot be used"):
+        next(aisp_dist.relabel(run, QUESTIONS))
+    plan = placement.plan(load_run(run | {"output": "x"}), [{"CPU": 4, "GPU": 1}], sizes=sizes_of)
+    assert asked == pytest.approx({group.role: 0.92 * group.num_gpus for group in plan.groups}, abs=1e-4)
+    assert sum(asked.values()) <= 0.92 and asked["generator"] > asked["main"] > 0.04
+    assert closed == ["generator"], "an error of a reward leaves no engine"
+
+
+def test_a_model_alone_has_the_gpu_and_one_that_is_split_its_part_of_the_first(monkeypatch):
+    monkeypatch.setattr(local, "here", lambda: Found(8, "0.32.0"))
+    monkeypatch.setattr(sizes, "of_models", lambda run: {"generator": 140, "main": 16})
+    values = {"output": "x", "generator": {"model": "m", "engine": "vllm", "tensor_parallel": 4}}
+    values |= {"method": {"kind": "best_of_n"}, "rewards": {"main": JUDGE}}
+    found = local.shares(load_run(values))
+    assert found == {"generator": pytest.approx(70 / 86, abs=0.02), "main": pytest.approx(16 / 86, abs=0.02)}
+    words = {"kind": "function", "function": "a.py:b"}
+    assert local.shares(load_run(values | {"rewards": {"words": words}}))["generator"] == 1.0
+    assert local.shares(load_run(values), "cpu") == {"generator": 0.5, "main": 0.5}

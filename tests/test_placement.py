@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors import placement
+from aisp_dist import placement
 from aisp_dist.config import ConfigError, Run
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 import ray
 
-from actors import cluster, placement
+from actors import cluster
+from aisp_dist import placement
 from aisp_dist.config import ConfigError, Run
 
 pytestmark = pytest.mark.ray

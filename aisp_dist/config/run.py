@@ -86,6 +86,7 @@ OWNED = dict.fromkeys(
     "logprobs_mode": "likelihoods are the base model's, at temperature 1",
     "data_parallel_size": "runtime.generators.replicas makes more copies",
     "logits_processors": "they would change what the search sees",
+    **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules"), "generator.adapter says it"),
 }  # engine arguments of vLLM that are not free, and why
 
 
@@ -95,7 +96,9 @@ class Generator(Section):
     model: str = doc("demo, a local directory, file.gguf, package:file.gguf, or a hub id")
     revision: str | None = doc("hub revision; null: today's commit, which a resume uses again", None)
     adapter: str | None = doc(
-        "directory with a LoRA adapter (peft), merged into the model while it loads; with local", None, min_length=1
+        "directory with a LoRA adapter (peft): merged into the model while it loads, with vllm beside it",
+        None,
+        min_length=1,
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc(
         "auto: the checkpoint's own; bfloat16 for a quantised GGUF file", "auto"
@@ -132,6 +135,9 @@ class Generator(Section):
         """Refuse what would have no effect with the engine that is named, or that another setting asks for."""
         if owned := sorted(set(self.vllm) & OWNED.keys()):
             raise ValueError(f"vllm.{owned[0]}: {OWNED[owned[0]]}; leave it out")
+        for name in ("max_num_seqs", "max_model_len"):
+            if type(given := self.vllm.get(name, 1)) is not int or given < 1:
+                raise ValueError(f"vllm.{name}: {given!r}; give a whole number of at least 1")
         if self.adapter and self.quantization:
             raise ValueError(
                 f"adapter: {self.adapter} is merged into plain weights, and quantization: {self.quantization} would "
@@ -152,7 +158,6 @@ class Generator(Section):
         rows = type(self).model_fields["batch_rows"].default
         told = {
             f"quantization: {self.quantization}": self.quantization in LOCAL_QUANTIZATION,
-            f"adapter: {self.adapter}": self.adapter is not None,
             "fp32_head: true": self.fp32_head,
             f"model: {self.model}": self.model.endswith(".gguf"),
             f"batch_rows: {self.batch_rows}": self.batch_rows != rows,

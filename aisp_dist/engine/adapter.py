@@ -16,7 +16,7 @@ def merge(settings: Generator, model: Any) -> Any:
     from peft import LoraConfig, PeftModelForCausalLM
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    place = locate_adapter(settings)
+    place = locate_adapter(settings.model_copy(update={"engine": "local"}))  # which merges, so peft is needed
     base = f"generator.adapter: {settings.adapter!r} does not fit generator.model {settings.model!r}"
     fix = "name the model that it was trained on, or another adapter"
     inputs, outputs = (part and part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))

@@ -53,11 +53,13 @@ def locate(key: str, name: str, role: Role) -> str:
 
 def locate_adapter(settings: Generator) -> str | None:
     """The absolute directory of generator.adapter. Raises ConfigError for what is missing, is no LoRA adapter in
-    safetensors or changes more than LoRA does, and where peft is missing."""
+    safetensors or changes more than LoRA does, or more than vLLM can where that decodes, and where peft is missing."""
     if settings.adapter is None:
         return None
     path = Path(settings.adapter).expanduser()
-    fault = intact.adapter_fault(path) if path.is_dir() else f"is not a directory; {intact.NO_ADAPTER}"
+    fault: str | None = f"is not a directory; {intact.NO_ADAPTER}"
+    if path.is_dir():
+        fault = intact.adapter_fault(path, merges=settings.engine != "vllm")
     if fault:
         raise ConfigError(f"generator.adapter: {settings.adapter!r} {fault}")
     return str(path.resolve())

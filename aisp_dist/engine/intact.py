@@ -13,6 +13,7 @@ CHECKPOINT = "name a directory with a transformers checkpoint (config.json, *.sa
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # what is read of an adapter
 NO_ADAPTER = "name a directory with a LoRA adapter as peft saves it (adapter_config.json, adapter_model.safetensors)"
 _WHOLE = ("modules_to_save", "bias", "trainable_token_indices", "layer_replication")  # changes of whole weights
+_ENDS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
 _TOKENIZER = ("token", "vocab", "spiece", "sentencepiece", "merges", "tekken")  # in names of a tokenizer's files
 
 
@@ -58,8 +59,9 @@ def fault(path: Path, adaptable: bool = False) -> str | None:
     return next((torn for file in sorted(weights) if (torn := _torn(file))), None)
 
 
-def adapter_fault(path: Path) -> str | None:
-    """Why a directory is no LoRA adapter that can be merged, and what to do, or None."""
+def adapter_fault(path: Path, merges: bool = True) -> str | None:
+    """Why a directory is no LoRA adapter that can be used, and what to do, or None. merges: by the local engine; else
+    vLLM computes it beside the model."""
     merged = "merge it (peft: merge_and_unload) and name the merged directory as generator.model"
     files = {file.name: file for file in path.iterdir() if file.is_file()}
     if pointer := _pointer({name: file for name, file in files.items() if name in ADAPTER}):
@@ -84,7 +86,12 @@ def adapter_fault(path: Path) -> str | None:
     told = [f"{key}: {about[key]}" for key in _WHOLE if about.get(key) not in (None, [], {}, False, "none")]
     if whole or told:
         return f"changes more than LoRA does ({', '.join(told) or f'it holds {min(whole)}'}); {merged}"
-    if find_spec("peft") is None:
+    if not merges:
+        heads = [name for name in _names(files[ADAPTER[1]]) if any(part in name for part in _ENDS)]
+        special = {"is DoRA (use_dora)": about.get("use_dora"), "changes the head or the embedding": heads}
+        if told := [what for what, there in special.items() if there]:
+            return f"{told[0]}, which vLLM does not compute beside a model; set generator.engine to local, or {merged}"
+    elif find_spec("peft") is None:
         return "is an adapter, which needs the package peft; pip install 'aisp-dist[adapter]'"
     return None
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from aisp_dist.config import ConfigError, Generator
+from aisp_dist.config import ConfigError, Generator, ModelReward, Run
 from aisp_dist.engine import gguf
 from aisp_dist.engine.checkpoints import cached
 
@@ -86,6 +87,19 @@ def weight_bytes(place: Path, dtype: str = "auto", quantization: str | None = No
         else:
             total += count * item
     return total
+
+
+def of_models(run: Run) -> dict[str, int]:
+    """Bytes of each model's weights by role (generator, or a reward's name), as far as its files are on this machine.
+    run: located."""
+    models: dict[str, Generator | ModelReward] = {"generator": run.generator}
+    models |= {name: reward for name, reward in run.rewards.items() if isinstance(reward, ModelReward)}
+    found = {}
+    for role, model in models.items():
+        if directory := cached(model.model, model.revision):
+            with suppress(OSError, ValueError, KeyError):  # loading it will say what is wrong with its files
+                found[role] = weight_bytes(directory, model.dtype, getattr(model, "quantization", None))
+    return found
 
 
 def token_bytes(config: dict[str, Any], dtype: str = "auto") -> int:

@@ -13,7 +13,8 @@ from aisp_dist.rewards.function import RewardError
 
 __all__ = ["RewardError", "RewardFn", "load"]
 
-# One Score per response, in order. Raises RewardError where it has no answer at all for this prompt.
+# One Score per response, in order. Raises RewardError where it has no answer at all for this prompt. A model's has
+# `close`, which ends the processes behind it.
 RewardFn = Callable[[Prompt, Sequence[str]], list[Score]]
 
 

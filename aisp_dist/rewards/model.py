@@ -73,11 +73,14 @@ def load(
 
     try:  # a missing template, or one that shows no question or no answer, shows before any prompt is spent
         encode((("user", "a"), ("assistant", "b")))
-    except Unrenderable as error:
-        raise ConfigError(f"rewards.{name}: {error}") from None
-    if settings.self_test:
-        rows, toy = settings.batch_rows, checkpoints.is_embedded(settings.model)
-        self_test.examine(name, tokenizer, encode, tokens, classifier, rows, max_length, toy)
+        if settings.self_test:
+            rows, toy = settings.batch_rows, checkpoints.is_embedded(settings.model)
+            self_test.examine(name, tokenizer, encode, tokens, classifier, rows, max_length, toy)
+    except BaseException as error:
+        classifier.close()
+        if isinstance(error, Unrenderable):
+            raise ConfigError(f"rewards.{name}: {error}") from None
+        raise
 
     def score(prompt: Prompt, responses: Sequence[str], chain: Chain | None = None) -> list[Score]:
         found = {response: tokens(prompt, response) for response in dict.fromkeys(responses)}
@@ -97,6 +100,7 @@ def load(
         return score(prompt, responses, chain)
 
     score.growing = growing  # type: ignore[attr-defined]
+    score.close = classifier.close  # type: ignore[attr-defined]
     return score
 
 

@@ -111,6 +111,7 @@ class Scores(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     def logits(self, rows: Sequence[Ids], batch_rows: int, chain: Chain | None = None) -> list[float]: ...
+    def close(self) -> None: ...
 
 
 class Classifier:
@@ -134,6 +135,10 @@ class Classifier:
             model.set_attn_implementation(own)
         if reason:
             _log.warning("%s scores every response with its whole prompt: %s", type(model).__name__, reason)
+
+    def close(self) -> None:
+        """Forget what is kept of requests; there is no process to end."""
+        self._prefixes.clear()
 
     @property
     def pad_token_id(self) -> int | None:

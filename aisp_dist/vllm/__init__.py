@@ -2,6 +2,8 @@
 
 service.py    rounds in, trajectories out, over vLLM's asynchronous engine
 start.py      vLLM's arguments from a configuration; an engine that has shown that it obeys
+lora.py       an adapter beside the model
+failures.py   why an engine does not start, from its own processes
 requests.py   a trajectory as a vLLM request, and back in the worker
 choice.py     which engine decodes an output
 pooling.py    a sequence classifier by vLLM's pooling runner

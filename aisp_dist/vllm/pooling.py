@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from aisp_dist.config import ConfigError, ModelReward
+from aisp_dist.vllm.failures import refused
 from aisp_dist.vllm.service import Dead
-from aisp_dist.vllm.start import environment, memory, reason
+from aisp_dist.vllm.start import environment, gpu_bytes, memory
+
+_FIX = "change that setting, lower max_tokens of the reward where memory is short, or set its engine to transformers"
 
 
 class Pooled:
@@ -42,10 +45,9 @@ class Pooled:
         try:
             from vllm import LLM
             from vllm.config import PoolerConfig
-            from vllm.platforms import current_platform
         except ImportError as error:
             raise ConfigError(f"{key}: vllm cannot be imported ({error}); install aisp-dist[vllm]") from None
-        try:
+        with refused(f"{key}: {settings.model!r}", _FIX) as more:
             self.llm = LLM(
                 path,
                 runner="pooling",
@@ -56,10 +58,8 @@ class Pooled:
                 max_model_len=max_length,
                 pooler_config=PoolerConfig(use_activation=False),  # else a sigmoid
                 disable_log_stats=True,
-                **memory(share, current_platform.device_type != "cpu"),
+                **memory(share, gpu_bytes()) | more,
             )
-        except (ValueError, ImportError, OSError, NotImplementedError) as error:
-            raise ConfigError(f"{key}: vLLM refuses {settings.model!r}: {reason(error)}") from None
         self.dtype: torch.dtype = self.llm.llm_engine.model_config.dtype
 
     def logits(self, rows: Sequence[tuple[int, ...]], batch_rows: int, chain: object = None) -> list[float]:
@@ -73,3 +73,7 @@ class Pooled:
         except EngineDeadError as error:
             raise Dead(f"vLLM's engine has died: {error}") from error
         return [float(one.outputs.probs[0]) for one in found]
+
+    def close(self) -> None:
+        """End the engine and its processes."""
+        self.llm.llm_engine.engine_core.shutdown()

@@ -24,8 +24,15 @@ from aisp_dist.records import Round
 from aisp_dist.vllm.requests import Spec
 
 Head = Callable[[torch.Tensor], torch.Tensor]
-_CONTROLS = 1 << 30  # bytes of controls that are kept to continue from, beside those in use
+_CONTROLS = 1 << 30  # bytes of the latest controls, kept to continue from
+_WORK = 16  # controls' worth of memory while one is rebuilt
 _BEHIND = 2  # steps after which a flag is read without waiting for the device
+
+
+def control_bytes(batch: int, steps: int, dim: int) -> int:
+    """What controls take at most, of each GPU. batch: rows, each of which may have another one."""
+    one = 4 * steps * dim
+    return max(_CONTROLS, batch * one) + _WORK * one
 
 
 @dataclass(eq=False)
@@ -122,10 +129,9 @@ class Rows:
             self.rows[name] = None if told is None else self._make(told)
         return self.rows[name]
 
-    def forget(self, alive: Callable[[str], bool], batch: int) -> None:
-        """Drops requests that have ended, once they are more than a batch."""
-        if len(self.rows) > 2 * batch + 32:
-            self.rows = {name: row for name, row in self.rows.items() if alive(name)}
+    def forget(self, alive: Callable[[str], bool]) -> None:
+        """Drops requests that have ended, whose controls take memory. Before those of a batch are asked for."""
+        self.rows = {name: row for name, row in self.rows.items() if alive(name)}
 
     def logits(self, h_ND: torch.Tensor, rows: Sequence[Row | None], lengths: Sequence[int]) -> Logits | None:
         """The logits of a batch. lengths: tokens of each row's sequence before the one that comes now. None where no

@@ -123,7 +123,7 @@ class V1Hook(Hook):
     def batch(self) -> tuple[list[Row | None], list[int]]:
         runner = self.runner
         names: list[str] = runner.input_batch.req_ids
-        self.rows.forget(runner.requests.__contains__, len(names))
+        self.rows.forget(runner.requests.__contains__)
         rows = [self.rows.row(name, partial(self._spec, name)) for name in names]
         return rows, runner.optimistic_seq_lens_cpu[: len(names)].tolist()
 
@@ -170,7 +170,7 @@ class V2Hook(Hook):
     def batch(self) -> tuple[list[Row | None], list[int]]:
         now = self.now
         names: list[str] = now.req_ids
-        self.rows.forget(self.runner.req_states.req_id_to_index.__contains__, len(names))
+        self.rows.forget(self.runner.req_states.req_id_to_index.__contains__)
         slots = now.idx_mapping_np.tolist()[: len(names)]
         rows = [self.rows.row(name, partial(self._spec, slot)) for name, slot in zip(names, slots, strict=True)]
         return rows, now.seq_lens_cpu_upper_bound[: len(names)].tolist()

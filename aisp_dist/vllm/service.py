@@ -37,7 +37,9 @@ class Dead(RuntimeError):
 @dataclass(frozen=True)
 class Served:
     """The model that an engine serves. end_ids, stop: what ends a response; max_new_tokens: T; context_length: longest
-    sequence in tokens; token_bytes: keys and values of one token; rows: decoded together at most."""
+    sequence in tokens; token_bytes: keys and values of one token; rows: decoded together at most; turn_end: the
+    end token that only the template names; adapter: vLLM's LoRARequest, with which every request decodes;
+    dim: hidden size."""
 
     tokenizer: Any
     end_ids: frozenset[int]
@@ -47,6 +49,9 @@ class Served:
     vocab_size: int
     rows: int
     token_bytes: int = 0
+    turn_end: int | None = None
+    adapter: Any = None
+    dim: int = 0
 
 
 class Meter:
@@ -213,7 +218,7 @@ class Service:
         async with self._room:
             try:
                 async with asyncio.timeout(None if math.isinf(self.limit) else self.limit):
-                    async for output in self.llm.generate(prompt, params, name):
+                    async for output in self.llm.generate(prompt, params, name, lora_request=self.served.adapter):
                         answer: CompletionOutput = output.outputs[0]
             except TimeoutError:
                 raise Late(f"an answer was not finished after {self.limit:g} s of decoding") from None

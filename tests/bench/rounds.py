@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors import cluster, coordinator, placement
+from actors import cluster, coordinator
 from actors.table import Table
+from aisp_dist import placement
 from aisp_dist.align import window
 from aisp_dist.config import Run
 from aisp_dist.output.filesystem import Place

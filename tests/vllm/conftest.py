@@ -7,12 +7,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from engines import SHAPE, settings
+from engines import SHAPE, adapted, settings
 
 from aisp_dist import vllm
 
@@ -51,11 +52,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def service(llama: Path, on: Loop) -> Iterator[Any]:
-    """A tiny llama in fp32, 24 rows, 12 new tokens."""
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A LoRA adapter of that model, and the model with it merged."""
+    directory = tmp_path_factory.mktemp("adapter") / "lora"
+    return directory, adapted(tiny.causal("llama", **SHAPE), directory)
+
+
+@pytest.fixture(scope="session")
+def service(llama: Path, adapter: tuple[Path, Any], on: Loop) -> Iterator[Any]:
+    """A tiny llama in fp32, 24 rows, 12 new tokens, in two processes that each hold half of every layer. The adapter is
+    beside it, and decodes only where a test says so."""
     from aisp_dist.vllm.start import start
 
-    made = on(start(settings(llama), 100))
+    made = on(start(settings(llama, tensor_parallel=2, adapter=str(adapter[0])), 100))
+    made.served = replace(made.served, adapter=None)
     yield made
 
     async def close() -> None:

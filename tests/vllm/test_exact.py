@@ -11,9 +11,8 @@ import pytest
 import slow_path
 import tiny
 import torch
-from engines import SHAPE, STEPS, settings
+from engines import SHAPE, STEPS
 
-from aisp_dist.config import ConfigError
 from aisp_dist.engine import model
 from aisp_dist.engine.calibrate import calibrate
 from aisp_dist.engine.decode import Engine
@@ -119,6 +118,29 @@ def test_a_calibration_is_the_local_engines(service: Any, on: Any, lm: Any, rate
     assert on(service.calibrate(asked)) == right != asked.sampling
 
 
+def test_answers_with_an_adapter_are_those_of_the_merged_model(
+    service: Any, on: Any, adapter: tuple[Path, Any], local: dict[str, Rollout]
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    directory, merged = adapter
+    engine = Engine(model.adapt(merged, tiny.tokenizer()), 32, STEPS)
+
+    async def together() -> list[Rollout]:
+        return await asyncio.gather(*(service.rollout(round) for round in rounds().values()))
+
+    before, service.served = service.served, replace(service.served, adapter=LoRARequest("adapter", 1, str(directory)))
+    try:
+        rollouts = on(together())
+    finally:
+        service.served = before
+    for name, found, right in zip(rounds(), rollouts, engine.run(rounds().values()), strict=True):
+        assert slow_path.tokens(found) == slow_path.tokens(right) != slow_path.tokens(local[name]), name
+        for mine, other in zip(found.trajectories, right.trajectories, strict=True):
+            assert (mine.control_cost, mine.text) == (pytest.approx(other.control_cost, rel=1e-6), other.text)
+            assert mine.nll == pytest.approx(other.nll, abs=1e-4)
+
+
 def test_a_cancelled_round_leaves_vllm(service: Any, on: Any) -> None:
     async def cancel() -> tuple[int, int]:
         call = asyncio.ensure_future(service.rollout(replace(rounds()["u = 0"], stop=24)))
@@ -182,12 +204,3 @@ def test_stop_strings_and_end_tokens(
             assert right.trajectories[0].finish_reason == "stop" and len(right.trajectories[0].token_ids) > 1
     finally:
         service.served = before
-
-
-def test_arguments_of_vllm_that_it_does_not_know(llama: Path, on: Any) -> None:
-    from aisp_dist.vllm.start import start
-
-    with pytest.raises(ConfigError, match="max_sequences.*own engine arguments"):
-        on(start(settings(llama, vllm={"max_sequences": 3}), 100))
-    with pytest.raises(ConfigError, match="vLLM refuses"):
-        on(start(settings(llama, vllm={"kv_cache_dtype": "int2"}), 100))

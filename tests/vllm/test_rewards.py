@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
-from engines import SHAPE
+from engines import SHAPE, remaining
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from aisp_dist import rewards
@@ -38,6 +39,7 @@ def load(directory: Path, **more: Any) -> rewards.RewardFn:
 def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     """Raw logits, under the same template, cut in the same way; the self-test passes there too."""
     judge(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
     theirs, ours = load(tmp_path, engine="vllm"), load(tmp_path)
     long = Prompt("q", 1, (("user", "Why is the sky so very blue? " * 9),))
     for prompt in (PROMPT, long):
@@ -45,6 +47,8 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
         assert [s.value for s in found] == pytest.approx([s.value for s in right], abs=1e-5)
         assert found[1] == found[4] and len({s.value for s in found}) == 4
     assert max(abs(s.value or 0.0) for s in right) > 1, "no sigmoid"
+    theirs.close()  # type: ignore[attr-defined]
+    assert not remaining(before)
 
 
 def test_a_checkpoint_that_vllm_would_score_wrongly(tmp_path: Path) -> None:

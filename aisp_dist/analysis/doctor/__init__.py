@@ -1,8 +1,8 @@
 """`aisp doctor`: whether this project's promises hold on this hardware, with the models of a run. Runs in one process
 without Ray, with one model in memory at a time.
 
-examine.py runs the checks of a run one after the other; engine.py checks that a row's bits do not depend on what is
-decoded beside it, and that the engine's states and tokens are those of transformers.
+examine.py runs the checks of a run one after the other. engine.py checks that a row's bits do not depend on what is
+decoded beside it, and that an engine's states and tokens are those of transformers; served.py checks vLLM's engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of the local engine: against itself under other schedules, and against transformers.
+"""Checks of the local engine against itself under other schedules, and of any engine against transformers.
 
 Shapes: B rows, T steps, D hidden size, V vocabulary.
 """
@@ -6,44 +6,46 @@ Shapes: B rows, T steps, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from aisp_dist.analysis.doctor import Check
 from aisp_dist.config import Run
 from aisp_dist.engine.attention import Pass
 from aisp_dist.engine.control import moves, rebuild
 from aisp_dist.engine.decode import Engine
-from aisp_dist.engine.lm import LM
 from aisp_dist.engine.step import STEP
 from aisp_dist.records import BASE_ITERATION, Prompt, Round, Sampling, TopP, Trajectory, Weights
 
 Key = tuple[str, int, int]  # prompt id, iteration, sample
 Decoded = dict[Key, tuple[Trajectory, torch.Tensor]]  # the states z [T, D] of its steps, on the CPU
+Trajectories = Mapping[Key, tuple[Trajectory, torch.Tensor | None]]  # None: an engine that does not show them
 
 _SPREAD = 3.0  # the engine may be so many times as far from transformers' plain way as another way of its own is
 _FLOOR = 1e-5  # relative; what is allowed where those two ways agree
+_LIKELY = 1e-4  # nats per token
 _OFTEN = 0.02  # share of tokens that may differ though both of transformers' ways agree on all
 _ADVICE = "The engine decodes this model wrongly: use another model or dtype, and report this"
 
 
-def ends(lm: LM) -> Check:
-    """Which tokens end a response, and whether the checkpoint declares them all."""
-    names = lm.tokenizer.convert_ids_to_tokens(sorted(lm.eos_ids))
+def ends(tokenizer: Any, eos_ids: Collection[int], turn_end: int | None) -> Check:
+    """Which tokens end a response, and whether the checkpoint declares them all: but for turn_end."""
+    names = tokenizer.convert_ids_to_tokens(sorted(eos_ids))
     figure = f"a response ends at {' or '.join(map(repr, names)) or 'nothing but its length'}"
-    if lm.turn_end is None:
+    if turn_end is None:
         return Check("end tokens", "ok", figure)
-    figure += f"; only the chat template names {lm.tokenizer.convert_ids_to_tokens(lm.turn_end)!r}"
+    figure += f"; only the chat template names {tokenizer.convert_ids_to_tokens(turn_end)!r}"
     advice = "Add it to eos_token_id in the checkpoint's generation_config.json: other tools write on past it"
     return Check("end tokens", "note", figure, advice)
 
 
 def rounds(run: Run, prompts: Sequence[tuple[Prompt, tuple[int, ...]]], steps: int, num_rows: int) -> list[Round]:
     """Rounds with the run's own sampling, under controls of random weights, in uneven groups, and one base answer:
-    somewhat more trajectories than slots, so that some start late. prompts: with their tokens."""
+    somewhat more trajectories than rows, so that some start late. prompts: with their tokens."""
     sampling, rates = run.method.draws()
     num, draw = run.method.num_samples, torch.Generator().manual_seed(0)
     if rates.noise is not None:  # found for each prompt in a run; the checks need any value
@@ -59,6 +61,12 @@ def rounds(run: Run, prompts: Sequence[tuple[Prompt, tuple[int, ...]]], steps: i
         drawn = (Sampling(), ()) if iteration == BASE_ITERATION else (sampling, trace[:iteration])
         asked.append(Round(run.seed, prompt.id, tokens, iteration, 0, size, *drawn))
     return asked
+
+
+def greedy(asked: Sequence[Round], prompts: Sequence[tuple[Prompt, tuple[int, ...]]]) -> list[Round]:
+    """Two samples of each prompt under the control of the first round, without draws: for `exactness`."""
+    first = replace(asked[0], stop=2, sampling=replace(asked[0].sampling, decode=None))
+    return [replace(first, prompt_id=prompt.id, prompt_tokens=tokens) for prompt, tokens in prompts]
 
 
 def decode(engine: Engine, asked: Sequence[Round], every: int = 0) -> Decoded:
@@ -113,13 +121,13 @@ def _same(one: tuple[Trajectory, torch.Tensor], other: tuple[Trajectory, torch.T
     return one[0] == other[0] and torch.equal(one[1], other[1])
 
 
-def exactness(
-    own: Any, asked: Sequence[Round], decoded: Mapping[Key, tuple[Trajectory, torch.Tensor]]
-) -> Iterator[Check]:
+def exactness(own: Any, asked: Sequence[Round], decoded: Trajectories) -> Iterator[Check]:
     """Compares greedy trajectories with `own`, a copy of the model that transformers alone runs on the same tokens: the
-    states with those of one dense pass, and that pass with transformers' other way, token by token on a cache. A token
-    may differ from the dense argmax by as much as the logits of both ways may, and not much more often."""
-    ours = theirs = spread = scale = 0.0
+    states, where there are some, with those of one dense pass, and that pass with transformers' other way, token by
+    token on a cache. A token may differ from the dense argmax by as much as the logits of both ways may, and not much
+    more often."""
+    width = own.config.get_text_config(decoder=True).hidden_size
+    seen, ours, theirs, spread, scale = False, 0.0, 0.0, 0.0, 0.0
     flips, gaps = (
         0,
         list[float](),
@@ -127,13 +135,14 @@ def exactness(
     for round in asked:
         for sample in range(round.start, round.stop):
             trajectory, z_TD = decoded[round.prompt_id, round.iteration, sample]
-            v_TD = torch.zeros_like(z_TD, dtype=torch.float32)
+            v_TD = torch.zeros(len(trajectory.token_ids), width)
             if round.sampling.sigma2:
-                known = rebuild(round, len(z_TD), z_TD.shape[1], torch.device("cpu"))
-                v_TD = moves(known, round, sample)
+                v_TD = moves(rebuild(round, len(v_TD), width, torch.device("cpu")), round, sample)
             dense_TD, dense_TV = forced(own, round.prompt_tokens, trajectory.token_ids, v_TD, cached=False)
             cached_TD, cached_TV = forced(own, round.prompt_tokens, trajectory.token_ids, v_TD, cached=True)
-            ours, theirs = max(ours, _relative(z_TD.float(), dense_TD)), max(theirs, _relative(cached_TD, dense_TD))
+            theirs = max(theirs, _relative(cached_TD, dense_TD))
+            if z_TD is not None:
+                seen, ours = True, max(ours, _relative(z_TD.float(), dense_TD))
             spread = max(spread, float((cached_TV - dense_TV).abs().max()))
             scale = max(scale, float(dense_TV.abs().max()))
             flips += int((cached_TV.argmax(1) != dense_TV.argmax(1)).sum())
@@ -142,13 +151,39 @@ def exactness(
     floor = max(_FLOOR, torch.finfo(own.dtype).eps)
     bound = max(_SPREAD * theirs, floor)
     figure = f"|dz|/|z| up to {ours:.2g} in {len(gaps)} steps; allowed {bound:.2g}, transformers' two ways {theirs:.2g}"
-    yield Check("exact states", "ok", figure) if ours <= bound else Check("exact states", "FAILED", figure, _ADVICE)
+    if seen:
+        yield verdict("exact states", ours <= bound, figure)
     other, bound = [gap for gap in gaps if gap > 0], 2 * max(_SPREAD * spread, floor * scale)
     figure = f"{len(gaps) - len(other)} of {len(gaps)} are transformers' argmax of W(z + v)"
     figure += f", others up to {max(other):.2g} below it, allowed {bound:.2g}" if other else ""
     figure += f"; its two ways differ on {flips}" if other or flips else ""
     good = max(gaps) <= bound and len(other) <= 3 * (1 + flips) + _OFTEN * len(gaps)
-    yield Check("exact tokens", "ok", figure) if good else Check("exact tokens", "FAILED", figure, _ADVICE)
+    yield verdict("exact tokens", good, figure)
+
+
+def likelihoods(
+    own: Any, asked: Sequence[Round], answers: Mapping[Key, Trajectory], told: Mapping[Key, float]
+) -> Check:
+    """Compares the likelihoods that an engine told of these answers, -log P per token under the base model, with those
+    of `own`, by the dense pass; allowed is 1e-4, or what transformers' two ways differ by."""
+    ours = theirs = 0.0
+    for round in asked:
+        for sample in range(round.start, round.stop):
+            key = round.prompt_id, round.iteration, sample
+            tokens = answers[key].token_ids
+            still = torch.zeros(len(tokens), own.config.get_text_config(decoder=True).hidden_size)
+            dense, cached = (
+                float(cross_entropy(logits_TV.double(), torch.tensor(tokens)))
+                for _, logits_TV in (forced(own, round.prompt_tokens, tokens, still, cached=c) for c in (False, True))
+            )
+            ours, theirs = max(ours, abs(told[key] - dense)), max(theirs, abs(cached - dense))
+    bound = max(_SPREAD * theirs, _LIKELY, torch.finfo(own.dtype).eps)
+    figure = f"|d log P| of a token up to {ours:.2g} in {len(told)} answers; allowed {bound:.2g}"
+    return verdict("likelihoods", ours <= bound, figure)
+
+
+def verdict(name: str, good: bool, figure: str) -> Check:
+    return Check(name, "ok", figure) if good else Check(name, "FAILED", figure, _ADVICE)
 
 
 @torch.inference_mode()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Iteration
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 
 from aisp_dist import rewards
-from aisp_dist.analysis.doctor import Check, engine
+from aisp_dist.analysis.doctor import Check, engine, served
 from aisp_dist.config import ConfigError, Generator, ModelReward, Prompts, Replicas, Run
 from aisp_dist.data import prompts, render
 from aisp_dist.engine import model, pretrained, sizes
 from aisp_dist.engine.decode import DecodeError, Engine
 from aisp_dist.records import Prompt, Round
 from aisp_dist.rewards.self_test import Defect
+from aisp_dist.vllm.start import start
 
 _READ = 16  # input lines from which prompts are chosen
 
@@ -37,11 +38,11 @@ def examine(run: Run, base_dir: Path, steps: int, say: Say) -> Iterator[Check]:
     try:
         place = device(run.runtime.generators)
         try:
-            asked, decoded = yield from _decoding(run, place, min(steps, run.generator.max_new_tokens), say)
-            _free()
-            say("generator: the engine is gone; loading the model once more as transformers has it")
-            yield from engine.exactness(own_generator(run.generator, place), asked, decoded)
-        except DecodeError as error:
+            steps = min(steps, run.generator.max_new_tokens)
+            yield from (_vllm if run.generator.engine == "vllm" else _local)(run, place, steps, say)
+        except ConfigError:
+            raise
+        except (DecodeError, ValueError) as error:  # of the local engine, of vLLM's
             yield Check("decoding", "FAILED", str(error), "Such prompts would become failed rows")
         for name, settings in run.rewards.items():
             if isinstance(settings, ModelReward):
@@ -60,7 +61,8 @@ def device(wanted: Replicas) -> torch.device:
 def reward(name: str, settings: ModelReward, base_dir: Path, place: torch.device) -> Check:
     """The self-test of a reward model (rewards/self_test.py), also where the run switches it off."""
     try:
-        rewards.load(name, settings.model_copy(update={"self_test": True}), base_dir, str(place))
+        score = rewards.load(name, settings.model_copy(update={"self_test": True}), base_dir, str(place))
+        score.close()  # type: ignore[attr-defined]
     except Defect as error:
         if settings.self_test:
             return Check(f"{name} self-test", "FAILED", str(error), "`aisp align` would refuse to run")
@@ -68,22 +70,61 @@ def reward(name: str, settings: ModelReward, base_dir: Path, place: torch.device
     return Check(f"{name} self-test", "ok", "no defect found in template, BOS, padding, truncation and batching")
 
 
+def _local(run: Run, place: torch.device, steps: int, say: Say) -> Iterator[Check]:
+    asked, decoded = yield from _decoding(run, place, steps, say)
+    yield from engine.exactness(_own(run.generator, place, say), asked, decoded)
+
+
 def _decoding(run: Run, place: torch.device, steps: int, say: Say) -> Checked[tuple[list[Round], engine.Decoded]]:
-    """The checks of an engine, which is gone after them. Returns greedy rounds and what it decoded of them, for
+    """The checks of the local engine, which is gone after them. Returns greedy rounds and what it decoded of them, for
     `exactness`."""
     say(f"generator: loading {run.generator.model} on {place}")
     lm = model.load(run.generator, place)
     longest = min(run.prompts.max_tokens, (lm.context_length or 1 << 31) - run.generator.max_new_tokens)
     chosen = sample(run.prompts, lm.tokenizer, longest)
-    yield engine.ends(lm)
+    yield engine.ends(lm.tokenizer, lm.eos_ids, lm.turn_end)
     one = Engine(lm, run.generator.batch_rows, steps, run.generator.stop, idle_tokens=0)
     asked = engine.rounds(run, chosen, steps, len(one.rows))
     say(f"generator: {sum(r.stop - r.start for r in asked)} trajectories of up to {steps} tokens, in several ways")
     decoder: Any = lm.decoder
     yield engine.schedule(one, asked, sizes.has_experts(decoder.config.to_dict()))
-    greedy = replace(asked[0], stop=2, sampling=replace(asked[0].sampling, decode=None))
-    greedy_rounds = [replace(greedy, prompt_id=prompt.id, prompt_tokens=tokens) for prompt, tokens in chosen]
-    return greedy_rounds, engine.decode(one, greedy_rounds)
+    greedy = engine.greedy(asked, chosen)
+    return greedy, engine.decode(one, greedy)
+
+
+def _vllm(run: Run, place: torch.device, steps: int, say: Say) -> Iterator[Check]:
+    settings = run.generator
+    say(f"generator: starting vLLM with {settings.model}")
+    with asyncio.Runner() as runner:
+        short = settings.model_copy(update={"max_new_tokens": steps})
+        service = runner.run(start(short, run.prompts.max_tokens))
+        try:
+            told = service.served
+            longest = min(run.prompts.max_tokens, told.context_length - steps)
+            chosen = sample(run.prompts, told.tokenizer, longest)
+            yield engine.ends(told.tokenizer, told.end_ids, told.turn_end)
+            asked = engine.rounds(run, chosen, steps, min(told.rows, settings.batch_rows))
+            say(f"generator: {sum(r.stop - r.start for r in asked)} trajectories of up to {steps} tokens, three times")
+            yield runner.run(served.company(service, asked))
+            greedy = engine.greedy(asked, chosen)
+            answers = runner.run(served.decode(service, greedy))
+            yield runner.run(served.stop_strings(service, greedy, answers))
+            likely = runner.run(served.likelihoods(service, greedy, answers))
+        finally:
+            service.close()
+    if settings.quantization:
+        advice = "Run the doctor once without quantization, to see that the rest is exact"
+        yield Check("exact tokens", "note", f"not compared: transformers has no {settings.quantization}", advice)
+        return
+    own = _own(settings, place, say)
+    yield from engine.exactness(own, greedy, {key: (made, None) for key, made in answers.items()})
+    yield engine.likelihoods(own, greedy, answers, likely)
+
+
+def _own(settings: Generator, place: torch.device, say: Say) -> Any:
+    _free()
+    say("generator: the engine is gone; loading the model once more as transformers has it")
+    return own_generator(settings, place)
 
 
 def own_generator(settings: Generator, place: torch.device) -> Any:

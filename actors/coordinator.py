@@ -31,6 +31,7 @@ from aisp_dist.data import prompts, render
 from aisp_dist.output.lease import LeaseLost, read_owners
 from aisp_dist.output.writer import Store
 from aisp_dist.records import Done, Input, Prompt, Result
+from aisp_dist.vllm.choice import Check, weakest
 
 if TYPE_CHECKING:
     from actors.metrics import Exporter
@@ -83,6 +84,12 @@ class Coordinator:
         await probe(self.run, prompts.read(self.run.prompts), self.backend.score_once)
         self.watches = [asyncio.ensure_future(pool.fleet.watch()) for pool in pools.values()]
         return await asyncio.to_thread(self._first_prompt)
+
+    async def invariance(self) -> Check | None:
+        """What the generators that are up have found of vLLM's batches."""
+        slots = [slot for slot in self.backend.pools["generator"].fleet.slots if slot.up]
+        found = await asyncio.gather(*(slot.replica.call("invariance") for slot in slots), return_exceptions=True)
+        return weakest([one for one in found if not isinstance(one, BaseException)])  # another is being replaced
 
     def _first_prompt(self) -> str:
         line = next((p for p in prompts.read(self.run.prompts) if isinstance(p, Prompt)), None)

@@ -14,6 +14,7 @@ from aisp_dist import quiet
 from aisp_dist.config import Run
 from aisp_dist.placement import Group
 from aisp_dist.records import Calibration, Rollout, Round, Sampling
+from aisp_dist.vllm.choice import Check
 
 
 class Answers(Protocol):
@@ -38,6 +39,7 @@ class Generator:
     def __init__(self, run: Run, base_dir: Path, name: str, group: Group) -> None:
         self.run, self.base_dir, self.name, self.group = run, base_dir, name, group
         self.service: Answers
+        self.checked: Check | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -69,15 +71,23 @@ class Generator:
 
     async def _load_vllm(self) -> int:
         """vLLM's engine runs in processes of its own, which end with this one; this one ends when they have died."""
+        from aisp_dist.vllm.invariance import check
         from aisp_dist.vllm.start import start
 
         settings, timeouts = self.run.generator, self.run.runtime.timeouts
         how = {"share": self.group.memory, "threads": self.group.threads, "limit": timeouts.round, "broken": _exit}
-        self.service = await start(settings, self.run.prompts.max_tokens, **how)  # type: ignore[arg-type]
-        served = self.service.served
+        self.service = service = await start(settings, self.run.prompts.max_tokens, **how)  # type: ignore[arg-type]
+        served = service.served
         what = f"{settings.model}, vLLM, {served.rows} rows, context {served.context_length}"
         print(f"{self.name}: {what}", file=sys.stderr)
+        self.checked = await check(service)
+        if self.checked:
+            print(f"{self.name}: {self.checked}", file=sys.stderr)
         return served.context_length
+
+    def invariance(self) -> Check | None:
+        """Of vLLM's batches, as this process found at its start; None where that was not asked for."""
+        return self.checked
 
     async def rollout(self, round: Round) -> Rollout:
         """See Service."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 from pydantic import SecretStr
 
 from actors.table import Table
-from aisp_dist.config import ConfigError, FunctionReward, HttpReward, Run
+from aisp_dist.config import ConfigError, FunctionReward, HttpReward, ModelReward, Run
 from aisp_dist.data import prompts
 from aisp_dist.engine import checkpoints, sizes
 from aisp_dist.output import fingerprint, lease, manifest, schema
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.kept_columns import ColumnType
-from aisp_dist.vllm.choice import Choice
+from aisp_dist.vllm.choice import Check, Choice
 from jobs import engines
 
 
@@ -44,8 +45,9 @@ class Prepared:
     def table(self, retry_failed: bool = False) -> Table:
         return Table(self.located, self.output, self.columns, self.fingerprint, self.model, retry_failed=retry_failed)
 
-    def record(self) -> dict[str, Any]:
-        """run.json. No environment variables: they hold secrets."""
+    def record(self, check: Check | None = None, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """run.json. No environment variables: they hold secrets. check: of vLLM's batch invariance. before: run.json of
+        the output that is resumed; what it does not promise of its rows is not promised now."""
         return {
             "config": self.run.model_dump(mode="json", by_alias=True),
             "fingerprint": self.fingerprint,
@@ -58,7 +60,7 @@ class Prepared:
             "directory": str(Path.cwd()),
             "command": [self._without_secrets(word) for word in sys.argv],
             "engine": {"name": self.choice.engine, "version": self.choice.version, "why": self.choice.why},
-            "same_rows": self._same_rows(),
+            "same_rows": self._same_rows(check, before),
             "versions": {"python": platform.python_version()}
             | {name: _version(name) for name in (*_PACKAGES, *_QUANTIZERS)},
             "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "platform": platform.platform()},
@@ -70,14 +72,22 @@ class Prepared:
                 word = word.replace(value.get_secret_value(), str(value))
         return word
 
-    def _same_rows(self) -> str:
+    def _same_rows(self, check: Check | None, before: Mapping[str, Any] | None) -> str:
         if self.choice.engine == "vllm":
-            return f"not promised: {self.choice.promise}"
+            if check is None or check.difference:
+                return f"not promised: {self.choice.promise}" + (f" ({check})" if check else "")
+            if before and str(before.get("same_rows")).startswith("not promised"):
+                return str(before["same_rows"])
+        for name, reward in self.run.rewards.items():
+            if isinstance(reward, ModelReward) and reward.engine == "vllm":
+                return f"not promised: the bits of rewards.{name}, which vLLM scores, depend on what shares a batch"
         generator = self.located.generator
         directory = checkpoints.cached(generator.model, generator.revision)
         if directory and sizes.has_experts(sizes.read_config(directory)):
             return "up to rounding: the base model is a mixture of experts, whose bits depend on what shares a batch"
         same = "bit for bit on the same kind of hardware and software"
+        if check:
+            same += f" ({check})"
         if any(isinstance(reward, HttpReward) for reward in self.run.rewards.values()):
             return "not promised: what the servers of the http rewards answer is theirs; but for them, " + same
         if any(isinstance(reward, FunctionReward) for reward in self.run.rewards.values()):

@@ -27,6 +27,7 @@ from aisp_dist.engine import sizes
 from aisp_dist.output import lease, manifest
 from aisp_dist.output.filesystem import Place
 from aisp_dist.placement import Plan
+from aisp_dist.vllm.choice import Check, weakest
 from jobs import cost
 from jobs.cli import Exit
 from jobs.connection import ClusterLost, Connection
@@ -79,6 +80,7 @@ class Session:
         self.first_prompt = ""
         self.signal: int | None = None
         self.connection: Connection | None = None
+        self.checks: dict[int, Check | None] = {}  # of vLLM's batch invariance, by shard
         self.losses = 0  # of the cluster, since rows were last committed
 
     def __enter__(self) -> Session:
@@ -162,7 +164,8 @@ class Session:
                     f"output: {prepared.output} is not the same place on {', '.join(nodes)} as here; give a directory "
                     "that all machines share, or a URI such as s3://bucket/path"
                 )
-            manifest.write_run(prepared.output, prepared.record())
+            before = manifest.read_run(prepared.output)
+            manifest.write_run(prepared.output, prepared.record(weakest([*self.checks.values()]), before))
             self._fill([replace(table, lease=mine, shard=shard.share) for shard in self.shards], progress)
 
     def rehearse(self, table: Table, prompts: int) -> tuple[Counts, float, int]:
@@ -287,6 +290,8 @@ class Session:
             try:
                 if self._await([shard.run], _PATIENCE):
                     self.first_prompt = self._value(shard.run)
+                    if self.prepared.choice.engine == "vllm":
+                        self._take_check(shard)
                     return
                 free = {kind: amount for kind, amount in ray.available_resources().items() if kind in ("CPU", "GPU")}
                 room = ", ".join(f"{amount:g} {kind}" for kind, amount in free.items()) or "no CPU or GPU"
@@ -297,6 +302,14 @@ class Session:
                     self._kill(shard)
             except RayActorError as error:
                 self._died(shard, error)
+
+    def _take_check(self, shard: _Shard) -> None:
+        """Whether this shard's vLLM is batch invariant. Raises RayActorError."""
+        asked = shard.coordinator.invariance.remote()
+        found = self._value(asked) if self._await([asked], self.prepared.run.runtime.timeouts.stall) else None
+        if found:
+            self.say(str(found))
+        self.checks[shard.index] = found
 
     def _died(self, shard: _Shard, error: Exception) -> None:
         """Start another. Raises Exit where too many died without a row committed, ClusterLost where it is the cluster

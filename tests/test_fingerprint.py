@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import finished
 import huggingface_hub
 import pytest
 
-from aisp_dist.config import ConfigError, Prompts
+from aisp_dist.config import ConfigError, ModelReward, Prompts
 from aisp_dist.data import prompts
 from aisp_dist.output import manifest
 from aisp_dist.output.filesystem import Place
+from aisp_dist.vllm.choice import Check, Choice, weakest
 from jobs import cli, prepare, settings
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -86,6 +88,28 @@ def test_a_hub_id_and_its_snapshot_in_the_cache_are_the_same_run(project, monkey
     assert runs[0].components == runs[1].components
     assert runs[0].components["digests"]["generator.model"] == runs[0].components["digests"]["rewards.main"] == commit
     assert prepared(**section("generator", model="./model")).fingerprint != runs[0].fingerprint
+
+
+def test_what_is_said_of_rows_that_are_computed_again(project):
+    """Of vLLM's, that they may differ, unless every engine was tried; and what an output once lacked it lacks."""
+    local = prepared()
+    run = replace(local, choice=Choice("vllm", "as configured", "0.32.0"))
+    well, ill = Check(256, None), Check(256, "row 3 of 256 differs")
+
+    def said(check=None, before=None, run=run):
+        return run.record(check, {"same_rows": before} if before else None)["same_rows"]
+
+    assert said(run=local).startswith("bit for bit")
+    for found in (None, ill, weakest([well, ill]), weakest([well, None]), weakest([None, None]), weakest([])):
+        assert said(found).startswith("not promised: ") and "computed again may differ" in said(found)
+    assert "row 3 of 256 differs" in said(ill) and "1 of 2 generators" in said(weakest([well, None]))
+    assert said(weakest([well, well])).startswith("bit for bit") and "256 rows" in said(well)
+    assert said(well, said(ill)) == said(ill)
+    assert said(well, said(well)) == said(well) and said(None, said(well)) == said()
+    judged = {"main": ModelReward(model="demo", engine="vllm")}
+    for one in (run, local):
+        scored = replace(one, run=one.run.model_copy(update={"rewards": judged}))
+        assert said(well, run=scored).startswith("not promised: the bits of rewards.main")
 
 
 def test_other_content_under_the_same_name_is_another_run_and_named(project):

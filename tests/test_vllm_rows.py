@@ -30,8 +30,9 @@ def test_logits_that_are_not_finite_are_told_of_every_kind_of_round():
     specs = [Spec("greedy", 1), Spec("measured", 1, measured=True), Spec("forced", 1, forced=(1,)), Spec("well", 1)]
     made = [rows.row(spec.name, lambda spec=spec: spec) for spec in specs]
     h_ND = torch.ones(5, dim)
-    h_ND[0, 3], h_ND[1, 2], h_ND[2, 1] = torch.nan, torch.inf, -torch.inf
-    rows.logits(h_ND, [*made, None], [1] * 5)
+    h_ND[0, 3], h_ND[1, 2], h_ND[2, 1] = torch.inf, -torch.inf, torch.nan
+    found = rows.logits(h_ND, [*made, None], [1] * 5)
+    assert int(found.sampled[2].argmax()) == 1, "what is forced comes, whatever the logits"
     names = [spec.name for spec in specs]
     assert rows.finite.take(names) == [False, False, False, True]
     assert rows.finite.take(names) == [True] * 4

@@ -10,6 +10,7 @@ pooling.py    a sequence classifier by vLLM's pooling runner
 rows.py       in the worker: the control of the rows of a batch, and their tokens
 runners.py    every private part of vLLM that is touched, checked when the worker loads
 worker.py     what the workers answer beside tokens: costs, calibrations
+invariance.py whether what shares a batch changes the bits of a row, tried before the first one
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from aisp_dist import vllm
 from aisp_dist.config import Args, ConfigError, ModelReward, ReControl, Reward, Run
@@ -52,6 +52,29 @@ class Choice:
     def line(self) -> str:
         name = f"vllm {self.version}" if self.engine == "vllm" else self.engine
         return f"engine: {name} ({self.why}); {self.promise}"
+
+
+class Check(NamedTuple):
+    """Whether what shares a batch changes the bits of a row, tried at an engine's start (invariance.py). rows: that
+    were computed again and again. difference: the first that was found, None where there was none."""
+
+    rows: int
+    difference: str | None
+
+    def __str__(self) -> str:
+        if self.difference:
+            return f"VLLM_BATCH_INVARIANT=1 is set, and yet {self.difference}"
+        return f"VLLM_BATCH_INVARIANT=1: {self.rows} rows had the same bits alone and together, cached and not"
+
+
+def weakest(checks: Sequence[Check | None]) -> Check | None:
+    """What holds of the rows of several engines."""
+    if not checks:
+        return None
+    if None in checks:
+        lacking = f"{checks.count(None)} of {len(checks)} generators run without it"
+        return Check(0, lacking) if any(checks) else None
+    return next((one for one in checks if one and one.difference), checks[0])
 
 
 def resolve(run: Run, before: Mapping[str, Any] | None, look: Callable[[], Found]) -> tuple[Run, Choice]:

@@ -53,6 +53,7 @@ class Pooled:
                 runner="pooling",
                 convert="classify",
                 revision=settings.revision,
+                load_format="safetensors",  # pickled weights can run code
                 dtype=settings.dtype,
                 trust_remote_code=settings.trust_remote_code,
                 max_model_len=max_length,

@@ -114,9 +114,9 @@ def round_of(values: Mapping[str, Any], start: int, stop: int) -> Round:
 
 
 def parse(params: SamplingParams | None) -> Spec | None:
-    """What a request tells the worker; None for one that is not ours, or wants nothing but greedy decoding."""
+    """What a request tells the worker; None for one that is not ours."""
     told = ((params and params.extra_args) or {}).get(KEY)
-    if told is None or not ("round" in told or told.get("forced")):
+    if told is None:
         return None
     sample = told.get("sample", 0)
     round = round_of(told["round"], sample, sample + 1) if "round" in told else None

@@ -80,18 +80,19 @@ class Logits(NamedTuple):
 class Finite:
     """Which requests had logits that are not finite. Flags travel to the host while later steps run."""
 
-    waiting: deque[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = field(default_factory=deque)
+    waiting: deque[tuple[list[str | None], torch.Tensor, torch.cuda.Event | None]] = field(default_factory=deque)
     broken: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
-    def put(self, names: list[str], finite_R: torch.Tensor) -> None:
-        if finite_R.is_cuda:
-            host = torch.empty_like(finite_R, device="cpu", pin_memory=True)
-            host.copy_(finite_R, non_blocking=True)
+    def put(self, names: list[str | None], finite_N: torch.Tensor) -> None:
+        """names: of a batch's requests; None for one that nobody will ask about."""
+        if finite_N.is_cuda:
+            host = torch.empty_like(finite_N, device="cpu", pin_memory=True)
+            host.copy_(finite_N, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self.waiting.append((names, host, event))
         else:
-            self.waiting.append((names, finite_R, None))
+            self.waiting.append((names, finite_N, None))
         self.read(_BEHIND)
 
     def read(self, behind: int = 0) -> None:
@@ -100,7 +101,8 @@ class Finite:
             if event is not None:
                 event.synchronize()
             if not bool(finite.all()):
-                self.broken |= {name: None for name, good in zip(names, finite.tolist(), strict=True) if not good}
+                flags = zip(names, finite.tolist(), strict=True)
+                self.broken |= {name: None for name, good in flags if name is not None and not good}
         while len(self.broken) > 1 << 12:  # of requests that nobody asked about
             self.broken.popitem(last=False)
 
@@ -111,7 +113,7 @@ class Finite:
 
 
 class Rows:
-    """All requests in flight that want more than greedy decoding. head: hidden states to logits, of the base model.
+    """All of our requests in flight. head: hidden states to logits, of the base model.
     batch: rows at most, which bounds the requests whose states wait to be asked for: the service has at most twice so
     many in flight, and those that were cancelled are the oldest."""
 
@@ -226,8 +228,10 @@ class Rows:
 
     def _flag(self, at: Sequence[At], logits_NV: torch.Tensor) -> None:
         """Notes whether the logits are finite; the largest is NaN or +inf if any is."""
-        places = torch.tensor([one.place for one in at], device=self.device)
-        self.finite.put([one.row.spec.name for one in at], logits_NV.amax(-1)[places].isfinite())
+        names: list[str | None] = [None] * len(logits_NV)
+        for one in at:
+            names[one.place] = one.row.spec.name
+        self.finite.put(names, logits_NV.amax(-1).isfinite())
 
     def _base(
         self, h_ND: torch.Tensor, logits_NV: torch.Tensor, measured: Sequence[At], moved: set[int]
@@ -253,7 +257,9 @@ class Rows:
             token_R = torch.cat([token_R, self._draw(drawn, logits_NV[places[len(forced) :]])])
         if apart:
             logits_NV = logits_NV.clone()
-        logits_NV[places, token_R] = torch.finfo(logits_NV.dtype).max
+        top = torch.finfo(logits_NV.dtype).max
+        logits_NV[places[: len(forced)]] = -top  # a NaN there would be the largest
+        logits_NV[places, token_R] = top
         return logits_NV
 
     def _draw(self, at: Sequence[At], logits_RV: torch.Tensor) -> torch.Tensor:

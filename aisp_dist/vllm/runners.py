@@ -28,6 +28,7 @@ V1: tuple[Part, ...] = (
     ("model.compute_logits", ()),
     ("sampler.apply_logits_processors", ("logits",)),
     ("input_batch.req_ids", None),
+    ("kv_caches", None),
     ("requests", None),
     ("optimistic_seq_lens_cpu", None),
     ("model_config.get_hidden_size", ()),
@@ -40,6 +41,7 @@ V2: tuple[Part, ...] = (
     ("sampler.add_request", ("req_idx", "sampling_params")),
     ("sampler.apply_sampling_params", ("logits",)),
     ("req_states.req_id_to_index", None),
+    ("kv_caches", None),
     ("model_config.get_hidden_size", ()),
     ("max_num_reqs", None),
     ("device", None),
@@ -177,6 +179,24 @@ class V2Hook(Hook):
 
     def _spec(self, slot: int) -> Spec | None:
         return parse(self.params.get(slot))
+
+
+def empty(runner: Any) -> None:
+    """Zero the keys and values of a runner."""
+    waiting = list(runner.kv_caches)
+    while waiting:
+        cache = waiting.pop()
+        if isinstance(cache, torch.Tensor):
+            cache.zero_()
+        else:  # several tensors of one layer
+            waiting += cache
+
+
+def last_stage() -> bool:
+    """Whether this worker has the model's last layers, and so its logits."""
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_last_rank)
 
 
 def install(runner: Any, v2: bool) -> Hook:

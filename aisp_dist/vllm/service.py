@@ -7,10 +7,10 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aisp_dist.data.detokenize import stopped, text_after
 from aisp_dist.engine.admissible import check
@@ -22,12 +22,20 @@ if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams, TokensPrompt
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from aisp_dist.vllm.worker import Answer
+
 _AHEAD = 8  # one request waits inside vLLM for every so many rows, so that no row idles between steps
 _LOOK = 0.5  # seconds between looks at an engine that nobody asks
+_TRIES = 100
+T = TypeVar("T")
 
 
 class Disobeyed(RuntimeError):
     """vLLM did not decode what it was told to: the hook is not where vLLM chooses its tokens."""
+
+
+class NotFinite(ValueError):
+    """The model's logits are not finite."""
 
 
 class Dead(RuntimeError):
@@ -90,19 +98,28 @@ class Service:
         self._names = itertools.count()
         self._room = asyncio.Semaphore(served.rows + max(1, served.rows // _AHEAD))
         self._watching = asyncio.ensure_future(self._watch())
+        self._fault: Dead | None = None  # why nothing is asked of the engine any more
+        self._alone = asyncio.Lock()  # one call at a time has the engine for itself
+
+    async def install(self) -> str:
+        """Hook the model; answers the hook's name. Raises RuntimeError where this vLLM's inside is another."""
+        found: str = await self._rpc("aisp_install")
+        return found
 
     async def rollout(self, round: Round) -> Rollout:
         """Decode a round. Raises ValueError for one that the model cannot take or finish."""
         check(round, self.served, self.served.max_new_tokens, self.served.end_ids)
-        async with self._asked():
-            names = [self._name() for _ in range(round.start, round.stop)]
-            samples = range(round.start, round.stop)
-            found = await together(*(self._decode(round, s, name) for s, name in zip(samples, names, strict=True)))
-            controlled = requests.plain(round) if round.sampling.sigma2 and round.trace else None
-            asked = names, controlled, round.start, [len(t.token_ids) for t in found], self.served.max_new_tokens
-            sound, u_sq, costs = await self._rpc("aisp_finish", *asked)
+        return await self._finite(lambda: self._rollout(round))
+
+    async def _rollout(self, round: Round) -> Rollout:
+        names = [self._name() for _ in range(round.start, round.stop)]
+        samples = range(round.start, round.stop)
+        found = await together(*(self._decode(round, s, name) for s, name in zip(samples, names, strict=True)))
+        controlled = requests.plain(round) if round.sampling.sigma2 and round.trace else None
+        asked = names, controlled, round.start, [len(t.token_ids) for t in found], self.served.max_new_tokens
+        sound, u_sq, costs = await self._rpc("aisp_finish", *asked)
         if not all(sound):
-            raise ValueError(
+            raise NotFinite(
                 f"prompt {round.prompt_id!r}, iteration {round.iteration}: the logits of sample "
                 f"{samples[sound.index(False)]} are not finite; lower method.sigma2 or use a wider dtype"
             )
@@ -114,22 +131,27 @@ class Service:
         """The base model's mean negative log-likelihood per token of each response, in nats."""
         if not prompt_tokens or not all(responses):
             raise ValueError("nll needs at least one prompt token and one response token")
-        async with self._asked():
-            answers = await together(*(self._forced(prompt_tokens, response, self._name()) for response in responses))
+        return await self._finite(lambda: self._nll(prompt_tokens, responses))
+
+    async def _nll(self, prompt: Sequence[int], responses: Sequence[tuple[int, ...]]) -> list[float]:
+        answers = await together(*(self._forced(prompt, response, self._name()) for response in responses))
         losses = [_loss(answer) for answer in answers]
         if not all(map(math.isfinite, losses)):
-            raise ValueError("the logits of a given answer are not finite; use a wider dtype")
+            raise NotFinite("the logits of a given answer are not finite; use a wider dtype")
         return losses
 
     async def calibrate(self, request: Calibration) -> Sampling:
         """See engine/calibrate.py. The base answer is decoded again, token by token, for its states."""
+        return await self._finite(lambda: self._calibrate(request))
+
+    async def _calibrate(self, request: Calibration) -> Sampling:
         name, answer = self._name(), request.base_tokens
         round = requests.plain(Round(request.seed, request.prompt_id, (), 0, 0, 1, request.sampling))
         rates = (request.rates.noise, request.rates.drawing)
-        async with self._asked():
-            await self._forced(request.prompt_tokens, answer, name, kept=True)
-            asked = name, request.seed, request.prompt_id, len(answer), round, rates
-            found = await self._rpc("aisp_calibrate", *asked)
+        await self._forced(request.prompt_tokens, answer, name, kept=True)
+        found = await self._rpc("aisp_calibrate", name, request.seed, request.prompt_id, len(answer), round, rates)
+        if not found:
+            raise NotFinite("the logits of the base answer are not finite; use a wider dtype")
         decode = TopP(*found["decode"]) if found["decode"] else None
         return replace(request.sampling, sigma2=found["sigma2"], decode=decode)
 
@@ -163,13 +185,44 @@ class Service:
     @property
     def busy(self) -> bool:
         """Whether a request has no answer yet."""
-        return bool(self._open)
+        return bool(self._open) or self._alone.locked()
 
     def close(self) -> None:
         """End the engine and its processes. May be called from another thread."""
         with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._watching.cancel)
         self.llm.shutdown()
+
+    async def empty(self) -> None:
+        """Empty the cache of keys and values, while nothing is decoded. Raises Dead, Disobeyed."""
+        self._alive()
+        try:
+            for _ in range(_TRIES):  # a request that has just ended may hold its blocks for a moment
+                if done := await self.llm.reset_prefix_cache():
+                    break
+                await asyncio.sleep(_LOOK / 10)
+        except Exception as error:
+            raise self._died(f"vLLM did not empty its cache: {error}") from error
+        if not done:
+            raise Disobeyed("vLLM does not empty its cache of prefixes")
+        await self._rpc("aisp_empty")
+
+    async def _finite(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What a call answers. Where its logits are not finite it is made once more, with nothing beside it and an
+        empty cache, and raises NotFinite only then: keys and values that are not finite stay in freed blocks, and on
+        CPUs they spoil the next request there, which has no fault."""
+        with suppress(NotFinite):
+            async with self._asked():
+                return await call()
+        async with self._alone:
+            while self._open:
+                await asyncio.sleep(_LOOK / 50)
+            await self.empty()
+            try:
+                return await call()
+            except NotFinite:
+                await self.empty()
+                raise
 
     async def _decode(self, round: Round, sample: int, name: str) -> Trajectory:
         served, likely = self.served, round.sampling.likelihood
@@ -182,6 +235,7 @@ class Service:
                 asked = requests.trajectory(round, sample, tokens, name, served.max_new_tokens, ends, stop)
                 answer = await self._generate(*asked, name)
                 tokens = (() if likely else tokens) + tuple(answer.token_ids)
+                tokens = max(tokens, given, key=len)  # it may see a string in what is given and forced
                 ended = self._ended(round.prompt_tokens, tokens, len(given))
         if ended is None:
             raise Disobeyed(f"vLLM ended a request after {len(tokens)} tokens, without an end token or stop string")
@@ -216,6 +270,7 @@ class Service:
 
     async def _generate(self, prompt: TokensPrompt, params: SamplingParams, name: str) -> CompletionOutput:
         async with self._room:
+            self._alive()
             try:
                 async with asyncio.timeout(None if math.isinf(self.limit) else self.limit):
                     async for output in self.llm.generate(prompt, params, name, lora_request=self.served.adapter):
@@ -224,27 +279,47 @@ class Service:
                 raise Late(f"an answer was not finished after {self.limit:g} s of decoding") from None
             except Exception as error:
                 if self.llm.errored:
-                    raise Dead(f"vLLM's engine has died: {error}") from error
+                    raise self._died(f"vLLM's engine has died: {error}") from error
                 raise
         if answer.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a request by {answer.finish_reason!r}")
         return answer
 
     async def _rpc(self, method: str, *args: Any) -> Any:
-        """The answer of the workers' first rank that has one."""
+        """What the workers with logits answer. Raises RuntimeError with the error of a worker's method; Dead where the
+        call itself fails, since answers of other ranks may then lie where the next call would find them."""
+        self._alive()
         try:
-            answers: list[Any] = await self.llm.collective_rpc(method, args=args)
+            answers: list[Answer] = await self.llm.collective_rpc(method, args=args)
         except Exception as error:
-            if self.llm.errored:
-                raise Dead(f"vLLM's engine has died: {error}") from error
-            raise
-        return answers[-1]
+            raise self._died(f"vLLM's workers did not answer {method}: {error}") from error
+        for sound, value in answers:
+            if not sound:
+                raise RuntimeError(f"a worker of vLLM: {value}")
+        told = [value for _, value in answers if value is not None]
+        if not told:
+            raise Disobeyed(f"no worker of vLLM has logits to answer {method}")
+        return told[-1]
+
+    def _alive(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+    def _died(self, why: str) -> Dead:
+        """From now on nothing is asked of the engine."""
+        if self._fault is None:
+            self._fault = Dead(why)
+            self.broken(self._fault)
+        return self._fault
 
     def _name(self) -> str:
         return f"aisp-{next(self._names)}"
 
     @asynccontextmanager
     async def _asked(self) -> AsyncIterator[None]:
+        while self._alone.locked():
+            async with self._alone:
+                pass
         if not self._open:
             self._since = time.monotonic()
         self._open += 1
@@ -258,7 +333,7 @@ class Service:
     async def _watch(self) -> None:
         while not self.llm.errored:
             await asyncio.sleep(_LOOK)
-        self.broken(self.llm.dead_error)
+        self._died(f"vLLM's engine has died: {self.llm.dead_error}")
 
 
 def _losses(answer: CompletionOutput) -> list[float]:

@@ -44,6 +44,7 @@ def arguments(
         "revision": settings.revision,
         "tokenizer_revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
+        "load_format": "safetensors",  # pickled weights can run code
         "dtype": settings.dtype,
         "quantization": settings.quantization,
         "tensor_parallel_size": settings.tensor_parallel,
@@ -146,17 +147,18 @@ async def start(
             raise ConfigError(f"generator.vllm: {error}; give vLLM's own engine arguments") from None
         config = args.create_engine_config()
         llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config, stat_loggers=[Logger], disable_log_stats=True)
-    service = Service(llm, served, meter, limit, broken)
+    service = Service(llm, served, meter, limit)
     try:
         if adapter:
             await _adapt(llm, settings, served.adapter)
-        await llm.collective_rpc("aisp_install")
+        await service.install()
         await service.prove()
     except BaseException as error:
         service.close()
         if isinstance(error, Exception) and not isinstance(error, ConfigError) and not llm.errored:
             raise ConfigError(f"generator.engine: vllm: {one_line(error)}") from error
         raise
+    service.broken = broken
     return service
 
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import tiny
-from engines import SHAPE, adapted, settings
+from engines import SHAPE, SPOILT, adapted, settings
+from safetensors.torch import load_file, save_file
 
 from aisp_dist import vllm
+from aisp_dist.config import Generator
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles a few small functions, in every engine's process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,7 +51,12 @@ def on() -> Iterator[Loop]:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save("llama", tmp_path_factory.mktemp("llama"), **SHAPE)
+    """What reads the token SPOILT has no finite logits."""
+    directory = tiny.save("llama", tmp_path_factory.mktemp("llama"), **SHAPE)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.embed_tokens.weight"][SPOILT] = float("nan")
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -58,17 +66,22 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return directory, adapted(tiny.causal("llama", **SHAPE), directory)
 
 
-@pytest.fixture(scope="session")
-def service(llama: Path, adapter: tuple[Path, Any], on: Loop) -> Iterator[Any]:
-    """A tiny llama in fp32, 24 rows, 12 new tokens, in two processes that each hold half of every layer. The adapter is
-    beside it, and decodes only where a test says so."""
+def serve(on: Loop, configured: Generator) -> Iterator[Any]:
     from aisp_dist.vllm.start import start
 
-    made = on(start(settings(llama, tensor_parallel=2, adapter=str(adapter[0])), 100))
-    made.served = replace(made.served, adapter=None)
+    made = on(start(configured, 100))
     yield made
 
     async def close() -> None:
         made.close()
 
     on(close())
+
+
+@pytest.fixture(scope="session")
+def service(llama: Path, adapter: tuple[Path, Any], on: Loop) -> Iterator[Any]:
+    """A tiny llama in fp32, 24 rows, 12 new tokens, in two processes that each hold half of every layer. The adapter is
+    beside it, and decodes only where a test says so."""
+    for made in serve(on, settings(llama, tensor_parallel=2, adapter=str(adapter[0]))):
+        made.served = replace(made.served, adapter=None)
+        yield made

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import tiny
 import torch
 from safetensors.torch import save_file
 
 from aisp_dist.config import Generator
 
 STEPS = 12
+SPOILT = tiny.EOS_ID  # a token that is never read, since it ends what it is decoded in
 SHAPE = {"hidden_size": 64, "head_dim": 32}  # the least head that vLLM attends with on a CPU
 
 

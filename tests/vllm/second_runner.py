@@ -25,7 +25,7 @@ async def main(directory: Path) -> None:
     from aisp_dist.vllm.start import start
 
     service = await start(settings(directory), 100)
-    runners = await service.llm.collective_rpc("aisp_install")
+    runners = [await service.install()]
     found = await asyncio.gather(*(service.rollout(round) for round in rounds().values()))
     told = {
         name: [(t.token_ids, t.control_cost, t.nll) for t in rollout.trajectories]

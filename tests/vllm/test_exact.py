@@ -11,13 +11,15 @@ import pytest
 import slow_path
 import tiny
 import torch
-from engines import SHAPE, STEPS
+from engines import SHAPE, SPOILT, STEPS, settings
 
 from aisp_dist.engine import model
 from aisp_dist.engine.calibrate import calibrate
 from aisp_dist.engine.decode import Engine
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import BASE_ITERATION, Calibration, Late, Rates, Rollout, Round, Sampling, TopP
+from aisp_dist.vllm import requests
+from aisp_dist.vllm.service import NotFinite
 
 PROMPT = tuple(range(60, 110))
 NOISY = Sampling(0.3)
@@ -183,6 +185,31 @@ def test_logits_that_are_not_finite_are_never_an_answer(service: Any, on: Any) -
         on(service.rollout(Round(3, "inf", PROMPT, 0, 0, 2, Sampling(1e77))))
 
 
+def test_what_is_not_finite_fails_alone(service: Any, on: Any, local: dict[str, Rollout]) -> None:
+    """A greedy round, a given answer and a calibration. Rounds beside them and after them, in the blocks that they
+    leave, are as ever."""
+    spoilt, base = (*PROMPT, SPOILT), local["greedy"].trajectories[0].token_ids
+    names = ("u != 0", "top p", "greedy")
+
+    async def all() -> list[Any]:
+        calls = [
+            service.rollout(replace(rounds()["greedy"], prompt_tokens=spoilt)),
+            service.nll(spoilt, [base]),
+            service.calibrate(Calibration(3, "p", spoilt, base, Sampling(), Rates(noise=0.1))),
+            *(service.rollout(rounds()[name]) for name in names),
+        ]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    *failed, first, second, third = on(all())
+    assert [type(error) for error in failed] == [NotFinite] * 3
+    assert "iteration -1: the logits of sample 0 are not finite" in str(failed[0])
+    again = [on(service.rollout(rounds()[name])) for name in names]
+    right = [slow_path.tokens(local[name]) for name in names]
+    assert [slow_path.tokens(rollout) for rollout in (first, second, third)] == right
+    assert [slow_path.tokens(rollout) for rollout in again] == right
+    assert not service.busy
+
+
 @pytest.mark.parametrize("printable", [True, False])
 def test_stop_strings_and_end_tokens(
     service: Any, on: Any, lm: Any, local: dict[str, Rollout], printable: bool
@@ -204,3 +231,47 @@ def test_stop_strings_and_end_tokens(
             assert right.trajectories[0].finish_reason == "stop" and len(right.trajectories[0].token_ids) > 1
     finally:
         service.served = before
+
+
+@pytest.mark.parametrize("name", ["greedy", "top p", "given tokens, drawn", "given tokens, measured", "measured"])
+def test_a_stop_string_that_vllm_sees_and_the_text_lacks(
+    service: Any, on: Any, local: dict[str, Rollout], name: str
+) -> None:
+    """vLLM's answer ends at it, the trajectory goes on: with the tokens, end and likelihood as without any string."""
+    right = local[name].trajectories
+    within = slice(1, 2) if name == "given tokens, measured" else slice(3, -3)  # there, of the tokens that are given
+    letter = next(c for c in right[-1].text[within] if c.isascii())
+    deaf, decode = tiny.tokenizer(), tiny.tokenizer().decode
+    deaf.decode = lambda *args, **more: decode(*args, **more).replace(letter, "")
+    before, service.served = service.served, replace(service.served, stop=(letter,), tokenizer=deaf)
+    asked: list[tuple[str, ...]] = []
+    trajectory = requests.trajectory
+    requests.trajectory = lambda *args: (asked.append(args[-1]), trajectory(*args))[1]  # type: ignore[func-returns-value]
+    try:
+        found = on(service.rollout(rounds()[name])).trajectories
+    finally:
+        service.served, requests.trajectory = before, trajectory
+    assert asked.count(()) and asked.count((letter,)) == len(right)
+    assert [(t.token_ids, t.finish_reason) for t in found] == [(t.token_ids, t.finish_reason) for t in right]
+    assert [t.text for t in found] == [t.text.replace(letter, "") for t in right]
+    assert [t.nll for t in found] == pytest.approx([t.nll for t in right], abs=1e-4)
+
+
+def test_pickled_weights_are_read_only_where_that_is_asked_for(llama: Path, tmp_path: Path) -> None:
+    """vLLM would take them from a hub id without safetensors."""
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from aisp_dist.vllm.start import arguments
+
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+
+    def files(**own: Any) -> list[str]:
+        format = arguments(settings(llama, vllm=own), 100)["load_format"]
+        loader: Any = get_model_loader(LoadConfig(load_format=format))
+        found: list[str] = loader._prepare_weights(str(tmp_path), None, None, True, None)[1]
+        return found
+
+    assert files(load_format="auto") == [str(tmp_path / "pytorch_model.bin")]
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        files()

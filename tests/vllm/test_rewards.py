@@ -51,6 +51,19 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     assert not remaining(before)
 
 
+def test_pickled_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def refuse(path: str, **arguments: Any) -> None:
+        told.update(arguments)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("vllm.LLM", refuse)
+    with pytest.raises(ConfigError, match="enough"):
+        load(judge(tmp_path), engine="vllm")
+    assert told["load_format"] == "safetensors"
+
+
 def test_a_checkpoint_that_vllm_would_score_wrongly(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="LlamaForSequenceClassification with 2 outputs.*set engine to transformers"):
         load(judge(tmp_path / "two", 2), engine="vllm")

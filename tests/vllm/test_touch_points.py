@@ -21,6 +21,7 @@ def runner() -> Any:
         model=SimpleNamespace(compute_logits=lambda hidden_states: None),
         sampler=SimpleNamespace(apply_logits_processors=apply_logits_processors),
         input_batch=SimpleNamespace(req_ids=[]),
+        kv_caches=[],
         requests={},
         optimistic_seq_lens_cpu=None,
         model_config=SimpleNamespace(get_hidden_size=lambda: 8),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,15 @@ import yaml
 from engines import SHAPE
 from test_rewards import judge
 
-pytestmark = pytest.mark.ray
+from aisp_dist.align import tokens_of
+from aisp_dist.config import load
+from aisp_dist.data import prompts
+from aisp_dist.engine import model
+from aisp_dist.engine.decode import Engine
+from aisp_dist.output import fingerprint
+from aisp_dist.records import Round, Weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parent.parent.parent
 REWARD = """
@@ -64,11 +71,21 @@ def write(folder: Path, **changes: Any) -> None:
     (folder / "run.yaml").write_text(yaml.safe_dump(config | changes))
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen[str]:
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """The command, whose output goes to log.txt."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     env.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "jobs.align", "run.yaml", *args]
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "jobs.align", "run.yaml"]
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+
+
+def ended(folder: Path, command: subprocess.Popen[bytes], code: int = 0) -> str:
+    """What it printed."""
+    command.wait(timeout=250)
+    told = (folder / "log.txt").read_text()
+    assert command.returncode == code, told[-3000:]
+    return told
 
 
 def rows(folder: Path) -> dict[int, dict[str, Any]]:
@@ -88,31 +105,68 @@ def processes(name: str) -> list[psutil.Process]:
     return found
 
 
-def test_a_run_survives_the_death_of_the_engine_and_of_the_actor(project: Path) -> None:
-    """And of nothing more than these: no row is lost or doubled, and no process of vLLM is left behind."""
+def cores(role: str) -> list[psutil.Process]:
+    """Engines of actors of a class."""
+    return [core for core in processes("EngineCore") if f"ray::{role}" in " ".join(core.parent().cmdline())]
+
+
+def more_rows(folder: Path, command: subprocess.Popen[bytes], before: set[int]) -> psutil.Process:
+    """The generator's engine, once it has made new rows. before: engines that are gone."""
+    done, deadline = len(rows(folder)), time.monotonic() + 200
+    while not (new := [p for p in cores("Generator") if p.pid not in before]) or len(rows(folder)) == done:
+        assert command.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()[-3000:]
+        time.sleep(0.05)
+    before.add(new[0].pid)
+    return new[0]
+
+
+def check_controls(folder: Path) -> None:
+    """Every round of every search is the one that its seed and the trace before it give, as the local engine decodes
+    it."""
+    run, base_dir = load.read(folder / "run.yaml")
+    run = fingerprint.locate(run, base_dir)
+    lm = model.load(run.generator.model_copy(update={"engine": "local", "vllm": {}}), "cpu")
+    engine = Engine(lm, 32, run.generator.max_new_tokens)
+    inputs = {line.source_index: line for line in prompts.read(run.prompts)}
+    (sampling, _), samples = run.method.draws(), run.method.num_samples
+    asked, found = [], []
+    for file in sorted((folder / "out" / "candidates").glob("part-*.parquet")):
+        for row in pq.read_table(file).to_pylist():
+            prompt = inputs[row["source_index"]]
+            tokens = tokens_of(run, prompt, lm.tokenizer, lm.context_length)
+            trace = [Weights(tuple(one["weights"]), tuple(one["lengths"])) for one in row["trace"]]
+            drawn = [tuple(one["token_ids"]) for one in row["candidates"]]
+            for k in range(len(trace)):
+                asked.append(Round(run.seed, prompt.id, tokens, k, 0, samples, sampling, tuple(trace[:k])))
+                found.append(drawn[k * samples : (k + 1) * samples])
+    assert len(asked) == 3 * len(QUESTIONS)
+    assert [[t.token_ids for t in rollout.trajectories] for rollout in engine.run(asked)] == found
+
+
+def test_a_run_survives_the_death_of_driver_engine_and_actor(project: Path) -> None:
+    """No row is lost or doubled, no process of vLLM is left behind, and every search goes on with the control of its
+    trace. The engine is the generator's; the reward has one too."""
+    dead: set[int] = set()
     command = start(project)
-    before: set[int] = set()
-    for of_actor in (False, True):
-        done, deadline = len(rows(project)), time.monotonic() + 200
-        while not (cores := [p for p in processes("EngineCore") if p.pid not in before]) or len(rows(project)) == done:
-            assert command.poll() is None and time.monotonic() < deadline, command.communicate()[0][-3000:]
-            time.sleep(0.05)
-        before.add(cores[0].pid)
-        (cores[0].parent() if of_actor else cores[0]).send_signal(signal.SIGKILL)
-    out, _ = command.communicate(timeout=250)
-    assert command.returncode == 0, out[-3000:]
+    more_rows(project, command, dead)
+    orphans = processes("EngineCore")
+    command.kill()
+    command.wait()
+    assert not psutil.wait_procs(orphans, timeout=60)[1] and len(orphans) == 2
+    assert 0 < len(rows(project)) < len(QUESTIONS), "in the middle"
+    command = start(project)
+    more_rows(project, command, dead).kill()
+    more_rows(project, command, dead).parent().kill()
+    out = ended(project, command)
     assert set(rows(project)) == set(range(len(QUESTIONS))), out[-3000:]
     (line,) = [line for line in out.splitlines() if "engine: vllm 0." in line]
     assert "computed again may differ" in line
     record = json.loads((project / "out" / "run.json").read_text())
     assert record["engine"]["name"] == record["config"]["generator"]["engine"] == "vllm"
     assert record["same_rows"].startswith("not promised: every input exactly once")
-    assert out.count("a fresh process is up") == 2
-    again = start(project)
-    told, _ = again.communicate(timeout=100)
-    assert again.returncode == 0 and "nothing to do" in told
+    assert out.count("generator-0: a fresh process is up") == out.count("a fresh process is up") == 2
+    assert "nothing to do" in ended(project, start(project))
+    check_controls(project)
     write(project, generator={"model": str(project / "model"), "engine": "local"})
-    other = start(project)
-    told, _ = other.communicate(timeout=100)
-    assert other.returncode == 2 and "made with vllm" in told
+    assert "made with vllm" in ended(project, start(project), 2)
     assert not processes("EngineCore") and not processes("VLLM::")

@@ -53,9 +53,24 @@ def other(line):
 
 
 def another(line):
-    done = result(line)
+    done = result(line, fails=False)
     noise = random.Random(line.source_index + 1000).random()
     return replace(done, best=replace(done.best, text=f"another answer {noise}"), nll=noise)
+
+
+def flushing(orphan):
+    """A thread that flushes, and the error that this ends with."""
+    ended: list[BaseException] = []
+
+    def flush():
+        try:
+            orphan.flush()
+        except (LeaseLost, OSError) as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    return thread, ended
 
 
 @pytest.mark.parametrize("name", HUNG)
@@ -70,17 +85,8 @@ def test_what_hangs_is_not_written_once_another_run_owns_the_output(hanging, nam
     orphan = store(place, 10, still_owner=lease.held, shard=(0, 2))
     for line in orphan.plan(prompts(6)):
         orphan.add(result(line))
-    ended: list[BaseException] = []
-
-    def flush():
-        try:
-            orphan.flush()
-        except (LeaseLost, OSError) as error:
-            ended.append(error)
-
     wanted.append(name)
-    thread = threading.Thread(target=flush)
-    thread.start()
+    thread, ended = flushing(orphan)
     assert hung.wait(30)
     owner = Lease.take(place, shard=(0, 2))
     run(place, prompts(9), other, rows_per_file=10, still_owner=owner.held, shard=(0, 2))
@@ -91,6 +97,29 @@ def test_what_hangs_is_not_written_once_another_run_owns_the_output(hanging, nam
     assert tables(place) == want
     run(place, prompts(9), result, rows_per_file=10, still_owner=owner.held)
     assert tables(place) == want and not place.names(".staging/part-000000")
+
+
+@pytest.mark.parametrize("hanging", ["s3"], indirect=True)
+def test_failed_rows_that_land_beside_a_commit_without_any_are_removed(hanging):
+    """The later owner has tried failed rows again. On S3 nothing can prevent it: before that run and after it there is
+    no object, so no version tells the times apart."""
+    place, wanted, hung, free = hanging
+    lines = prompts(5)
+    owned = [True]
+    orphan = store(place, 10, still_owner=lambda: owned[0])
+    for line in orphan.plan(lines):
+        orphan.add(result(line))
+    wanted.append("failed/part")
+    thread, ended = flushing(orphan)
+    assert hung.wait(30)
+    owned[0] = False
+    run(place, lines, another, retry=True, rows_per_file=10)
+    want = tables(place)
+    free.set()
+    thread.join()
+    assert ended and tables(place).keys() - want.keys() == {"failed/part-000000.parquet"}
+    assert run(place, lines, rows_per_file=10) == []
+    assert tables(place) == want
 
 
 def test_a_segment_that_lands_after_the_commit_changes_no_committed_row(tmp_path):

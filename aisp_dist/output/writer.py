@@ -12,8 +12,10 @@ are never computed again), of two done rows the earlier one counts, committed be
 later. So a repeated merge changes nothing.
 
 Knows no machines and no models; asks `still_owner` who owns the output, at the last moment before each change: a write
-that hangs while the output changes hands finds that out (Place.write). What may still land after that is a segment on
-S3, whose done rows count less than what is committed.
+that hangs while the output changes hands finds that out (Place.write). On S3 that is the version of the object, so
+what may still land is an object that is new and stays the only one: a segment, whose done rows count less than what is
+committed, or failed rows of a part that the later owner committed without any, which the next `plan` finds and the
+commit after it removes.
 """
 
 from __future__ import annotations
@@ -112,9 +114,11 @@ class Store:
         lines = iter(inputs)
         part = 0
         staged = set(self._place.names(".staging"))  # later segments belong to parts that are open already
+        failed = set(self._place.names("failed"))
         while (chunk := list(islice(lines, self._rows_per_file))) or part == 0:
             if self._owns(part):
-                yield from self._open_part(part, chunk, retry_failed, f"part-{part:06d}" in staged)
+                there = f"part-{part:06d}" in staged, f"part-{part:06d}.parquet" in failed
+                yield from self._open_part(part, chunk, retry_failed, *there)
             part += 1
         self._input_ended = True
 
@@ -192,7 +196,10 @@ class Store:
         failed = schema.failed_row(result, self._kind, self._columns, self._run_id)
         return Finished(line.source_index, line.digest, failed=failed)
 
-    def _open_part(self, part: int, chunk: Sequence[Input], retry_failed: bool, staged: bool) -> Iterator[Input]:
+    def _open_part(
+        self, part: int, chunk: Sequence[Input], retry_failed: bool, staged: bool, failures: bool
+    ) -> Iterator[Input]:
+        """staged, failures: whether the part has segments, and a file in failed/."""
         start = part * self._rows_per_file
         stop = start + len(chunk)
         for ordinal, line in enumerate(chunk, start):
@@ -204,6 +211,7 @@ class Store:
         old_end = start if standing is None else standing.header.end
         old_done = 0 if standing is None else standing.num_done
         old_failed = old_end - start - old_done
+        staged |= standing is not None and failures and not old_failed  # another owner's, written late: commit again
         if standing is not None and old_end >= stop and not staged and not (retry_failed and old_failed):
             with self._lock:
                 self._planned_to = stop

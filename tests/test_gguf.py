@@ -10,6 +10,8 @@ import pytest
 import tiny
 import tiny_gguf
 import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.engine import checkpoints, gguf, model, pretrained, sizes
@@ -44,6 +46,21 @@ def test_it_answers_as_the_checkpoint_that_it_was_made_of(file, tmp_path):
     for chat in (lambda t: t.apply_chat_template(CHAT, add_generation_prompt=True), lambda t: t.encode("Hi é <s>")):
         assert chat(lm.tokenizer) == chat(plain.tokenizer)
     assert lm.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_1", "Q8_0"])
+def test_it_is_parsed_once_and_is_what_transformers_loads(kind, tmp_path, monkeypatch):
+    path = tiny_gguf.save(tmp_path / "m.gguf", kind)
+    parsed, parse = [], GGUFReader.__init__
+    monkeypatch.setattr(GGUFReader, "__init__", lambda self, *args: parsed.append(args) or parse(self, *args))
+    lm = model.load(generator(path))
+    assert len(parsed) == 1
+    theirs = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "m.gguf"}
+    plain = AutoModelForCausalLM.from_pretrained(**theirs, dtype=lm.dtype).get_decoder().state_dict()
+    own = lm.decoder.state_dict()
+    assert own.keys() == plain.keys() and all(torch.equal(own[name], plain[name]) for name in plain)
+    assert lm.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(**theirs).get_vocab()
+    assert len(parsed) > 1, "transformers itself parses as ever afterwards"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +50,13 @@ class Header:
 
 def read(file: Path) -> Header:
     """Raises ValueError for what is no GGUF file of version 2 or 3, EOFError for one that ends within its header."""
+    now = file.stat()
+    return _read(file, now.st_ino, now.st_size, now.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)  # a command asks many times, and a vocabulary takes a third of a second
+def _read(file: Path, *version: int) -> Header:
+    """version: what changes with the file's content."""
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF" or _number(stream, "I") not in (2, 3):
             raise ValueError(f"{str(file)!r} is no GGUF file of version 2 or 3")
@@ -82,6 +93,34 @@ def fault(file: Path) -> str | None:
     if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         return f"is a GGUF file, which needs the package {missing[0]}; pip install 'aisp-dist[gguf]'"
     return None
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Within it the gguf package parses a file once and makes its table of tensor names once. transformers asks for the
+    first with each of config, tokenizer and weights, for the second with every module of the model: most of a load."""
+    import numpy as np
+
+    package: Any = import_module("gguf")
+    theirs = package.GGUFReader, package.get_tensor_name_map
+    if not isinstance(package.GGUFReader, type):  # within another
+        yield
+        return
+
+    class Reader(package.GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = mapped.view(np.ndarray)  # a header is 100,000s of slices, which are slow of a numpy.memmap
+
+    package.GGUFReader, package.get_tensor_name_map = cache(Reader), cache(theirs[1])
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = theirs
 
 
 def _number(stream: BinaryIO, form: str) -> Any:

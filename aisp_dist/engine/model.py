@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.data.encode import surplus
 from aisp_dist.engine import attention, pretrained
+from aisp_dist.engine.checkpoints import locate
 from aisp_dist.engine.endings import end_ids, warn_of_turn_end
 from aisp_dist.engine.kv import KVCache, suffixes
 from aisp_dist.engine.lm import LM, Heads
@@ -55,9 +56,10 @@ def load(settings: Generator, device: torch.device | str | None = None) -> LM:
     """The generator's model on a device (default: the first GPU, else the CPU), ready to decode. Raises ConfigError as
     pretrained.weights does, and for a family that the engine would decode wrongly."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = pretrained.weights(settings, chosen)
+    with pretrained.loading(locate("generator.model", settings.model, "generator")):
+        model, tokenizer = pretrained.weights(settings, chosen), pretrained.tokenizer(settings)
     try:
-        lm = adapt(model, pretrained.tokenizer(settings), settings.fp32_head)
+        lm = adapt(model, tokenizer, settings.fp32_head)
     except Unsupported as error:
         raise ConfigError(f"generator.model: {settings.model!r}: {error}") from error
     warn_of_turn_end(settings, lm.tokenizer, lm.turn_end)

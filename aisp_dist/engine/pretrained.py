@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,18 @@ from aisp_dist.engine.checkpoints import locate
 _FAULTS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
+@contextmanager
+def loading(checkpoint: str) -> Iterator[None]:
+    """Around loads of one checkpoint: what other libraries print is silenced, and a GGUF file is parsed once for all of
+    them. checkpoint: what `locate` answered."""
+    with quiet.loading(), gguf.parsed_once() if Path(checkpoint).is_file() else nullcontext():
+        yield
+
+
 def tokenizer(settings: Generator) -> Any:
     """The generator's tokenizer, with generator.chat_template instead of its own if that is set. Raises ConfigError."""
     checkpoint = locate("generator.model", settings.model, "generator")
-    with quiet.loading():
+    with loading(checkpoint):
         from transformers import AutoTokenizer
 
         try:
@@ -52,7 +62,7 @@ def weights(settings: Generator, device: torch.device) -> Any:
     sizes.check(settings, checkpoint)
     source = _source(settings, checkpoint)
     dtype: str = settings.dtype
-    with quiet.loading():
+    with loading(checkpoint):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:

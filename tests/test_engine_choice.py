@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from aisp_dist.config import ConfigError, Run, load
 from aisp_dist.output import manifest
 from aisp_dist.vllm import choice
 from aisp_dist.vllm.choice import Choice, Found, choose
+from jobs import engines
 
 GPUS, CPUS = Found(8, "0.32.0"), Found(0, "0.32.0")
 REWARD = {"words": {"kind": "function", "function": "r.py:words"}}
@@ -43,6 +45,27 @@ def test_auto_is_vllm_where_gpus_and_a_known_vllm_are(found: Found, engine: str,
     chosen = choose(run(), None, lambda: found)
     assert (chosen.engine, chosen.why) == (engine, why)
     assert (chosen.version is not None) == (engine == "vllm") == (chosen.component is not None)
+
+
+def test_a_cluster_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command with many outputs (compare, tune) resolves the engine of each; an error is not kept."""
+    asked: list[str] = []
+
+    def ask(run: Run) -> Found:
+        asked.append(os.environ["RAY_ADDRESS"])
+        if len(asked) == 1:
+            raise ConfigError("machines have different versions of vLLM")
+        return GPUS
+
+    monkeypatch.setattr(engines, "_found", {})
+    monkeypatch.setattr(engines, "_ask", ask)
+    monkeypatch.setenv("RAY_ADDRESS", "one:6379")
+    with pytest.raises(ConfigError):
+        engines.look(run())
+    assert engines.look(run()) == engines.look(run()) == GPUS
+    monkeypatch.setenv("RAY_ADDRESS", "other:6379")
+    assert engines.look(run()) == GPUS
+    assert asked == ["one:6379", "one:6379", "other:6379"]
 
 
 def test_an_output_keeps_its_engine() -> None:

@@ -14,6 +14,7 @@ from aisp_dist.engine import model
 from aisp_dist.engine import starts as starts_module
 from aisp_dist.engine.calibrate import calibrate
 from aisp_dist.engine.decode import Engine
+from aisp_dist.engine.lm import LM
 from aisp_dist.records import Rates, Round, Sampling, TopP
 
 STEPS, PROMPT = 74, (7, 8, 9)
@@ -148,6 +149,21 @@ def test_starts_that_begin_alike_pass_once(lm: model.LM, monkeypatch: pytest.Mon
     assert len(passed) == 3 and len(passed[2]) == 1  # which leaves the three tiles of the first, and this one
     assert one.kv.free == one.kv.capacity - len(PROMPT) - starts_module.held(prompt.tiles)
     assert starts_module.held(prompt.tiles) == 4 * 32
+
+
+def test_every_pass_has_the_same_shape(lm: model.LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no library has a reason to compute a tile in another way beside fewer others."""
+    shapes, states = [], LM.states
+
+    def watched(self: LM, attend: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if isinstance(attend, starts_module.StartPass):
+            shapes.append((tuple(ids.shape), tuple(positions.shape)))
+        return states(self, attend, ids, positions)
+
+    monkeypatch.setattr(LM, "states", watched)
+    for starts in (cuts(), cuts()[:1], ((11, 12),)):
+        engine(lm).run([Round(5, "p", PROMPT, 1, 0, len(starts), DRAWN, starts=starts)])
+    assert len(shapes) == 4 and set(shapes) == {((4, 32), (4, 32))}
 
 
 @pytest.mark.parametrize(

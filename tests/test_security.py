@@ -52,13 +52,17 @@ for pid in pids:
 """
 
 
-def listening(process: psutil.Process) -> int:
-    """Ports at which it listens for longer than a moment."""
+def listening(processes: list[psutil.Process]) -> list[int]:
+    """Numbers of ports at which each listens for longer than a moment."""
+
+    def look(process: psutil.Process) -> set[int]:
+        return {c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
     looks = []
     for _ in range(4):
         time.sleep(0.5)
-        looks.append({c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN})
-    return len(set.intersection(*looks))
+        looks.append([look(process) for process in processes])
+    return [len(set.intersection(*of)) for of in zip(*looks, strict=True)]
 
 
 def command(process: psutil.Process) -> list[str]:
@@ -98,7 +102,7 @@ def run(tmp_path_factory):
             time.sleep(0.5)
             family = [(p, command(p)) for p in psutil.Process(started.pid).children(recursive=True)]
             actors = {words[0].split(".")[0]: p for p, words in family}
-        ports = [listening(p) for p in (psutil.Process(started.pid), *(actors[name] for name in sorted(ours)))]
+        ports = listening([psutil.Process(started.pid), *(actors[name] for name in sorted(ours))])
         nice = {name: actors[name].nice() - os.nice(0) for name in ours}
         found = next(word for _, words in family for word in words if word.startswith("--gcs-address="))
         address = found.partition("=")[2]

@@ -27,7 +27,7 @@ def main(args: Sequence[str]) -> int:
         "--shard", metavar="I/N", help="only this one of N shards, from 0: one job of many on one output"
     )
     parse.add_argument(
-        "--plan", action="store_true", help="say where on the cluster each process would run; load and write nothing"
+        "--plan", action="store_true", help="say how many processes would run, on what; load and write nothing"
     )
     options, run, base_dir = settings.read(parse, args)
     shard = _shard(options.shard, run.runtime.shards) if options.shard else None

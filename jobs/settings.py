@@ -28,7 +28,7 @@ from aisp_dist.config import (
     Save,
     Section,
 )
-from aisp_dist.config.load import check, read_yaml
+from aisp_dist.config.load import check, read_yaml, unknown_flags
 from aisp_dist.rewards import templates
 
 _KINDS = ("method", "rewards.*", "compare.arms.*")  # discriminated by `kind`
@@ -192,5 +192,7 @@ def _flags(values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
         )
         given: dict[str, Any] = source()
     except SettingsError as error:
-        raise ConfigError(f"{str(error).removeprefix('error parsing CLI: ')}; every key is listed by --help") from None
+        fault = str(error).removeprefix("error parsing CLI: ")
+        what, unknown, flags = fault.partition("unrecognized arguments: ")
+        raise ConfigError(unknown_flags(flags) if unknown else f"{what}; every key is listed by --help") from None
     return given

@@ -136,7 +136,10 @@ def test_the_limit_is_exact():
     size = len(render(prompt(CHAT), Prompts(), tokenizer(), 1000))
     for overlong in ("error", "left", "drop_turns"):
         assert len(render(prompt(CHAT), Prompts(overlong=overlong), tokenizer(), size)) == size
-    with pytest.raises(Overlong, match=f"{size} tokens, more than the {size - 1} that fit"):
+    more = f"the prompt has {size} tokens, more than the {size - 1} that fit"
+    with pytest.raises(Overlong, match=f"^{more}; raise prompts.max_tokens or set prompts.overlong$"):
+        render(prompt(CHAT), Prompts(max_tokens=size - 1), tokenizer(), size - 1)
+    with pytest.raises(Overlong, match=f"^{more} into the model's context .*; lower generator.max_new_tokens or set"):
         render(prompt(CHAT), Prompts(), tokenizer(), size - 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -301,7 +302,8 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
             ["--generator.tensor_parallel", "2", "--runtime.generators.num_gpus", "0.5"],
             "runtime.generators.num_gpus: 0.5, but generator.tensor_parallel x pipeline_parallel takes 2 whole GPUs",
         ),
-        (["--method.nope", "1"], "--method.nope"),
+        (["--xyzzy", "1"], "unknown flag: --xyzzy 1; every key is listed by --help"),
+        (["--method.num_sample=1"], "unknown flag: --method.num_sample=1; did you mean 'num_samples'?"),
         (["--method.num_samples", "many"], "method.num_samples: it is 'many'; it must be a whole number"),
         (["--prompts.limit", "1.5"], "prompts.limit: it is '1.5'; it must be a whole number"),
         (["--save.trace", "maybe"], "save.trace: it is 'maybe'; it must be true or false"),
@@ -342,6 +344,34 @@ def test_the_help_has_no_names_of_python(tmp_path, capsys):
         assert python not in said, said[said.index(python) - 80 :][:160]
 
 
+NUCLEUS = "method.sampling.top_p: it is 1.5; it must be at most 1.0"
+ONE_SHAPE = "method.sampling.gaussian: unknown key; .*; method.sampling.top_p: unknown key; see `aisp schema`"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ({"top_p": 1.5}, NUCLEUS),
+        ({"topp": 0.5}, "method.sampling.topp: unknown key; did you mean 'top_p'?"),
+        ({"top_p": 1.5, "temprature": 1}, NUCLEUS + "; method.sampling.temprature: unknown key; did you mean .*"),
+        ({"top_p": 0.5, "gaussian": 1.0}, ONE_SHAPE),
+        ({}, "method.sampling.top_p: missing; it has no default; method.sampling.gaussian: missing; .*"),
+    ],
+)
+def test_of_several_shapes_the_nearest_is_told(sampling, said, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, values=BASE | {"method": {"kind": "best_of_n", "sampling": sampling}})
+    assert re.fullmatch(said.replace("?", r"\?"), str(error.value))
+
+
+def test_a_value_of_several_shapes_is_shown_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, "--runtime.generators.replicas", "0")
+    assert str(error.value) == "runtime.generators.replicas: it is '0'; it must be at least 1, or 'auto'"
+    with pytest.raises(ConfigError, match=r"^save.candidates.top: it is -1; it must be at least 1$"):
+        read(tmp_path, values=BASE | {"save": {"candidates": {"top": -1}}})
+
+
 def test_a_held_out_bound_needs_a_held_out_reward(tmp_path):
     alone = BASE | {"rewards": {"main": {"kind": "model", "model": "demo"}}}
     with pytest.raises(ConfigError, match=r"guard.held_out_gain: no reward has use: report"):
@@ -363,7 +393,7 @@ def test_a_wrong_kind_names_those_that_exist(tmp_path):
         match="method: kind is 'beam'; it must be 'aisp', 'batched_aisp', 'population', 'qalign', 'best_of_n'",
     ):
         read(tmp_path, values=BASE | {"method": {"kind": "beam"}})
-    with pytest.raises(ConfigError, match="rewards.main: kind is None"):
+    with pytest.raises(ConfigError, match="rewards.main: kind is missing; it must be"):
         read(tmp_path, values=BASE | {"rewards": {"main": {"model": "demo"}}})
 
 
@@ -376,6 +406,15 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "tag.yaml").write_text("a: !!python/object/apply:os.system [echo]")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load.read_yaml(tmp_path / "tag.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    """YAML itself would keep the last one: with two sections `rewards` the first would be lost without a word."""
+    (tmp_path / "twice.yaml").write_text("a: {b: 1}\nc: {b: 2}\na: {d: 3}\n")
+    with pytest.raises(ConfigError, match="the key 'a' stands twice in one section; keep one of them.*line 3"):
+        load.read_yaml(tmp_path / "twice.yaml")
+    (tmp_path / "merged.yaml").write_text("a: &a {b: 1, c: 2}\nd: {<<: *a, b: 3}\ne: {<<: *a}\n")
+    assert load.read_yaml(tmp_path / "merged.yaml")["d"] == {"b": 3, "c": 2}
 
 
 def test_what_cannot_change_a_row_is_not_in_the_fingerprint(tmp_path):

@@ -11,6 +11,7 @@ from rows import COLUMNS, changed, prompt, prompts, result, run, store, tables, 
 
 from aisp_dist.config import ConfigError
 from aisp_dist.output import kept_columns
+from aisp_dist.output.filesystem import Place
 from aisp_dist.output.writer import Unfinished
 from aisp_dist.records import BadInput, Prompt
 
@@ -113,3 +114,14 @@ def test_a_kept_value_that_does_not_fit_its_column_costs_no_prompt_and_is_not_lo
     assert failed["kept_as_json"][2]["value"] is None  # bytes have no JSON form
     for row, line in ((good, lines[0]), (done, lines[1])):
         assert kept_columns.of_row(row, COLUMNS) == line.columns
+
+
+def test_a_place_is_tried_before_anything_is_computed_for_it(tmp_path):
+    """/proc says to root that it may write there."""
+    with pytest.raises(ConfigError, match=r"^output: nothing can be written into '/proc' \(.*\); give a directory"):
+        Place.at("/proc/aisp/output").check()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file; give a directory"):
+        Place.at(tmp_path / "file" / "output").check()
+    Place.at(tmp_path / "new" / "output").check()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

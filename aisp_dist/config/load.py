@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +37,21 @@ _TYPES = {  # by the beginning of pydantic's name of a fault
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    fault = f"the key {key.value!r} stands twice in one section; keep one of them"
+                    raise yaml.composer.ComposerError(None, None, fault, key.start_mark)
+                seen.add(key.value)
+        return node
+
+
 def read(config: str | os.PathLike[str] | Mapping[str, Any] | Run) -> tuple[Run, Path]:
     """The run of a YAML file, of a mapping or of a Run, and the directory that its relative paths start from: the
     file's, else the current one. `output` may be missing, since only commands write there.
@@ -59,7 +74,7 @@ def read(config: str | os.PathLike[str] | Mapping[str, Any] | Run) -> tuple[Run,
 def read_yaml(file: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises ConfigError where it is unreadable, empty or no mapping."""
     try:
-        values = yaml.safe_load(file.read_bytes())  # of UTF-16 it reads the byte order mark
+        values = yaml.load(file.read_bytes(), _Loader)  # of UTF-16 it reads the byte order mark
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -77,27 +92,76 @@ def check(values: Mapping[str, Any]) -> Run:
         return Run.model_validate(values)
     except ValidationError as error:
         faults: dict[str, list[str]] = {}
-        for fault in error.errors():
+        for fault in _nearest(error.errors(), values):
             key, found = _locate(fault["loc"], values, absent=fault["type"] in ("extra_forbidden", "missing"))
             message = fault["msg"].removeprefix("Value error, ")
             if fault["type"] == "extra_forbidden":
-                own = str(fault["loc"][-1])  # a known key may be unknown where it stands
-                close = [k for k in difflib.get_close_matches(own, _known_keys(), n=1) if k != own]
-                message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "; see `aisp schema`")
+                message = "unknown key; " + (_close(str(fault["loc"][-1])) or "see `aisp schema`")
             elif fault["type"] == "missing":
                 message = "missing; it has no default" + _example(key)
             elif fault["type"].startswith("union_tag"):
                 expected = fault.get("ctx", {}).get("expected_tags", _TAGS[key.startswith("rewards.")])
-                message = (
-                    f"kind is {found.get('kind') if isinstance(found, Mapping) else found!r}; it must be {expected}"
-                )
+                kind = found.get("kind") if isinstance(found, Mapping) else found
+                absent = isinstance(found, Mapping) and "kind" not in found
+                message = f"kind is {'missing' if absent else repr(kind)}; it must be {expected}"
             elif rule := _rule(fault["type"], fault.get("ctx", {})):
                 shown = found if isinstance(found, str | int | float | bool | None) else type(found).__name__
                 message = f"it is {shown!r}; it must be {rule}"
             elif fault["type"] != "value_error" and not isinstance(found, Mapping):
                 message += f" (it is {found!r})"
             faults.setdefault(key, []).append(message)
-        raise ConfigError("; ".join(f"{key}: {', or '.join(dict.fromkeys(m))}" for key, m in faults.items())) from None
+        raise ConfigError("; ".join(f"{key}: {_either(messages)}" for key, messages in faults.items())) from None
+
+
+def unknown_flags(flags: str) -> str:
+    """What to say of flags that no command and no key has, as argparse names them."""
+    first = flags.split()[0].split("=")[0]
+    return f"unknown flag: {flags}; " + (_close(first.rpartition(".")[2]) or "every key is listed by --help")
+
+
+def _close(key: str) -> str:
+    """The known key that somebody may have meant, in a question, or nothing. A known one may be unknown where it is."""
+    close = [known for known in difflib.get_close_matches(key, _known_keys(), n=1) if known != key]
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _either(messages: Sequence[str]) -> str:
+    """The faults of one value by the shapes that it may have; the value is shown once."""
+    first, *others = dict.fromkeys(messages)
+    head, mark, _ = first.partition("; it must be ")
+    return ", or ".join([first, *(other.removeprefix(head + mark) for other in others)])
+
+
+def _nearest(faults: Sequence[Any], values: Any) -> list[Any]:
+    """The faults without those of shapes that were not meant. Where a key takes sections of several shapes, as
+    {top_p: ...} or {gaussian: ...}, pydantic has faults for each of them; the shape with the fewest unknown keys was
+    meant, and where several have as few, the unknown keys say enough."""
+    shapes: dict[Any, list[Any]] = {}
+    for fault in faults:
+        if shape := _shape(fault, values):
+            shapes.setdefault(shape, []).append(fault)
+
+    def unknown(shape: Any) -> tuple[bool, int]:
+        whole = any(fault["loc"] == shape for fault in shapes[shape])  # the shape is no section
+        return whole, sum(fault["type"] == "extra_forbidden" for fault in shapes[shape])
+
+    least = {shape[:-1]: min(unknown(s) for s in shapes if s[:-1] == shape[:-1]) for shape in shapes}
+    meant = [shape for shape in shapes if unknown(shape) == least[shape[:-1]]]
+    several = {shape for shape in meant if unknown(shape)[1] and sum(s[:-1] == shape[:-1] for s in meant) > 1}
+    return [
+        fault
+        for fault in faults
+        if not (shape := _shape(fault, values))
+        or (shape in meant and not (shape in several and fault["type"] == "missing"))
+    ]
+
+
+def _shape(fault: Any, values: Any) -> Any:
+    """The beginning of a fault's location up to the name of one of several shapes of a section that is there."""
+    for i, _, there, found in _walk(fault["loc"], values):
+        if not there and isinstance(found, Mapping) and not (fault["type"] == "missing" and i == len(fault["loc"]) - 1):
+            return fault["loc"][: i + 1]
+    return None
 
 
 def _rule(fault: str, context: Mapping[str, Any]) -> str | None:
@@ -114,19 +178,27 @@ def _locate(loc: Sequence[str | int], values: Any, absent: bool) -> tuple[str, A
     """The user's dotted key for pydantic's location, which names union members too, and the value found there.
     `absent`: the last part is a key that the user did not give or should not have given."""
     keys: list[str] = []
-    tag: Any = None  # the kind of the section that `values` is, which pydantic puts before the keys in it
+    for i, part, there, found in _walk(loc, values):
+        values = found
+        if there or (absent and i == len(loc) - 1):
+            keys.append(str(part))
+    return ".".join(keys) or "configuration", values
+
+
+def _walk(loc: Sequence[str | int], values: Any) -> Iterator[tuple[int, str | int, bool, Any]]:
+    """The parts of pydantic's location, with their places: whether the part is a key of the user's, and the value that
+    the parts so far lead to. Kinds, which pydantic puts before the keys of a section, are left out."""
+    tag: Any = None
     for i, part in enumerate(loc):
         if tag is not None and part == tag:
             tag = None
             continue
         known = values if isinstance(values, Mapping) else range(len(values)) if isinstance(values, list) else ()
-        if part in known:
+        there = part in known
+        if there:
             values = values[part]
             tag = values.get("kind") if isinstance(values, Mapping) else None
-        elif not (absent and i == len(loc) - 1):
-            continue
-        keys.append(str(part))
-    return ".".join(keys) or "configuration", values
+        yield i, part, there, values
 
 
 def _example(key: str) -> str:

@@ -69,7 +69,8 @@ def valid(text: str, what: str) -> str:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise Unusable(
-            f"{what} is not text: U+{code:04X} at character {error.start} is a broken byte or half a surrogate pair"
+            f"{what} is not text: U+{code:04X} at character {error.start} is a broken byte or half a surrogate pair; "
+            "save the file as UTF-8"
         ) from None
     return text
 
@@ -110,8 +111,9 @@ def _chat(value: Any, settings: Prompts) -> Cell:
 
 
 def _unquoted(text: str) -> Any:
-    """The messages where a text is their JSON, as a cell of CSV holds them; else the text. Raises Unusable for what
-    begins as such a list and is not JSON: cut off, or as Python prints it (pandas writes that into a CSV)."""
+    """The messages where a text is their JSON, as a cell of CSV holds them; else the text. One whole message makes it
+    such a list: then every other one has to be one too. Raises Unusable for what begins as such a list and is not JSON:
+    cut off, or as Python prints it (pandas writes that into a CSV)."""
     if not _LIST.match(text):
         return text
     try:
@@ -121,7 +123,7 @@ def _unquoted(text: str) -> Any:
             return text
         what = "as Python prints it" if quoted[1] == "'" else f"in broken JSON ({error})"
         raise Unusable(f"the prompt is a list of messages {what}; write it as JSON (json.dumps)", text) from None
-    return found if all(isinstance(m, dict) and any(keys <= m.keys() for keys in _KEYS) for m in found) else text
+    return found if any(isinstance(m, dict) and any(keys <= m.keys() for keys in _KEYS) for m in found) else text
 
 
 def _message(what: str, message: Any) -> Message:

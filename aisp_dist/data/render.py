@@ -48,7 +48,11 @@ def render(prompt: Prompt, settings: Prompts, tokenizer: Tokenizer, max_length: 
             if len(ids) <= max_length:
                 return _nonempty(ids)
         size += f", and {len(ids)} without all turns that may be dropped"
-    raise Overlong(f"the prompt has {size}; raise prompts.max_tokens or set prompts.overlong")
+    fix = "raise prompts.max_tokens"
+    if max_length < settings.max_tokens:
+        size += " into the model's context beside its answer"
+        fix = "lower generator.max_new_tokens"
+    raise Overlong(f"the prompt has {size}; {fix} or set prompts.overlong")
 
 
 def _nonempty(ids: list[int]) -> tuple[int, ...]:

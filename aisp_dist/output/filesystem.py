@@ -14,6 +14,7 @@ import os
 import random
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -197,8 +198,12 @@ class Place:
         parent = next(p for p in (path, *path.parents) if p.exists())
         if not parent.is_dir():
             raise ConfigError(f"output: {str(parent)!r} is a file; give a directory")
-        if not os.access(parent, os.W_OK):
-            raise ConfigError(f"output: {str(parent)!r} is not writable; give a directory that is")
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".aisp-", dir=parent))  # permissions alone do not tell, least of all root
+        except OSError as error:
+            raise ConfigError(
+                f"output: nothing can be written into {str(parent)!r} ({error.strerror}); give a directory where it can"
+            ) from None
 
     def _check_bucket(self) -> None:
         probe = f".staging/probe-{secrets.token_hex(8)}"

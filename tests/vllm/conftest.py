@@ -20,7 +20,6 @@ from aisp_dist import vllm
 from aisp_dist.config import Generator
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles a few small functions, in every engine's process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -41,7 +41,7 @@ class Ranks:
         self.answers: list[deque[Any]] = [deque() for _ in self.workers]
         self.errored, self.asked, self.failure = False, 0, None
 
-    async def generate(self, prompt: Any, params: Any, name: str) -> AsyncIterator[Any]:
+    async def generate(self, prompt: Any, params: Any, name: str, **_: Any) -> AsyncIterator[Any]:
         self.asked += 1
         answer = SimpleNamespace(token_ids=[5] * params.max_tokens, finish_reason="length", logprobs=None)
         yield SimpleNamespace(outputs=[answer])

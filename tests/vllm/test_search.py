@@ -88,7 +88,10 @@ def test_a_search_goes_on_elsewhere_with_the_control_of_its_trace(service: Any, 
 
     async def search() -> list[Result]:
         how = {"timeout": None, "retries": 2, "is_fault": lambda error: isinstance(error, Dead)}
-        pools = {"generator": Pool([dying, other], limit=9, **how), "letters": Pool([Letters()], limit=9, **how)}
+        pools = {
+            "generator": Pool([dying, other], max_calls=9, **how),
+            "letters": Pool([Letters()], max_calls=9, **how),
+        }
         prompts = [Prompt(f"p{i}", i, "") for i in range(4)]
         backend = RayBackend(pools)
         found = await asyncio.gather(*(align(run, p, PROMPT[p.source_index :], backend) for p in prompts))

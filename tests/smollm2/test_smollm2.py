@@ -48,7 +48,7 @@ def file() -> str:
 @pytest.fixture(scope="session")
 def copy(file, tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("smollm2"))
-    settings = Generator(model=file)
+    settings = Generator(model=file, dtype=yaml.safe_load(QUICK.read_text())["generator"]["dtype"])
     pretrained.weights(settings, torch.device("cpu")).save_pretrained(folder)
     pretrained.tokenizer(settings).save_pretrained(folder)
     return folder

@@ -85,7 +85,7 @@ class Disagreement(AssertionError):
     """A case did not end as it must."""
 
 
-def until(what: str, ask: Callable[[], Any], seconds: float = 240.0) -> Any:
+def until(what: str, ask: Callable[[], Any], seconds: float = 480.0) -> Any:
     """The first true answer of `ask`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -133,7 +133,7 @@ class Cluster:
     def _ray(self, *args: str) -> None:
         command = [str(Path(sys.executable).with_name("ray")), "start", *args, "--object-store-memory=100000000"]
         env = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def raylets(self) -> list[psutil.Process]:

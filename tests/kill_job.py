@@ -148,7 +148,7 @@ class Job:
             raise Disagreement(f"other tables: {', '.join(names)}")
         command = [sys.executable, "-m", "jobs.verify", "out"]
         done = subprocess.run(
-            command, cwd=self.folder, env=self.cluster.env, capture_output=True, text=True, timeout=120
+            command, cwd=self.folder, env=self.cluster.env, capture_output=True, text=True, timeout=240
         )
         if done.returncode or "every input is there exactly once" not in done.stdout:
             raise Disagreement(f"verify: {done.stdout}{done.stderr}")

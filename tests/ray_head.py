@@ -36,7 +36,7 @@ def started(**env: str) -> Iterator[dict[str, str]]:
         "--object-store-memory=200000000",
         f"--temp-dir={temp}",
     ]
-    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=240)
     try:
         assert done.returncode == 0, done.stderr
         said = done.stdout + done.stderr

@@ -81,7 +81,7 @@ def cluster():
 
 def run(project: Path, env: dict[str, str], *args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs.lm_eval", "run.yaml", "--include-path", "tasks", *args]
-    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

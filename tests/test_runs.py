@@ -91,7 +91,7 @@ def aisp(
     verb: str, *args: str, cwd: Path, env: dict[str, str], code: int | None = 0
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"jobs.{verb}", *args]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
     if code is not None:
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -378,13 +378,13 @@ def test_ray_job_submit(cluster, undisturbed, project):
         (job / name).write_text((project / name).read_text())
     env = {k: v for k, v in cluster.items() if k != "PYTHONPATH"}
     command = [ray, "job", "submit", "--working-dir", str(job), "--", sys.executable, "-m", "jobs.align", "run.yaml"]
-    refused = subprocess.run(command, cwd=job, env=env, capture_output=True, text=True, timeout=200)
+    refused = subprocess.run(command, cwd=job, env=env, capture_output=True, text=True, timeout=400)
     assert (
         refused.returncode == 1
         and "is relative, and a Ray job runs in a temporary copy" in refused.stdout + refused.stderr
     )
     done = subprocess.run(
-        [*command, "--output", str(project / "out")], env=env, capture_output=True, text=True, timeout=200
+        [*command, "--output", str(project / "out")], env=env, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert tables(project / "out") == undisturbed[0]
@@ -398,7 +398,7 @@ def test_a_directory_that_is_another_one_elsewhere_is_refused(cluster, project):
     ray = f"{Path(sys.executable).with_name('ray')} start --address={cluster['RAY_ADDRESS']} --num-cpus=1"
     hide = ["unshare", "--mount", "bash", "-c", f"mount -t tmpfs none {elsewhere} && exec {ray}"]
     mark = {ray_head.MARK: str(elsewhere)}
-    started = subprocess.run(hide, env=cluster | mark, capture_output=True, text=True, timeout=120)
+    started = subprocess.run(hide, env=cluster | mark, capture_output=True, text=True, timeout=240)
     if started.returncode and "permi" in started.stderr:
         pytest.skip("a file system of one's own needs root")
     assert not started.returncode, started.stderr

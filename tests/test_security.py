@@ -107,7 +107,7 @@ def run(tmp_path_factory):
         found = next(word for _, words in family for word in words if word.startswith("--gcs-address="))
         address = found.partition("=")[2]
         bare = subprocess.run(
-            [sys.executable, "-c", BARE, address], env=env, capture_output=True, text=True, timeout=200
+            [sys.executable, "-c", BARE, address], env=env, capture_output=True, text=True, timeout=400
         )
         (folder / "go").touch()
         assert started.wait(200) == 0, (folder / "log").read_text()

@@ -81,7 +81,7 @@ def cluster(tmp_path_factory):
 
 
 def shell(command: list[str], env: dict[str, str], code: int | None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=400)
     assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

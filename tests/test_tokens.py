@@ -60,7 +60,7 @@ def test_what_the_user_has_set_stays(environment, name):
 
 def joined(folder: Path, env: dict[str, str]) -> str:
     command = [sys.executable, "-c", JOIN]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200).stdout
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400).stdout
 
 
 @pytest.mark.ray

@@ -85,7 +85,7 @@ def test_a_killed_run_of_the_file_resumes_to_the_table_of_its_copy(file, rows, t
             assert first.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
         done = len([*out.glob("data/*.parquet")])
         assert done < 4, "it was killed too late"
-        again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     table = [row for part in sorted(out.glob("data/*.parquet")) for row in pq.read_table(part).to_pylist()]
     assert {row["model"] for row in table} == {"SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -100,7 +100,7 @@ def same(table: list[dict]) -> list[dict]:
     return json.loads(json.dumps(own, default=str))
 
 
-def until(ready, seconds: float = 150) -> None:
+def until(ready, seconds: float = 300) -> None:
     limit = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < limit

@@ -26,7 +26,7 @@ from aisp_dist.engine.decode import Engine
 from aisp_dist.output import fingerprint
 from aisp_dist.records import Round, Weights
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parent.parent.parent
 REWARD = """
@@ -82,7 +82,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 def ended(folder: Path, command: subprocess.Popen[bytes], code: int = 0) -> str:
     """What it printed."""
-    command.wait(timeout=250)
+    command.wait(timeout=500)
     told = (folder / "log.txt").read_text()
     assert command.returncode == code, told[-3000:]
     return told
@@ -112,7 +112,7 @@ def cores(role: str) -> list[psutil.Process]:
 
 def more_rows(folder: Path, command: subprocess.Popen[bytes], before: set[int]) -> psutil.Process:
     """The generator's engine, once it has made new rows. before: engines that are gone."""
-    done, deadline = len(rows(folder)), time.monotonic() + 200
+    done, deadline = len(rows(folder)), time.monotonic() + 400
     while not (new := [p for p in cores("Generator") if p.pid not in before]) or len(rows(folder)) == done:
         assert command.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()[-3000:]
         time.sleep(0.05)

@@ -27,7 +27,7 @@ _ERROR = 3e-5
 
 def log_normalizer(logits_RV: torch.Tensor) -> torch.Tensor:
     """log sum_v exp(logit_v), fp64 [R]."""
-    return _total(logits_RV, logits_RV.new_ones(len(logits_RV))).log() + logits_RV.amax(-1)
+    return _total(logits_RV).log() + logits_RV.amax(-1)
 
 
 def nll(logits_RV: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
@@ -83,10 +83,12 @@ def _drawn(
     return ids_RK.gather(1, rank_R1)[:, 0], last_R1[:, 0] < sure_R, (last_R1 == other_R1)[:, 0]
 
 
-def _total(logits_RV: torch.Tensor, temperature_R: torch.Tensor) -> torch.Tensor:
-    """Sum of weights exp((logit - largest) / temperature), fp64 [R]."""
-    top_R1 = logits_RV.amax(-1, keepdim=True)
-    return logits_RV.double().sub_(top_R1).div_(temperature_R[:, None]).exp_().sum(-1)
+def _total(logits_RV: torch.Tensor, temperature_R: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of weights exp((logit - largest) / temperature), fp64 [R]; at temperature 1 where none is given."""
+    below_RV = logits_RV.double().sub_(logits_RV.amax(-1, keepdim=True))
+    if temperature_R is not None:
+        below_RV /= temperature_R[:, None]
+    return below_RV.exp_().sum(-1)
 
 
 def _rough_total(logits_RV: torch.Tensor, temperature_R: torch.Tensor) -> torch.Tensor:

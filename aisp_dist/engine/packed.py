@@ -1,6 +1,6 @@
 """Linear layers of a model on a CPU with weights in oneDNN's own layout, made once. PyTorch's linear layer may lay them
 out anew in every call, and its bits depend on how many rows it is given; packed ones give a row the same bits among
-any. (fp32 on AVX2, 64 rows of 576: the output layer takes .6 of the time, the others .9 to 1.)
+any. (fp32 on AVX2, 64 rows of 576: the output layer takes .6 of the time, the others .9 to 1.1.)
 
 The operators are those that torch.compile uses for frozen weights. They are no public interface, so layers stay plain
 where the operators are missing, refuse a weight, or do not keep what is said here: each shape is tried.
@@ -32,27 +32,24 @@ class PackedLinear(nn.Module):
 
 @torch.inference_mode()
 def pack(*roots: nn.Module) -> bool:
-    """Replaces the plain linear layers of these modules on a CPU, or none if one of them cannot be. A layer that
-    several hold stays one layer."""
-    held = [
-        (parent, name, child) for root in roots for parent in root.modules() for name, child in parent.named_children()
-    ]
-    plain = {id(child): child for _, _, child in held if _is_plain(child)}
-    tried: set[tuple[object, ...]] = set()
-    packed: dict[int, PackedLinear] = {}
-    for key, layer in plain.items():
-        kind = layer.in_features, layer.out_features, layer.weight.dtype, layer.bias is None
-        try:
-            packed[key] = PackedLinear(layer)
-            if kind not in tried and not _same(layer, packed[key]):
-                return False
-        except (AttributeError, RuntimeError):  # no such operator, or not for this weight
-            return False
-        tried.add(kind)
-    for parent, name, child in held:
-        if id(child) in packed:
-            parent._modules[name] = packed[id(child)]
-    return bool(packed)
+    """Replaces the plain linear layers of these modules on a CPU, or none if a shape of them cannot be packed. A layer
+    that several hold stays one layer. Each goes as soon as it is packed: a model is in memory once."""
+    holders: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
+    for parent in dict.fromkeys(module for root in roots for module in root.modules()):
+        for name, child in parent.named_children():
+            if _is_plain(child):
+                holders.setdefault(child, []).append((parent, name))
+    shapes = {(layer.weight.shape, layer.weight.dtype, layer.bias is None): layer for layer in holders}
+    if not all(map(_packs, shapes.values())):
+        return False
+    shapes.clear()
+    found = bool(holders)
+    while holders:
+        layer, places = holders.popitem()
+        packed = PackedLinear(layer)
+        for parent, name in places:
+            parent._modules[name] = packed
+    return found
 
 
 def emulated(dtype: torch.dtype) -> bool:
@@ -69,12 +66,17 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return module.weight.device.type == "cpu" and module.weight.dtype in _CLOSE
 
 
-def _same(plain: nn.Linear, packed: PackedLinear) -> bool:
-    """Whether the packed layer computes the plain one's product, each row with the same bits in any company."""
+def _packs(plain: nn.Linear) -> bool:
+    """Whether a layer can be packed, and then computes the plain one's product, each row with the same bits in any
+    company."""
     draws = torch.Generator().manual_seed(0)
     x_RI = torch.randn(_ROWS, plain.in_features, generator=draws).to(plain.weight.dtype)
     order = torch.randperm(_ROWS, generator=draws)
-    y_RO, expected_RO = packed(x_RI), plain(x_RI).float()
-    close = (y_RO.float() - expected_RO).norm() <= _CLOSE[plain.weight.dtype] * expected_RO.norm()
-    companies = (order, order[: _ROWS // 2], order[:7], order[:1])
-    return bool(close) and all(torch.equal(packed(x_RI[rows]), y_RO[rows]) for rows in companies)
+    try:
+        packed = PackedLinear(plain)
+        y_RO, expected_RO = packed(x_RI), plain(x_RI).float()
+        close = (y_RO.float() - expected_RO).norm() <= _CLOSE[plain.weight.dtype] * expected_RO.norm()
+        companies = (order, order[: _ROWS // 2], order[:7], order[:1])
+        return bool(close) and all(torch.equal(packed(x_RI[rows]), y_RO[rows]) for rows in companies)
+    except (AttributeError, RuntimeError):  # no such operator, or not for this weight
+        return False

@@ -28,7 +28,7 @@ from aisp_dist import relabel
 from aisp_dist.config import Generator
 from aisp_dist.engine import pretrained
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # a file of 98 MB is read four times
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
 QUICK = ROOT / "configs" / "smollm2" / "quick.yaml"

@@ -111,7 +111,7 @@ def _write(
     before = json.loads(output.read("trials.json") or "{}")
     kept = [one for one in before.get("arms", ()) if before["tune"] == way and one["arm"] not in found]
     trials = kept + [
-        {"arm": arm, "trials": [asdict(t) | {"settings": t.point} for t in search.told], "best": search.best.point}
+        {"arm": arm, "trials": [asdict(t) for t in search.told], "best": search.best.point}
         for arm, search in found.items()
     ]
     output.write("trials.json", json.dumps({"tune": way, "arms": trials}).encode())
@@ -121,9 +121,9 @@ def _write(
     method = next((tuned[arm] for arm in tuned if there[arm] == run.method), run.method)
     named: dict[str, Method | None] = {arm: None for arm, method in run.compare.arms.items() if method is None}
     named |= there | tuned
-    for arm, method in there.items():
-        true = next((tuned[name] for name in tuned if there[name] == method.shuffled(False)), None)
-        if method.is_shuffled and true is not None:
+    for arm, other in there.items():
+        true = next((tuned[name] for name in tuned if there[name] == other.shuffled(False)), None)
+        if other.is_shuffled and true is not None:
             named[arm] = true.shuffled(True)
     if arms.RANDOM in there and arms.TOP_P in tuned:
         named[arms.RANDOM] = arms.one_answer(tuned[arms.TOP_P])

@@ -74,7 +74,7 @@ def read(config: str | os.PathLike[str] | Mapping[str, Any] | Run) -> tuple[Run,
 def read_yaml(file: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises ConfigError where it is unreadable, empty or no mapping."""
     try:
-        values = yaml.load(file.read_bytes(), _Loader)  # of UTF-16 it reads the byte order mark
+        values = _Loader(file.read_bytes()).get_single_data()  # of UTF-16 it reads the byte order mark
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

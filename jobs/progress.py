@@ -105,7 +105,7 @@ class Progress:
         parts = [f"{self.title}{now.finished}/{'?' if total is None else total} prompts"]
         if not now.fresh:
             parts.append(f"{now.in_flight} in flight")
-        if left := self.seconds_left(now):
+        elif left := self.seconds_left(now):  # before a prompt is finished, a guess would be wild
             parts.append(f"{timedelta(seconds=round(left))} left")
         parts += [f"{now.samples / seconds:.0f} samples/s", f"{now.tokens / seconds:.0f} tokens/s"]
         if now.reward_gain is not None:

@@ -3,11 +3,12 @@ first input lines, read as `aisp align` reads them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import islice
 
 from aisp_dist.analysis import arms
-from aisp_dist.config import ConfigError, Prompts, as_published
+from aisp_dist.config import ConfigError, HttpReward, Prompts, Run, as_published
 from aisp_dist.data import prompts
 from aisp_dist.output import schema
 from aisp_dist.records import BadInput
@@ -19,7 +20,7 @@ _SHOWN = 5  # of the bad ones
 
 def main(args: Sequence[str]) -> int:
     _, run, base_dir = settings.read(settings.parser("validate", cli.VERBS["validate"]), args)
-    told = _bad_lines(prepare.check(run, base_dir).prompts)
+    told = [*_inputs(prepare.check(run, base_dir).prompts), *_keys(run)]
     for case in settings.cases(run).values():
         arms.arms(case)
         prepare.check(case, base_dir)
@@ -33,9 +34,12 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _bad_lines(settings: Prompts) -> list[str]:
-    """What to say of the first input lines that will become failed rows. Raises ConfigError where all of them will."""
+def _inputs(settings: Prompts) -> list[str]:
+    """What to say of the first input lines: that there are none, or which will become failed rows. Raises ConfigError
+    where all of them will."""
     read = [(where, schema.writable(line)) for where, line in islice(prompts.located(settings), _LINES)]
+    if not read:
+        return [f"but {settings.source} has no inputs, so the table will have no rows"]
     bad = [f"{where}: {line.reason}" for where, line in read if isinstance(line, BadInput)]
     if bad and len(bad) == len(read):
         raise ConfigError(
@@ -46,6 +50,16 @@ def _bad_lines(settings: Prompts) -> list[str]:
         return []
     more = [f"... and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
     return [f"{len(bad)} of the first {len(read)} inputs will become failed rows:", *bad[:_SHOWN], *more]
+
+
+def _keys(run: Run) -> list[str]:
+    """Variables with API keys that are not set here; the run may start where they are."""
+    named = {n: r.api_key_env for n, r in run.rewards.items() if isinstance(r, HttpReward) and r.api_key_env}
+    return [
+        f"but {variable}, which rewards.{name}.api_key_env names, is not set here; export it where the run starts"
+        for name, variable in named.items()
+        if not os.environ.get(variable)
+    ]
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ import torch
 from test_engine_schedule import STEPS, language_model, rounds
 from torch import nn
 
-from aisp_dist.engine import model
+from aisp_dist.engine import model, nucleus
 from aisp_dist.engine.decode import Engine
 from aisp_dist.engine.step import Batch
 from aisp_dist.engine.widths import widths
+from aisp_dist.records import Sampling, TopP
 
 SLOTS = 128
+WIDTHS = (32, 40, 48, 56, 64, 80, 96, 112, SLOTS)
 
 
 class Slipping(nn.Module):
@@ -50,7 +52,7 @@ def test_rows_have_the_bits_that_they_have_among_all_slots(dtype, computed):
     found = []
     for whole in (False, True):
         engine = Engine(language_model("qwen3", dtype), SLOTS, STEPS)
-        assert engine.widths == (32, 64, SLOTS)
+        assert engine.widths == WIDTHS
         if whole:
             engine.widths = (SLOTS,)
         computed.clear()
@@ -66,16 +68,31 @@ def test_a_step_computes_what_the_highest_taken_slot_needs(computed):
     assert set(computed) == {32}
     computed.clear()
     engine.run([two])
-    assert computed[0] == 64 and set(computed) <= {32, 64}
+    assert computed[0] == 40 and set(computed) <= {32, 40}
 
 
 def test_sizes_that_give_other_bits_are_not_used():
     lm = language_model("qwen3", torch.float32)
     slipping = dataclasses.replace(lm, head=Slipping(lm.head))
-    assert widths(lm, SLOTS) == (32, 64, SLOTS)
-    assert [widths(slipping, slots) for slots in (SLOTS, 96, 32)] == [(64, SLOTS), (64, 96), (32,)]
+    assert widths(lm, SLOTS) == WIDTHS
+    assert [widths(slipping, slots) for slots in (SLOTS, 96, 32)] == [WIDTHS[4:], WIDTHS[4:7], (32,)]
 
 
 @pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {"falcon", "bloom"}))
 def test_every_family_can_be_tried(family):
     assert widths(model.adapt(tiny.causal(family), tiny.tokenizer()), 64)[-1] == 64
+
+
+def test_only_rows_that_draw_are_drawn(monkeypatch):
+    """Logits of an empty slot are all equal, which takes a draw the longest."""
+    drawn, draw = [], nucleus.draw
+
+    def watched(logits, *more):
+        drawn.append(len(logits))
+        return draw(logits, *more)
+
+    monkeypatch.setattr(nucleus, "draw", watched)
+    engine = Engine(language_model("qwen3", torch.float32), SLOTS, STEPS)
+    some = dataclasses.replace(rounds()[0], sampling=Sampling(decode=TopP(0.9, 1.0)), stop=3)
+    engine.run([some, dataclasses.replace(some, sampling=Sampling(), iteration=1)])
+    assert max(drawn) == 3 and sum(drawn) <= 3 * STEPS

@@ -159,6 +159,9 @@ def test_verify_and_status_of_nothing(project, capsys):
         with pytest.raises(SystemExit) as left:
             cli.run(verb, ["nowhere"])
         assert left.value.code == 2 and "no run" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as left:
+            cli.run(verb, ["run.yaml"])
+        assert left.value.code == 2 and "run.yaml is a file; give the output directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("args", "code"), [(["schema"], 0), (["verify", "nowhere"], 2)])
@@ -207,9 +210,23 @@ def test_validate_names_the_lines_that_will_fail(project, capsys):
     assert "\nprompts.jsonl:4: the line is not JSON" in said
     (project / "prompts.jsonl").write_text(good * 3)
     assert validated(capsys)[1].count("\n") == 1
+    (project / "prompts.jsonl").write_text("")
+    assert "prompts.jsonl has no inputs" in validated(capsys)[1]
     (project / "prompts.jsonl").write_text(bad * 1500)
     code, said = validated(capsys)
     assert code == 2 and "none of the first 1000 inputs" in said and said.count("prompts.jsonl:") == 5
+
+
+def test_validate_names_keys_of_servers_that_are_not_set_here(project, capsys, monkeypatch):
+    server = {"kind": "http", "url": "http://127.0.0.1:1/score", "model": "m", "protocol": "classify"}
+    Path("run.yaml").write_text(
+        yaml.safe_dump(CONFIG | {"rewards": {"grader": server | {"api_key_env": "GRADER_KEY"}}})
+    )
+    monkeypatch.delenv("GRADER_KEY", raising=False)
+    code, said = validated(capsys)
+    assert code == 0 and "but GRADER_KEY, which rewards.grader.api_key_env names, is not set here" in said
+    monkeypatch.setenv("GRADER_KEY", "secret")
+    assert validated(capsys)[1].count("\n") == 1
 
 
 def test_a_limit_does_not_decide_the_types_of_kept_columns(project):

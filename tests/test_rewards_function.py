@@ -114,7 +114,9 @@ def test_arrays_are_numbers(tmp_path, answer):
         ("absent.py:f", "no file"),
         ("my_rewards.py:absent", "nothing called 'absent'"),
         ("my_rewards.py:NOT_A_FUNCTION", "no function"),
-        ("my_rewards.py", "is no entry point"),
+        ("my_rewards.py", "names a file but no function in it; give my_rewards.py:NAME"),
+        ("my_rewards", "is no entry point"),
+        ("beside:f", "name beside.py:function"),
         ("no_such_module:f", "no module 'no_such_module'"),
         ("no_such.module:f", "no module 'no_such.module'"),
         ("broken.py:f", "SyntaxError"),
@@ -124,6 +126,8 @@ def test_arrays_are_numbers(tmp_path, answer):
 def test_what_cannot_be_imported_is_refused(tmp_path, function, words):
     (tmp_path / "my_rewards.py").write_text((DATA / "my_rewards.py").read_text())
     (tmp_path / "broken.py").write_text("def f(:")
+    if function.startswith("beside"):  # else those that were loaded before have left its folder in sys.path
+        (tmp_path / "beside.py").write_text("def f(): ...")
     (tmp_path / "exits.py").write_text("raise SystemExit(0)")
     with pytest.raises(ConfigError) as error:
         load("words", named(function), tmp_path)

@@ -103,7 +103,9 @@ def test_kept_values_that_do_not_fit_are_counted(tmp_path):
     for line in rows.plan(lines):
         rows.add(result(line, fails=line.source_index == 3))
     rows.finish()
-    assert "kept column grade: 4 values are not int64 and are null there; kept_as_json holds them" in said(at(tmp_path))
+    told = said(at(tmp_path))
+    assert "kept column grade: 4 values are not int64 and are null there; kept_as_json holds them" in told
+    assert "\n  1 failed: " in told, "with its reason"
 
 
 def test_the_summary_names_the_method_that_ran(tmp_path):

@@ -24,7 +24,7 @@ def read(place: Place) -> Columns:
 def text(columns: Columns, seconds: float = 0.0, samples: int = 0, bounds: Guard | None = None) -> str:
     """seconds, samples: of the command that has just ended, for its speed. bounds: in place of those in run.json."""
     output, done, failed = columns.output, len(columns.rows), len(columns.failed)
-    out = ["", f"{done} rows done, {failed} failed, in {output}"]
+    out = ["", f"{done} rows done, {failed} failed, in {output}", *(_reasons(output) if failed else [])]
     if not done + failed:
         out.append("the input is empty, so the table has no rows")
     if done:
@@ -55,6 +55,15 @@ def tally(columns: Columns) -> guard.Tally:
     for finish, ours, theirs, gain, longer, held_out in rows:
         found.add(finish, (ours, theirs), gain, longer, dict(zip(found.held_out, held_out, strict=True)))
     return found
+
+
+def _reasons(output: Output, shown: int = 3) -> list[str]:
+    """The most frequent reasons of failed rows."""
+    batches = outputs.batches(output.place, "failed", ["reason"], 1 << 16)
+    found = Counter(reason for batch in batches for reason in batch["reason"].to_pylist())
+    out = [f"  {count} failed: {one_line(reason)}" for reason, count in found.most_common(shown)]
+    others = found.total() - sum(count for _, count in found.most_common(shown))
+    return out + [f"  {others} failed for other reasons, which their rows have"] * (others > 0)
 
 
 def _rewards(columns: Columns) -> list[str]:

@@ -263,7 +263,6 @@ class Engine:
             self.kv.attend(places) if max(places) >= 0 else None,
             controlled=any(sampling.sigma2 for sampling in samplings),
             drawn=any(sampling.decode for sampling in samplings),
-            greedy=not all(sampling.decode for sampling in samplings),
             measured=any(sampling.likelihood for sampling in samplings),
             ascent=ascents[0] if ascents else None,
             choose=self._choose if any(isinstance(s.guide, TokenReward) for s in samplings) else None,

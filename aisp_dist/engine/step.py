@@ -74,7 +74,7 @@ class Plans:
                     self.line(old)
             at = self.lines[sampling] = len(self.lines)
             made = noise.time_filter(sampling, self.num_steps, self.device)
-            draw = sampling.decode or TopP(1e-6, 1.0)  # a greedy row's draw is not read: the likeliest token is enough
+            draw = sampling.decode or TopP(1e-6, 1.0)  # on a GPU a greedy row is drawn too, and not read
             self.feed_FT[at], self.gain_FT[at], self.keep_F[at] = made.feed, made.gain, made.keep
             self.sigma_F[at] = 0.0 if sampling.mean else math.sqrt(sampling.sigma2)
             self.draws_F[at] = sampling.decode is not None
@@ -158,7 +158,6 @@ class Batch:
         *,
         controlled: bool,
         drawn: bool,
-        greedy: bool = True,
         measured: bool = False,
         ascent: Ascent | None = None,
         choose: Choose | None = None,
@@ -166,9 +165,9 @@ class Batch:
         """One token for every row that has not ended.
 
         attend: the decode pass; None if every row is at its first step, whose state is known. controlled, drawn,
-        greedy, measured: whether any row is under control, draws its tokens, decodes greedily, or has its likelihood
-        under the base model measured. ascent: how rows of RE-Control climb the value network. choose: replaces tokens,
-        given all logits."""
+        measured: whether any row is under control, draws its tokens, or has its likelihood under the base model
+        measured. ascent: how rows of RE-Control climb the value network. choose: replaces tokens, given all
+        logits."""
         lap = self.laps.lap
         base_BD = self.states(attend).float()
         lap("decoder")
@@ -179,7 +178,7 @@ class Batch:
             lap("control")
         logits_BV = self.lm.logits(z_BD)
         lap("head")
-        token_B, finite_B = self.select(logits_BV, drawn, greedy)
+        token_B, finite_B = self.select(logits_BV, drawn)
         if choose:
             token_B = choose(logits_BV, token_B)
         lap("draw")
@@ -215,16 +214,25 @@ class Batch:
         self.dots_BT.scatter_(1, at_B[:, None], (m_BD.double() * e_BD.double()).sum(-1, keepdim=True))
         return z_BD + v_BD
 
-    def select(self, logits_BV: torch.Tensor, drawn: bool, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, logits_BV: torch.Tensor, drawn: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """y [B], the argmax (5) with ties to the lowest id, or a keyed draw; and whether the logits are finite [B], for
         which the largest is enough: it is NaN or +inf if any logit is."""
-        token_B = logits_BV.argmax(-1) if greedy else torch.zeros_like(self.rows_BF[:, TOKEN])
-        if drawn:
-            plan_B = self.rows_BF[:, PLAN]
-            whole = logits_BV, self.plans.p_F[plan_B], self.plans.temperature_F[plan_B], noise.uniform(*self._counter())
-            drawn_B = torch.cat([nucleus.draw(*part) for part in zip(*(x.split(_DRAWN) for x in whole), strict=True)])
-            token_B = torch.where(self.plans.draws_F[plan_B], drawn_B, token_B)
-        return token_B, logits_BV.amax(-1).isfinite()
+        finite_B = logits_BV.amax(-1).isfinite()
+        if not drawn:
+            return logits_BV.argmax(-1), finite_B
+        plan_B = self.rows_BF[:, PLAN]
+        draws_B = self.plans.draws_F[plan_B]
+        given = logits_BV, self.plans.p_F[plan_B], self.plans.temperature_F[plan_B], noise.uniform(*self._counter())
+        if logits_BV.device.type != "cpu":  # how many rows draw would be a value to wait for
+            drawn_B = torch.cat([nucleus.draw(*part) for part in zip(*(x.split(_DRAWN) for x in given), strict=True)])
+            return torch.where(draws_B, drawn_B, logits_BV.argmax(-1)), finite_B
+        token_B = torch.zeros_like(plan_B)
+        drawing_R = draws_B.nonzero()[:, 0]  # of no empty slot: its logits are all equal, which is the longest draw
+        for rows in torch.split(drawing_R, _DRAWN):
+            token_B[rows] = nucleus.draw(*(x[rows] for x in given))
+        others = (~draws_B).nonzero()[:, 0]
+        token_B[others] = logits_BV[others].argmax(-1)
+        return token_B, finite_B
 
     def measure(self, logits_BV: torch.Tensor, token_B: torch.Tensor) -> None:
         """Keeps -log P_LLM(y_t | x, y_<t), from the base model's logits, in `nll_BT`."""

@@ -59,6 +59,8 @@ def read_run(place: Place) -> dict[str, Any] | None:
     """run.json, or None where there is no output yet. Raises ConfigError where it cannot be read."""
     try:
         data = place.read("run.json")
+    except NotADirectoryError:
+        raise ConfigError(f"output: {place} is a file; give the output directory of a run") from None
     except OSError as error:
         raise ConfigError(f"output: cannot read {place}/run.json: {' '.join(str(error).split())}") from None
     return None if data is None else _parse(place, data)

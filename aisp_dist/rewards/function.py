@@ -158,6 +158,8 @@ def _resolve(function: str) -> str:
     """module:function of an entry point; other names as they are."""
     if ":" in function:
         return function
+    if function.endswith(".py"):
+        raise ConfigError(f"{function!r} names a file but no function in it; give {function}:NAME")
     known = entry_points(group=_GROUP)
     found = sorted({entry.value for entry in known.select(name=function)})
     if len(found) != 1:
@@ -181,7 +183,9 @@ def _source(function: str, place: str, base_dir: Path | None) -> Path:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{function!r}: no module {place!r} ({error}); install it or name file.py:function") from None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise ConfigError(f"{function!r}: no module {place!r} with a file; name module:function or file.py:function")
+        beside = f"{place.replace('.', '/')}.py"
+        fix = beside if ((base_dir or Path()) / beside).is_file() else "file.py"
+        raise ConfigError(f"{function!r}: no module {place!r} with a file; name {fix}:function or an installed module")
     return Path(spec.origin)
 
 

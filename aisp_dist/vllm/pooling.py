@@ -59,7 +59,7 @@ class Pooled:
                 max_model_len=max_length,
                 pooler_config=PoolerConfig(use_activation=False),  # else a sigmoid
                 disable_log_stats=True,
-                enforce_eager=gpu_bytes() is None,  # compiling takes longer than the model loads, and gains little there
+                enforce_eager=gpu_bytes() is None,  # else on a CPU each start compiles, for about half a minute
                 **memory(share, gpu_bytes()) | more,
             )
         self.dtype: torch.dtype = self.llm.llm_engine.model_config.dtype

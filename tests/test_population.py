@@ -116,7 +116,7 @@ def test_population_neither_selects_nor_continues_what_repeats_more_than_its_fir
         least = sum(value for _, value in found[:6]) / 6
         assert [meets for meets, _ in found] == [value >= least - 1e-12 for _, value in found]
         best = max(one["reward"] for one in of["candidates"] if one["within"])
-        assert row["reward"] == best and letters(row["completion"]) >= least - 1e-12
+        assert row["reward"] == best and letters(outputs.answer(row["completion"])) >= least - 1e-12
         ruled_out += best < max(one["reward"] for one in of["candidates"])
         for step in of["trace"]:
             assert all(found[parent][0] for parent in step["parents"] if parent >= 0)

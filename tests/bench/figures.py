@@ -2,6 +2,7 @@
 
     python -m tests.bench.figures record mini outputs/mini/compare "aisp compare configs/paper/mini.yaml"
     python -m tests.bench.figures record population outputs/population "python -m tests.bench.population.measure ..."
+    python -m tests.bench.figures record real_model outputs/real_model "python -m tests.bench.real_model ..."
     python -m tests.bench.figures record students outputs/distill "python -m tests.bench.distill.proof"
     python -m tests.bench.figures record run outputs/bench "aisp bench run configs/smollm2/quick.yaml ..."
     aisp align configs/quickstart.yaml | python -m tests.bench.figures picture
@@ -27,6 +28,7 @@ FIGURES = HERE / "figures.json"
 PICTURE = HERE.parent.parent / ".github" / "quickstart.svg"
 PEER = "less best-of-512"  # the paired difference to best-of-n with 512 samples
 CHOICE = ("best-of-n top-p", "aisp", "population")  # the arms of the README's table
+SHOWN = (16, 32, 64)  # samples a prompt of the real model's table
 WHOLE = (128, 512)  # samples a prompt whose rows are shown whole; the curve has the reward at the others
 
 Cell = str | float | list[float] | None  # a list: mean and both ends of its interval
@@ -74,6 +76,31 @@ def population(folder: Path) -> list[Table]:
     return [*tables, {"title": "reward at so many samples", "columns": ["method", *map(str, sizes)], "rows": rows}]
 
 
+def real_model(folder: Path) -> list[Table]:
+    """From tests/bench/real_model: a table for each task, at equal samples. The greedy answer has one."""
+    found = [row for row in json.loads((folder / "report.json").read_text()) if row["equal"] == "samples"]
+    columns = ["method", "samples", "reward", "less best-of-n", "all instructions followed", "NLL per token"]
+    columns += ["less best-of-n", "diversity", "less best-of-n", "copied", "tokens drawn"]
+    tables = []
+    for task in dict.fromkeys(row["task"] for row in found):
+        rows = []
+        for row in found:
+            samples = round(row["mean samples"])
+            if row["task"] == task and (samples in SHOWN or (samples == 1 and row["budget"] == SHOWN[-1])):
+                measured = [cell for m in ("reward", "strict", "nll", "diversity") for cell in _beside(row, m)]
+                rows.append([row["arm"], samples, *measured, row.get("copied"), round(row["mean tokens"])])
+        prompts = {row["prompts"] for row in found if row["task"] == task}
+        tables.append({"title": f"{task}, {min(prompts)} prompts", "columns": columns, "rows": rows})
+    return tables
+
+
+def _beside(row: dict[str, Any], measure: str) -> list[Cell]:
+    """Its mean and, but of `strict`, its paired difference from best-of-n; empty where the task has no such measure."""
+    if measure == "strict":
+        return [row.get(measure)]
+    return [row[measure], None if row["arm"] == "best-of-n" else row[f"{measure}, less best-of-n"]]
+
+
 def students(folder: Path) -> list[Table]:
     """From tests/bench/distill/proof.py."""
     rows = json.loads((folder / "students.json").read_text())["rows"]
@@ -108,6 +135,7 @@ def _spread(found: dict[str, float]) -> str:
 PARTS: dict[str, Callable[[Path], list[Table]]] = {
     "mini": mini,
     "population": population,
+    "real_model": real_model,
     "students": students,
     "run": run,
 }

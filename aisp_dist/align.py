@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from aisp_dist import methods
 from aisp_dist.config import ConfigError, FunctionReward, Run
 from aisp_dist.data import render, thinking
-from aisp_dist.methods.limit import Bounds, bounds, within
+from aisp_dist.methods.limit import within
 from aisp_dist.philox import prompt_key
 from aisp_dist.records import (
     BASE_ITERATION,
@@ -166,7 +166,7 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
                 rewards=tuple((name, raw[name][i].value) for name in selecting),
                 reason=total.reason,
                 nll=t.nll,
-                within=isinstance(text, str),
+                within=isinstance(text, str) and within(limit, text, t.nll, base_nll),
             )
             for i, (t, text, total) in enumerate(zip(drawn, texts, combined, strict=True))
         ], frozen
@@ -195,7 +195,6 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
         best: Candidate | None = None
         best_reward = -math.inf
         curve: list[float | None] = []
-        allowed: Bounds | None = None
         near = limit is not None and limit.nll is not None
         if near or rates != Rates():
             base_tokens = (await base_rollout).trajectories[0].token_ids
@@ -211,10 +210,6 @@ async def _search(run: Run, prompt: Prompt, prompt_tokens: Tokens, backend: Back
             more = {"trace": proposal.trace, "prompt": reader, "starts": proposal.starts}
             drawn = await backend.rollout(round_of(k, proposal.num_samples, proposal.sampling, **more))
             new, frozen = await scored(k, drawn.trajectories, frozen)
-            if limit and allowed is None:
-                allowed = bounds(limit, base_nll, new)
-            if allowed is not None:
-                new = [replace(c, within=c.within and within(allowed, c.text, c.nll)) for c in new]
             eligible = [candidate.eligible_reward for candidate in new]
             for candidate, reward in zip(new, eligible, strict=True):  # strictly greater: the earliest of equals wins
                 if reward is not None and reward > best_reward:

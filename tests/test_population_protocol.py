@@ -8,7 +8,7 @@ from pathlib import Path
 from aisp_dist.analysis import arms, metrics
 from aisp_dist.config import Population
 from jobs import prepare, settings
-from tests.bench.population import bounds, measure
+from tests.bench.population import measure
 
 ROOT = Path(__file__).parent.parent
 PROTOCOL = ROOT / "tests" / "bench" / "population"
@@ -32,7 +32,7 @@ def test_its_cases_are_whole_and_tuning_prompts_are_not_those_of_the_result(real
         assert [reward.use for reward in case.rewards.values()].count("report") == 1
         assert (case.prompts.skip, case.prompts.limit, case.compare.seeds) == (measure.TUNING["limit"], 128, 3)
     lines = (PROTOCOL / "openings.txt").read_text().splitlines()
-    assert len(set(lines)) == len(lines) == 48 + 128 + 32
+    assert len(set(lines)) == len(lines) == 48 + 128
     assert len({len(points) for points in measure.GRIDS.values()}) == 1  # the same tuning for each
 
 
@@ -66,28 +66,3 @@ def test_it_measures_what_a_run_selects_at_every_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "BUDGETS", (4, 8))
     short = json.loads((table("short", 2) / "result/demo, learned/population/0.json").read_text())["prompts"]
     assert [p["8"] for p in short] == [p["8"] for p in found]
-
-
-def test_the_price_is_beside_best_of_n_on_the_same_prompts_and_samples(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(bounds, "SETS", {"result": {"skip": 0, "limit": 2}})
-    monkeypatch.setattr(bounds, "SHOWN", (16, 32))
-    monkeypatch.setattr(measure, "BUDGETS", (16, 32))
-    monkeypatch.setattr(measure, "work", lambda jobs, _: [measure.search(j) for j in jobs if not j.file.exists()])
-    args = ["--output", str(tmp_path), "--case", "demo, learned", "--iterations", "2", "--arm", "typical"]
-    bounds.main([str(PROTOCOL / "population.yaml"), *args])
-    found = json.loads((tmp_path / "bounds/bounds.json").read_text())
-    assert [(row["arm"], row["samples"]) for row in found] == [
-        (arm, samples) for arm in (bounds.PEER, "typical") for samples in (16, 32)
-    ]
-    for row in found:
-        less = f"less {bounds.PEER}"
-        assert row["arm"] != bounds.PEER or row[f"reward, {less}"] == [0, 0, 0]
-        peer = next(r for r in found if (r["arm"], r["samples"]) == (bounds.PEER, row["samples"]))
-        for name in ("reward", "nll", "diversity"):
-            assert abs(row[f"{name}, {less}"][0] - (row[name][0] - peer[name][0])) < 1e-9
-    assert len(capsys.readouterr().out.splitlines()) == len(found)
-    run, _ = read("--generator.model", "demo")
-    for case in settings.cases(run):
-        assert {arm["kind"] for arm in bounds.arms(case).values()} == {"best_of_n", "population"}
-    assert len((PROTOCOL / "openings.txt").read_text().splitlines()) == 176 + 32

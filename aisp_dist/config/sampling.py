@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -52,11 +52,7 @@ class Limit(Section):
     nll: float | None = doc(
         "largest rise of the base model's NLL per token over the base answer's, in nats", None, ge=0
     )
-    diversity: Annotated[float, Field(gt=0, le=1)] | Literal["typical"] | None = doc(
-        "smallest product of the shares of distinct 2-, 3- and 4-grams; typical: its mean over the answers of the "
-        "prompt's first iteration",
-        None,
-    )
+    diversity: float | None = doc("smallest product of the shares of distinct 2-, 3- and 4-grams", None, gt=0, le=1)
 
     @model_validator(mode="after")
     def bounded(self) -> Limit:

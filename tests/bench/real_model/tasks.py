@@ -119,7 +119,6 @@ CONTROLS = {f"{name}, rewards shuffled": name for name in ("population", "qalign
 FIXED = {
     "population, defaults": Arm({"kind": "population"}, ({},)),
     "population, fresh by ties": Arm({"kind": "population"}, ({"fresh": "ties"},)),
-    "population, typical diversity": Arm({"kind": "population"}, ({"limit": {"diversity": "typical"}},)),
     "population, half of the answers are parents": Arm({"kind": "population"}, ({"ess": 1e6},)),
     "population, noise beside draws": Arm({"kind": "population"}, ({"noise_rate": 0.05},)),
     "qalign, beta near 0": Arm({"kind": "qalign"}, ({"beta": {"sd": 1e-6}, "sampling": {"top_p": 0.9}},), together=16),

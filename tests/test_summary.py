@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -105,7 +106,21 @@ def test_kept_values_that_do_not_fit_are_counted(tmp_path):
     rows.finish()
     told = said(at(tmp_path))
     assert "kept column grade: 4 values are not int64 and are null there; kept_as_json holds them" in told
-    assert "\n  1 failed: " in told, "with its reason"
+    assert "\n  1 failed: no candidate has a finite reward\n" in told and "other reasons" not in told
+
+
+def test_the_most_frequent_reasons_are_said_and_the_others_counted(tmp_path):
+    folder = tmp_path / "failed"
+    folder.mkdir()
+    reasons = [name for times, name in enumerate("abcde", 1) for _ in range(times)]
+    pq.write_table(pa.table({"reason": reasons}), folder / "part-000000.parquet")
+    said = summary._reasons(SimpleNamespace(place=Place.at(tmp_path)))
+    assert said == [
+        "  5 failed: e",
+        "  4 failed: d",
+        "  3 failed: c",
+        "  3 failed for other reasons, which their rows have",
+    ]
 
 
 def test_the_summary_names_the_method_that_ran(tmp_path):

@@ -61,8 +61,9 @@ def _reasons(output: Output, shown: int = 3) -> list[str]:
     """The most frequent reasons of failed rows."""
     batches = outputs.batches(output.place, "failed", ["reason"], 1 << 16)
     found = Counter(reason for batch in batches for reason in batch["reason"].to_pylist())
-    out = [f"  {count} failed: {one_line(reason)}" for reason, count in found.most_common(shown)]
-    others = found.total() - sum(count for _, count in found.most_common(shown))
+    most = found.most_common(shown)
+    others = found.total() - sum(count for _, count in most)
+    out = [f"  {count} failed: {one_line(reason)}" for reason, count in most]
     return out + [f"  {others} failed for other reasons, which their rows have"] * (others > 0)
 
 

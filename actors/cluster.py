@@ -191,6 +191,7 @@ async def start_pools(
             replicas,
             max_calls=2 * window if decodes else 1,  # a scorer's timeout must be of its own request alone
             timeout=None if decodes else timeouts.reward,  # a generator counts from the admission of rows, by itself
+            outage=timeouts.round if decodes else timeouts.reward,
             key=f"runtime.timeouts.{'round' if decodes else 'reward'}",
             retries=run.runtime.retries,
             is_fault=is_fault,

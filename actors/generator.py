@@ -18,7 +18,7 @@ from aisp_dist.vllm.choice import Check
 
 
 class Answers(Protocol):
-    """An engine behind this process: the local engine's Service, or vLLM's."""
+    """An engine behind this process: the local engine's Service, vLLM's, or a server's."""
 
     @property
     def work(self) -> int: ...
@@ -54,11 +54,13 @@ class Generator:
 
         settings = self.run.generator
         torch.set_num_threads(self.group.threads)
-        if settings.engine != "vllm" and torch.cuda.is_available() and self.group.num_gpus:
-            torch.cuda.set_per_process_memory_fraction(self.group.memory)
         quiet.libraries()
         if settings.engine == "vllm":
             return await self._load_vllm()
+        if settings.engine == "endpoint":
+            return await self._connect()
+        if torch.cuda.is_available() and self.group.num_gpus:
+            torch.cuda.set_per_process_memory_fraction(self.group.memory)
         lm = await asyncio.to_thread(model.load, settings)
         guide = await asyncio.to_thread(stepwise.load, self.run, self.base_dir, lm.device)
         sizes = settings.batch_rows, settings.max_new_tokens
@@ -84,6 +86,16 @@ class Generator:
         if self.checked:
             print(f"{self.name}: {self.checked}", file=sys.stderr)
         return served.context_length
+
+    async def _connect(self) -> int:
+        from aisp_dist import endpoint
+
+        settings = self.run.generator
+        limit = self.run.runtime.timeouts.round
+        self.service = service = await endpoint.connect(settings, self.run.prompts.max_tokens, limit)
+        where = f"{service.endpoint.model} at {service.endpoint.url}"
+        print(f"{self.name}: {where}, {service.served.rows} requests at a time", file=sys.stderr)
+        return service.served.context_length
 
     def invariance(self) -> Check | None:
         """Of vLLM's batches, as this process found at its start; None where that was not asked for."""

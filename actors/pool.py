@@ -9,7 +9,7 @@ becomes RowError if the process that raised it still answers what it answered be
 it is replaced, and the call is tried alone in the fresh one.
 
 A server behind the callee that does not answer (Unavailable) is neither: the call is repeated after a pause, and the
-process stays. After `timeout` seconds of that the run ends with Fault.
+process stays. After `outage` seconds of that the run ends with Fault.
 
 A call over its time limit is tried alone in a fresh process. Over the limit twice, with another prompt answered there
 in between by the same kind of call, it becomes RowError.
@@ -84,8 +84,8 @@ class Pool:
     """Replicas of one kind.
 
     max_calls: that a replica is given at a time; further calls wait here. timeout: seconds that a replica may take
-    for a call; None where it keeps its own limit and raises Late. key: the time limit's in the configuration, for
-    messages. stall, patience: see Fleet.
+    for a call; None where it keeps its own limit and raises Late. outage: seconds that a server behind a replica may be
+    down (default: timeout). key: the time limit's in the configuration, for messages. stall, patience: see Fleet.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Pool:
         timeout: float | None,
         retries: int,
         is_fault: Callable[[BaseException], bool],
+        outage: float | None = None,
         key: str = "the time limit",
         stall: float = 60.0,
         patience: float = 1800.0,
@@ -104,6 +105,7 @@ class Pool:
             replicas, retries=retries, stall=stall, patience=patience, up=self._hand_out, broken=self._give_up
         )
         self.max_calls, self.timeout, self.retries = max_calls, timeout, retries
+        self.outage = (timeout or 0.0) if outage is None else outage
         self.is_fault, self.key = is_fault, key
         self.waiting: deque[_Waiter] = deque()
         self.home: dict[str, Slot] = {}  # where a prompt's prefix and control are warm; a preference, not a rule
@@ -201,7 +203,7 @@ class Pool:
 
     async def _wait(self, wait: _Wait, slot: Slot | None, home: str, method: str, error: _Down) -> None:
         """Until a server that is down may be asked again. Raises Fault where it has been down for too long."""
-        now, limit = asyncio.get_running_loop().time(), self.timeout or 0.0
+        now, limit = asyncio.get_running_loop().time(), self.outage
         if not wait.pauses:
             wait.until = now + limit
         elif now > wait.until:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from aisp_dist import placement, rewards
+from aisp_dist import endpoint, placement, rewards
 from aisp_dist.align import RowError, Tokens, align_input, probe, reason, window
 from aisp_dist.config import ConfigError, Run, Runtime, load
 from aisp_dist.data import prompts
@@ -41,18 +41,19 @@ Given = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]  # a text, message
 _FAULTS = (MemoryError, Unavailable, Closed, serving.Dead, serving.Disobeyed)
 
 
+Served = serving.Service | endpoint.Service
+
+
 class LocalBackend:
     """The base model and the rewards of a run, loaded into this process. Implements align.Backend.
 
     run: with its paths resolved (fingerprint.locate). device: of all models, as torch names it (default: the first GPU,
-    else the CPU). served: vLLM's engine, where that decodes. Raises ConfigError for a model or function that cannot be
-    used. `close` ends its threads and every engine of vLLM, `served` too, as an error here does.
+    else the CPU). served: vLLM's engine or a server, where that decodes. Raises ConfigError for a model or function
+    that cannot be used. `close` ends its threads and every engine of vLLM, `served` too, as an error here does.
     """
 
-    def __init__(
-        self, run: Run, base_dir: Path, device: str | None = None, served: serving.Service | None = None
-    ) -> None:
-        self.service: Service | serving.Service
+    def __init__(self, run: Run, base_dir: Path, device: str | None = None, served: Served | None = None) -> None:
+        self.service: Service | Served
         self.context_length: int | None
         self.rewards: dict[str, rewards.RewardFn] = {}
         self.threads: dict[str, ThreadPoolExecutor] = {}
@@ -184,7 +185,10 @@ def _inputs(run: Run, given: Sequence[Given] | None) -> Iterator[Input]:
 
 @contextmanager
 def _backend(run: Run, base_dir: Path, loop: asyncio.AbstractEventLoop) -> Iterator[LocalBackend]:
-    served = None
+    served: Served | None = None
+    if run.generator.engine == "endpoint":
+        connected = endpoint.connect(run.generator, run.prompts.max_tokens, run.runtime.timeouts.round)
+        served = asyncio.run_coroutine_threadsafe(connected, loop).result()
     if run.generator.engine == "vllm":
         started = start(run.generator, run.prompts.max_tokens, share=shares(run)[GENERATOR])
         served = asyncio.run_coroutine_threadsafe(started, loop).result()

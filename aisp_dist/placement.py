@@ -105,7 +105,8 @@ def plan(
     Raises ConfigError that names what is short, by how much, and which key to change.
     """
     wanted = {GENERATOR: run.runtime.generators, **{name: run.replicas(name) for name in run.rewards}}
-    models = {name for name, reward in run.rewards.items() if isinstance(reward, ModelReward)} | {GENERATOR}
+    models = {name for name, reward in run.rewards.items() if isinstance(reward, ModelReward)}
+    models |= set() if run.generator.endpoint else {GENERATOR}
     notes = []
     autoscaling = run.runtime.autoscaling
     for role, asked in wanted.items():

@@ -68,7 +68,7 @@ def _end(prepared: prepare.Prepared, seconds: float, samples: int) -> int:
 
     bounds, columns = prepared.run.guard, summary.read(prepared.output)
     print(summary.text(columns, seconds, samples, bounds))
-    if prepared.choice.engine == "vllm" and (record := manifest.read_run(prepared.output)):
+    if prepared.choice.engine != "local" and (record := manifest.read_run(prepared.output)):
         print(f"rows that are computed again: {record['same_rows']}")
     try:
         guard.check(bounds, summary.tally(columns), whole=True)

@@ -78,6 +78,8 @@ class Prepared:
                 return f"not promised: {self.choice.promise}" + (f" ({check})" if check else "")
             if before and str(before.get("same_rows")).startswith("not promised"):
                 return str(before["same_rows"])
+        if self.choice.engine == "endpoint":
+            return f"not promised: {self.choice.promise}"
         for name, reward in self.run.rewards.items():
             if isinstance(reward, ModelReward) and reward.engine == "vllm":
                 return f"not promised: the bits of rewards.{name}, which vLLM scores, depend on what shares a batch"

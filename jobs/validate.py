@@ -9,6 +9,7 @@ from itertools import islice
 
 from aisp_dist.analysis import arms
 from aisp_dist.config import ConfigError, HttpReward, Prompts, Run, as_published
+from aisp_dist.config.rewards import Server
 from aisp_dist.data import prompts
 from aisp_dist.output import schema
 from aisp_dist.records import BadInput
@@ -54,10 +55,13 @@ def _inputs(settings: Prompts) -> list[str]:
 
 def _keys(run: Run) -> list[str]:
     """Variables with API keys that are not set here; the run may start where they are."""
-    named = {n: r.api_key_env for n, r in run.rewards.items() if isinstance(r, HttpReward) and r.api_key_env}
+    servers: dict[str, Server] = {f"rewards.{n}": r for n, r in run.rewards.items() if isinstance(r, HttpReward)}
+    if run.generator.endpoint is not None:
+        servers["generator.endpoint"] = run.generator.endpoint
+    named = {key: server.api_key_env for key, server in servers.items() if server.api_key_env}
     return [
-        f"but {variable}, which rewards.{name}.api_key_env names, is not set here; export it where the run starts"
-        for name, variable in named.items()
+        f"but {variable}, which {key}.api_key_env names, is not set here; export it where the run starts"
+        for key, variable in named.items()
         if not os.environ.get(variable)
     ]
 

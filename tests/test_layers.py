@@ -32,7 +32,8 @@ ARROWS = {
     "align": BELOW | {"config", "data", "methods", "rewards"},
     "bench": BELOW | {"config", "data", "engine", "rewards", "align", "vllm"},
     "placement": {"config"},
-    "local": BELOW | {"config", "data", "engine", "vllm", "rewards", "output", "align", "placement"},
+    "endpoint": BELOW | {"config", "engine", "rewards"},
+    "local": BELOW | {"endpoint"} | {"config", "data", "engine", "vllm", "rewards", "output", "align", "placement"},
     "analysis": BELOW | {"config", "data", "methods", "engine", "vllm", "rewards", "output", "align"},
 }
 

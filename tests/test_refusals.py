@@ -227,6 +227,10 @@ def test_validate_names_keys_of_servers_that_are_not_set_here(project, capsys, m
     assert code == 0 and "but GRADER_KEY, which rewards.grader.api_key_env names, is not set here" in said
     monkeypatch.setenv("GRADER_KEY", "secret")
     assert validated(capsys)[1].count("\n") == 1
+    there = {"endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "SERVER_KEY"}}
+    method = {"kind": "best_of_n"}
+    Path("run.yaml").write_text(yaml.safe_dump(CONFIG | {"generator": CONFIG["generator"] | there, "method": method}))
+    assert "but SERVER_KEY, which generator.endpoint.api_key_env names, is not set here" in validated(capsys)[1]
 
 
 def test_a_limit_does_not_decide_the_types_of_kept_columns(project):

@@ -175,6 +175,7 @@ WHOLE = {
     "runtime.rewards",
     "method.spend",
     "method.limit",
+    "generator.endpoint",
     "guard.action",  # goes with a bound
 }  # unions, mappings and what is not given alone: tests of their own
 

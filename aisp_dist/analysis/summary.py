@@ -34,8 +34,9 @@ def text(columns: Columns, seconds: float = 0.0, samples: int = 0, bounds: Guard
     out += _misfits(output)
     if done:
         out += _example(columns)
-    if output.run.generator.engine == "vllm":
-        out.append("decoded by vLLM: a row that is computed again may differ")
+    if (engine := output.run.generator.engine) in ("vllm", "endpoint"):
+        by = "vLLM" if engine == "vllm" else "a server"
+        out.append(f"decoded by {by}: a row that is computed again may differ")
     if seconds and samples:
         out.append(f"{samples} samples in {seconds:.0f} s, {samples / seconds:.0f} samples/s")
     out.append(f"rows: {output}/data" + (f"   failed: {output}/failed" if failed else ""))

@@ -58,14 +58,12 @@ class FunctionReward(RewardBase):
     function: str = doc("file.py:function (relative to the configuration file), module:function, or an entry point")
 
 
-class Endpoint(Section):
-    """A model behind HTTP. Only url, model, max_tokens and body can change its answers."""
+class Server(Section):
+    """A model behind HTTP. Only url and model can change its answers."""
 
     url: str = doc("base URL of the API, as http://host:8000/v1")
     model: str = doc("name of the model on the server")
     api_key_env: str | None = doc("environment variable that holds the API key, which is sent as a bearer token", None)
-    max_tokens: int = doc("longest reply of a chat model in tokens", 512, ge=1)
-    body: dict[str, Any] = doc("further fields of every request", {})
     timeout: float = doc("seconds for one request", 60.0, gt=0)
     retries: int = doc("how often a request is repeated after 429, 5xx or a lost connection", 5, ge=0)
     max_parallel: int = doc("concurrent requests of one process", 8, ge=1)
@@ -90,6 +88,20 @@ class Endpoint(Section):
         if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             raise ValueError("not the name of an environment variable; give the name, never the key")
         return value
+
+
+class GeneratorEndpoint(Server):
+    """The base model behind an OpenAI-compatible server whose completions take and return token ids, as vLLM's."""
+
+    timeout: float = doc("seconds for one request", 600.0, gt=0)
+    max_parallel: int = doc("concurrent requests of one process", 128, ge=1)
+
+
+class Endpoint(Server):
+    """A model behind HTTP that writes text or scores. Only url, model, max_tokens and body can change its answers."""
+
+    max_tokens: int = doc("longest reply of a chat model in tokens", 512, ge=1)
+    body: dict[str, Any] = doc("further fields of every request", {})
 
     @field_validator("body")
     @classmethod

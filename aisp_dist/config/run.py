@@ -13,8 +13,9 @@ from aisp_dist.config.base import Section, doc
 from aisp_dist.config.compare import Compare, Tune
 from aisp_dist.config.guard import Guard
 from aisp_dist.config.methods import Args, Method, ReControl
-from aisp_dist.config.rewards import FREE, Reward
+from aisp_dist.config.rewards import FREE, GeneratorEndpoint, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
+from aisp_dist.records import Rates
 
 
 class Prompts(Section):
@@ -104,11 +105,12 @@ class Generator(Section):
         "auto: the checkpoint's own; bfloat16 for a quantised GGUF file", "auto"
     )
     chat_template: str | None = doc("file with a chat template that replaces the tokenizer's", None)
-    engine: Literal["auto", "local", "vllm"] = doc(
-        "what decodes: local (exact, portable), vllm (GPUs), or auto: vllm where GPUs and vLLM are; decided once per "
-        "output",
+    engine: Literal["auto", "local", "vllm", "endpoint"] = doc(
+        "what decodes: local (exact, portable), vllm (GPUs), endpoint (a server), or auto: endpoint where one is "
+        "given, else vllm where GPUs and vLLM are; decided once per output",
         "auto",
     )
+    endpoint: GeneratorEndpoint | None = doc("a server that runs the model, for methods without noise", None)
     quantization: str | None = doc(
         "quantise a plain checkpoint while it loads: int8 (torchao, weights only) or nf4 (bitsandbytes) with local, "
         "one of vLLM's own names, such as fp8, with vllm; null: load it as it is",
@@ -144,6 +146,15 @@ class Generator(Section):
                 "round it; leave one of them out"
             )
         ours, theirs = self.only_local, self.only_vllm
+        if (self.engine == "endpoint") > (self.endpoint is not None):
+            raise ValueError("engine: endpoint needs the section endpoint, with url and model; add it")
+        if self.endpoint is not None:
+            if self.engine not in ("auto", "endpoint"):
+                raise ValueError(f"endpoint has no effect with engine: {self.engine}; leave one of them out")
+            told = {"adapter": self.adapter, "quantization": self.quantization, "dtype": self.dtype != "auto"}
+            if other := ours or theirs or next((name for name, given in told.items() if given), None):
+                raise ValueError(f"{other} has no effect behind endpoint, where the server decides it; leave it out")
+            return self
         if self.engine != "local" and ours and theirs:
             raise ValueError(f"{ours} needs engine: local and {theirs} engine: vllm; leave one of them out")
         if self.engine == "local" and theirs:
@@ -178,6 +189,8 @@ class Generator(Section):
     @property
     def rows(self) -> int:
         """Rows that are decoded together at most."""
+        if self.endpoint is not None:
+            return self.endpoint.max_parallel
         return int(self.vllm.get("max_num_seqs", SEQUENCES)) if self.engine == "vllm" else self.batch_rows
 
     @property
@@ -255,6 +268,13 @@ class Run(Section):
     def whole(self) -> Run:
         if not any(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("rewards: none has use: select, so nothing could choose a best answer; add one")
+        sampling, rates = self.method.draws()
+        if self.generator.endpoint is not None and (sampling.sigma2 or sampling.guide or rates != Rates()):
+            what = "needs the model's probabilities or hidden states for its noise, guide or flip rate"
+            raise ValueError(
+                f"method: {self.method.kind} as configured {what}, which a server behind generator.endpoint does not "
+                "give; take best_of_n, population or qalign with sampling: {top_p: ...}, or another engine"
+            )
         if isinstance(self.method, Args | ReControl) and (setting := self._needs_vllm()):
             raise ValueError(
                 f"method: {self.method.kind} changes every step inside the local engine, which {setting} excludes; set "
@@ -304,6 +324,11 @@ class Run(Section):
             if reward["kind"] == "model" and reward["engine"] != "vllm":  # as it was before there was a choice
                 del reward["engine"]
         generator = settings["generator"]
+        if self.generator.endpoint is None:
+            del generator["endpoint"]
+        else:
+            del generator["batch_rows"], generator["fp32_head"]
+            generator["endpoint"] = {name: generator["endpoint"][name] for name in ("url", "model")}
         if self.generator.engine == "vllm":
             del generator["batch_rows"], generator["fp32_head"]
             generator["vllm"] = {name: value for name, value in self.generator.vllm.items() if name not in FREE_VLLM}

@@ -92,7 +92,7 @@ def weight_bytes(place: Path, dtype: str = "auto", quantization: str | None = No
 def of_models(run: Run) -> dict[str, int]:
     """Bytes of each model's weights by role (generator, or a reward's name), as far as its files are on this machine.
     run: located."""
-    models: dict[str, Generator | ModelReward] = {"generator": run.generator}
+    models: dict[str, Generator | ModelReward] = {} if run.generator.endpoint else {"generator": run.generator}
     models |= {name: reward for name, reward in run.rewards.items() if isinstance(reward, ModelReward)}
     found = {}
     for role, model in models.items():

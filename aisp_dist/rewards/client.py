@@ -28,7 +28,7 @@ from tenacity import (
 )
 
 from aisp_dist.config import ConfigError
-from aisp_dist.config.rewards import Endpoint
+from aisp_dist.config.rewards import Endpoint, Server
 
 _BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
 _ABOUT_THE_REQUEST = (400, 413, 422)  # too long, refused by a filter, malformed
@@ -60,7 +60,7 @@ class Refused:
 class Client:
     """A server, for any number of threads. Raises ConfigError where the variable with the API key is not set."""
 
-    def __init__(self, key: str, settings: Endpoint) -> None:
+    def __init__(self, key: str, settings: Server) -> None:
         self.settings = settings
         headers = {}
         if settings.api_key_env:
@@ -116,6 +116,7 @@ class Client:
 
     def chat_request(self, messages: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
         """Address and body of OpenAI's chat completions."""
+        assert isinstance(self.settings, Endpoint)
         body = {"model": self.settings.model, "messages": messages, "max_tokens": self.settings.max_tokens}
         return f"{self.settings.url}/chat/completions", body | {"temperature": 0} | self.settings.body
 

@@ -15,7 +15,7 @@ from aisp_dist.config import Args, ConfigError, ModelReward, ReControl, Reward, 
 LOWEST, BELOW = (0, 32), (0, 34)  # versions of vLLM that the hook was written for, as in pyproject.toml
 
 
-Name = Literal["local", "vllm"]
+Name = Literal["local", "vllm", "endpoint"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,16 @@ class Choice:
     @property
     def component(self) -> str | None:
         """What the fingerprint holds of the engine; None for the local one, which has its own number there."""
+        if self.engine == "endpoint":
+            return "endpoint"
         return f"vllm {self.version}, hook {vllm.VERSION}" if self.engine == "vllm" else None
 
     @property
     def promise(self) -> str:
         if self.engine == "local":
             return "the same rows bit for bit whenever they are computed, on the same kind of hardware and software"
+        if self.engine == "endpoint":
+            return "every input exactly once; a row that is computed again may differ, since the server draws it"
         return (
             "every input exactly once; a row that is computed again may differ, since its bits depend on what shares a "
             "batch"
@@ -106,6 +110,10 @@ def choose(run: Run, recorded: Name | None, look: Callable[[], Found]) -> Choice
     guided = isinstance(run.method, Args | ReControl)
     found: Found | None = None
     engine: Name
+    if settings.endpoint is not None:
+        return Choice("endpoint", f"{settings.endpoint.model} at {settings.endpoint.url}")
+    if recorded == "endpoint":  # and the configuration has none any more: another output, as its fingerprint will say
+        recorded = None
     if asked != "auto":
         engine, why = asked, "as configured"
     elif recorded is not None:

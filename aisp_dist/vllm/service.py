@@ -9,12 +9,12 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aisp_dist.data.detokenize import stopped, text_after
 from aisp_dist.engine.admissible import check
-from aisp_dist.records import Calibration, Finish, Late, Rollout, Round, Sampling, TopP, Trajectory
+from aisp_dist.engine.served import Served
+from aisp_dist.records import Calibration, Late, Rollout, Round, Sampling, TopP, Trajectory
 from aisp_dist.together import together
 from aisp_dist.vllm import requests
 
@@ -40,26 +40,6 @@ class NotFinite(ValueError):
 
 class Dead(RuntimeError):
     """vLLM's engine has died, so there is no answer."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """The model that an engine serves. end_ids, stop: what ends a response; max_new_tokens: T; context_length: longest
-    sequence in tokens; token_bytes: keys and values of one token; rows: decoded together at most; turn_end: the
-    end token that only the template names; adapter: vLLM's LoRARequest, with which every request decodes;
-    dim: hidden size."""
-
-    tokenizer: Any
-    end_ids: frozenset[int]
-    stop: tuple[str, ...]
-    max_new_tokens: int
-    context_length: int
-    vocab_size: int
-    rows: int
-    token_bytes: int = 0
-    turn_end: int | None = None
-    adapter: Any = None
-    dim: int = 0
 
 
 class Meter:
@@ -236,31 +216,12 @@ class Service:
                 answer = await self._generate(*asked, name)
                 tokens = (() if likely else tokens) + tuple(answer.token_ids)
                 tokens = max(tokens, given, key=len)  # it may see a string in what is given and forced
-                ended = self._ended(round.prompt_tokens, tokens, len(given))
+                ended = served.ended(round.prompt_tokens, tokens, len(given))
         if ended is None:
             raise Disobeyed(f"vLLM ended a request after {len(tokens)} tokens, without an end token or stop string")
         tokens, finish, text = ended
         losses = _losses(answer)[: len(tokens)]
         return Trajectory(sample, tokens, text, finish, nll=math.fsum(losses) / len(losses) if likely else None)
-
-    def _ended(
-        self, prompt: Sequence[int], tokens: tuple[int, ...], given: int
-    ) -> tuple[tuple[int, ...], Finish, str] | None:
-        """A response's tokens, why it ended, and its text; None if it does not end here. It ends at the first token
-        after the `given` ones with which it holds a stop string, which may begin in those."""
-        served, end = self.served, tokens[-1] in self.served.end_ids
-        whole = tokens[: len(tokens) - end]
-        text = text_after(served.tokenizer, prompt, whole)
-        if any(stop in text for stop in served.stop):
-            for count in range(given + 1, len(whole) + 1):
-                cut = stopped(served.tokenizer, prompt, whole[:count], served.stop)
-                if cut is not None:
-                    return tokens[:count], "stop", cut
-        if end:
-            return tokens, "stop", text
-        if len(tokens) < served.max_new_tokens:
-            return None
-        return tokens, "length", text_after(served.tokenizer, prompt, whole, cut=True)
 
     async def _forced(self, prompt: Sequence[int], response: Sequence[int], name: str, kept: bool = False) -> Any:
         answer = await self._generate(*requests.forced(prompt, response, name, kept), name)

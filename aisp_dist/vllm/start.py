@@ -11,14 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aisp_dist.config import ConfigError, Generator
-from aisp_dist.data.encode import surplus
-from aisp_dist.engine import model, pretrained
 from aisp_dist.engine.checkpoints import cached, locate, locate_adapter
-from aisp_dist.engine.endings import end_ids, stops, warn_of_turn_end
+from aisp_dist.engine.served import read
 from aisp_dist.vllm import lora
 from aisp_dist.vllm.failures import one_line, refused
 from aisp_dist.vllm.rows import control_bytes
-from aisp_dist.vllm.service import Meter, Served, Service
+from aisp_dist.vllm.service import Meter, Service
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -126,7 +124,7 @@ async def start(
 
     place, adapter = locate("generator.model", settings.model, "generator"), locate_adapter(settings)
     settings = settings.model_copy(update={"model": place, "adapter": adapter})
-    served = _served(settings, prompt_tokens)
+    served = read(settings, prompt_tokens)
     if adapter:
         served = replace(served, adapter=LoRARequest("adapter", 1, adapter))
     wanted = arguments(settings, served.context_length, share, gpu_bytes(), served.dim)
@@ -175,28 +173,3 @@ async def _adapt(llm: AsyncLLM, settings: Generator, request: LoRARequest) -> No
         if llm.errored:
             raise
         raise ConfigError(f"{wrong} ({one_line(error)}); {fix}") from error
-
-
-def _served(settings: Generator, prompt_tokens: int) -> Served:
-    """What the checkpoint's files say. Raises ConfigError."""
-    from transformers import AutoConfig, GenerationConfig
-
-    source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    tokenizer = pretrained.tokenizer(settings)
-    try:
-        config = AutoConfig.from_pretrained(settings.model, **source).get_text_config(decoder=True)
-        try:
-            generation = GenerationConfig.from_pretrained(settings.model, revision=settings.revision)
-        except OSError:
-            generation = GenerationConfig.from_model_config(config)
-        limit = model.context_length(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise pretrained.refusal(settings, error) from error
-    if wrong := surplus(tokenizer, config.vocab_size):
-        raise ConfigError(f"generator.model: {settings.model!r}: {wrong}")
-    ends, turn_end = end_ids(config, generation, tokenizer)
-    warn_of_turn_end(settings, tokenizer, turn_end)
-    ends, strings = stops(tokenizer, ends, settings.stop)
-    context = min(limit or math.inf, settings.vllm.get("max_model_len") or prompt_tokens + settings.max_new_tokens)
-    sizes = settings.max_new_tokens, int(context), config.vocab_size, settings.rows
-    return Served(tokenizer, ends, strings, *sizes, turn_end=turn_end, dim=config.hidden_size)

@@ -17,10 +17,11 @@ from engines import STEPS
 from test_exact import NOISY, PROMPT
 
 from aisp_dist.engine import control
+from aisp_dist.engine.served import Served
 from aisp_dist.records import Calibration, Rates, Round, Sampling
 from aisp_dist.vllm import worker
 from aisp_dist.vllm.rows import Rows
-from aisp_dist.vllm.service import Dead, Meter, Served, Service
+from aisp_dist.vllm.service import Dead, Meter, Service
 
 DIM = 8
 

@@ -39,7 +39,7 @@ def examine(run: Run, base_dir: Path, steps: int, say: Say) -> Iterator[Check]:
         place = device(run.runtime.generators)
         try:
             steps = min(steps, run.generator.max_new_tokens)
-            yield from (_vllm if run.generator.engine == "vllm" else _local)(run, place, steps, say)
+            yield from _ENGINES.get(run.generator.engine, _local)(run, place, steps, say)
         except ConfigError:
             raise
         except (DecodeError, ValueError) as error:  # of the local engine, of vLLM's
@@ -119,6 +119,15 @@ def _vllm(run: Run, place: torch.device, steps: int, say: Say) -> Iterator[Check
     own = _own(settings, place, say)
     yield from engine.exactness(own, greedy, {key: (made, None) for key, made in answers.items()})
     yield engine.likelihoods(own, greedy, answers, likely)
+
+
+def _server(run: Run, place: torch.device, steps: int, say: Say) -> Iterator[Check]:
+    assert run.generator.endpoint is not None
+    url = run.generator.endpoint.url
+    yield Check("decoding", "note", f"by the server at {url}, of which nothing is compared", "Its rows are its own")
+
+
+_ENGINES = {"local": _local, "vllm": _vllm, "endpoint": _server}
 
 
 def _own(settings: Generator, place: torch.device, say: Say) -> Any:

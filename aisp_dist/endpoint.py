@@ -1,0 +1,175 @@
+"""The base model behind an OpenAI-compatible server: rounds in, trajectories out, as the engines' services answer them.
+
+Prompts and given tokens go out as token ids and answers come back as token ids, so that the template, the ends and the
+text of an answer are decided here, as with the other engines. Servers of vLLM (0.10.2 and later) do that. What they
+cannot do is refused: noise on the pre-logits, guides, and rates that need the model's probabilities.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+from aisp_dist.config import ConfigError, Generator
+from aisp_dist.engine.admissible import check
+from aisp_dist.engine.served import Served, read
+from aisp_dist.records import Calibration, Rollout, Round, Sampling, Trajectory
+from aisp_dist.rewards.client import Client, Refused, Rejected
+from aisp_dist.together import together
+
+# What a server's own defaults must not change (vLLM takes them from the model's generation_config.json).
+_PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+class Service:
+    """Answers requests by one server, `max_parallel` at a time, until `close`. limit: seconds for one answer, from when
+    it is asked for; what is not answered by then raises client.Unavailable, as a server that is down does."""
+
+    def __init__(self, settings: Generator, served: Served, limit: float = math.inf) -> None:
+        assert settings.endpoint is not None
+        self.endpoint, self.served, self.limit = settings.endpoint, served, limit
+        self.work = 0  # requests that were answered
+        self.busy = False  # the time limit alone says how long a request may take
+        self._client = Client("generator.endpoint", settings.endpoint)
+        self._threads = ThreadPoolExecutor(settings.endpoint.max_parallel, thread_name_prefix="endpoint")
+        self._seconds = 0.0  # of all requests
+        self._began = time.monotonic()
+
+    async def rollout(self, round: Round) -> Rollout:
+        """Decode a round. Raises ValueError for one that the model cannot take or the server refuses."""
+        check(round, self.served, self.served.max_new_tokens, self.served.end_ids)
+        how = round.sampling
+        if how.sigma2 or how.guide:
+            raise ValueError("a server behind generator.endpoint decodes neither under noise nor with a guide")
+        samples = range(round.start, round.stop)
+        found = await together(*(self._decode(round, sample) for sample in samples))
+        if how.likelihood:
+            losses = await self.nll(round.prompt_tokens, [t.token_ids for t in found])
+            found = [replace(t, nll=loss) for t, loss in zip(found, losses, strict=True)]
+        return Rollout(tuple(found))
+
+    async def nll(self, prompt_tokens: tuple[int, ...], responses: Sequence[tuple[int, ...]]) -> list[float]:
+        """The base model's mean negative log-likelihood per token of each response, in nats."""
+        if not prompt_tokens or not all(responses):
+            raise ValueError("nll needs at least one prompt token and one response token")
+        return await together(*(self._nll(prompt_tokens, response) for response in responses))
+
+    async def calibrate(self, request: Calibration) -> Sampling:
+        raise ValueError("a flip rate needs the model's probabilities, which no server gives; give top_p")
+
+    def figures(self) -> dict[str, float]:
+        """What grows: seconds of work and alive. A second of work has `max_parallel` requests in flight."""
+        busy = self._seconds / self.endpoint.max_parallel
+        return {"busy_seconds": busy, "up_seconds": time.monotonic() - self._began}
+
+    def close(self) -> None:
+        """Ask nothing more. What is being asked is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def prove(self) -> None:
+        """Ask for a few tokens of a text. Raises ConfigError for a server that cannot serve, or has another tokenizer;
+        client.Unavailable where it does not answer."""
+        tokens = tuple(self.served.tokenizer.encode("The first three numbers are one, two,", add_special_tokens=False))
+        try:
+            answer = await self._ask(tokens, max_tokens=4, temperature=0.0, ignore_eos=True)
+            await self.nll(tokens, [_ids(answer)])
+        except Rejected as error:
+            raise ConfigError(f"generator.endpoint: {error}") from None
+        except ValueError as error:
+            raise ConfigError(
+                f"generator.endpoint: {self.endpoint.url}: {error}; it must take and return token ids and the "
+                "likelihood of a prompt, as vLLM's server from 0.10.2 on does (return_token_ids, prompt_logprobs)"
+            ) from None
+        said, ours = answer["text"], self.served.tokenizer.decode(_ids(answer), skip_special_tokens=True)
+        if "\ufffd" not in ours and said.strip() != ours.strip():
+            raise ConfigError(
+                f"generator.model: its tokenizer reads as {ours!r} what the model {self.endpoint.model!r} behind "
+                f"generator.endpoint wrote as {said!r}; name the checkpoint that the server runs"
+            )
+
+    async def _decode(self, round: Round, sample: int) -> Trajectory:
+        told, decode = self.served, round.sampling.decode
+        given = tokens = round.starts[sample - round.start] if round.starts else ()
+        how: dict[str, Any] = {"temperature": 0.0}
+        if decode is not None:
+            how = {"temperature": decode.temperature, "top_p": decode.p, "seed": _seed(round, sample)}
+        how |= {"ignore_eos": True, "stop_token_ids": sorted(told.end_ids)}
+        done = None
+        # The server may see a stop string where the text has none, such as in halves of characters; then it is asked
+        # for the rest without any, which always ends.
+        for stop in (told.stop, ()):
+            if done is None:
+                asked = {**how, "max_tokens": told.max_new_tokens - len(tokens), "stop": list(stop)}
+                if tokens != given and decode is not None:
+                    asked["seed"] = _seed(round, sample, len(tokens))
+                tokens += _ids(await self._ask((*round.prompt_tokens, *tokens), **asked))
+                done = told.ended(round.prompt_tokens, tokens, len(given))
+        if done is None:
+            raise ValueError(f"the server ended an answer after {len(tokens)} tokens, which nothing asked it to")
+        tokens, finish, text = done
+        return Trajectory(sample, tokens, text, finish)
+
+    async def _nll(self, prompt: tuple[int, ...], response: tuple[int, ...]) -> float:
+        answer = await self._ask((*prompt, *response), max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        places = (answer.get("prompt_logprobs") or ())[-len(response) :]
+        try:
+            losses = [-float(place[str(token)]["logprob"]) for token, place in zip(response, places, strict=True)]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("the server gives no likelihood of the tokens of a prompt") from None
+        if not all(map(math.isfinite, losses)):
+            raise ValueError("the likelihood of a given answer is not finite")
+        return math.fsum(losses) / len(losses)
+
+    async def _ask(self, prompt: tuple[int, ...], **how: Any) -> dict[str, Any]:
+        """The one choice of a completion. Raises ValueError where it is refused or is none."""
+        body = {"model": self.endpoint.model, "prompt": list(prompt), **_PLAIN, "top_p": 1.0, "return_token_ids": True}
+        loop = asyncio.get_running_loop()
+        answer, seconds = await loop.run_in_executor(self._threads, partial(self._post, body | how))
+        self.work, self._seconds = self.work + 1, self._seconds + seconds
+        if isinstance(answer, Refused):
+            raise ValueError(answer.reason)
+        try:
+            choice: dict[str, Any] = answer["choices"][0]
+            _ids(choice)
+        except (KeyError, IndexError, TypeError):
+            raise ValueError("the answer is no completion") from None
+        return choice
+
+    def _post(self, body: dict[str, Any]) -> tuple[Any, float]:
+        """What is answered, after how many seconds."""
+        began = time.monotonic()
+        answer = self._client.post(f"{self.endpoint.url}/completions", body, began + self.limit)
+        return answer, time.monotonic() - began
+
+
+async def connect(settings: Generator, prompt_tokens: int, limit: float = math.inf) -> Service:
+    """A server that has shown that it serves. prompt_tokens: longest prompt. limit: seconds for one answer. Raises
+    ConfigError as Service.prove, and for a checkpoint whose tokenizer and configuration cannot be read."""
+    told = read(settings, prompt_tokens, spare=1)  # the likelihood of an answer asks for a token more
+    service = Service(settings, told, limit)
+    try:
+        await service.prove()
+    except BaseException:
+        service.close()
+        raise
+    return service
+
+
+def _ids(choice: dict[str, Any]) -> tuple[int, ...]:
+    found = choice.get("token_ids")
+    if not isinstance(found, list) or not found or not all(type(token) is int for token in found):
+        raise ValueError("the server returns no token ids")
+    return tuple(found)
+
+
+def _seed(round: Round, sample: int, drawn: int = 0) -> int:
+    """Of one request: of this sample and no other. drawn: tokens that an earlier request of the sample has drawn."""
+    key = f"{round.seed}\0{round.prompt_id}\0{round.iteration}\0{sample}\0{drawn}"
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) >> 1

@@ -79,6 +79,25 @@ def test_a_comparison_can_be_recorded(tmp_path):
     assert lines[5] == f"| aisp | 128 | {cell} |  | {cell} | {cell} | 1.00 | 3,908 | 128 |"
 
 
+def test_a_protocol_on_a_real_model_can_be_recorded(tmp_path):
+    """A table of a task, at equal samples; the greedy answer stands once, and best-of-n beside itself nowhere."""
+    measures = ("reward", "strict", "nll", "diversity", "copied")
+    measured = {m: [1.0, 0.5, 1.5] for m in measures} | {f"{m}, less best-of-n": [0.25, 0.0, 0.5] for m in measures}
+    rows = [
+        {"task": "ifeval", "equal": equal, "budget": n, "arm": arm, "prompts": 24, "mean samples": spent} | measured
+        for equal in ("samples", "tokens")
+        for n in (8, 64)
+        for arm, spent in (("greedy", 1.0), ("best-of-n", float(n)), ("qalign", float(n)))
+    ]
+    (tmp_path / "report.json").write_text(json.dumps([row | {"mean tokens": 59.6} for row in rows]))
+    (table,) = figures.real_model(tmp_path)
+    one, beside = [1.0, 0.5, 1.5], [0.25, 0.0, 0.5]
+    shown = [["greedy", 1], ["best-of-n", 64], ["qalign", 64]]
+    assert table["title"] == "ifeval, 24 prompts" and [row[:2] for row in table["rows"]] == shown
+    assert table["rows"][1] == ["best-of-n", 64, one, None, one, one, None, one, None, one, 60]
+    assert table["rows"][2] == ["qalign", 64, one, beside, one, one, beside, one, beside, one, 60]
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_links_lead_somewhere(name):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]) if not link.startswith("http")]

@@ -17,7 +17,7 @@ from aisp_dist.engine.widths import widths
 from aisp_dist.records import Sampling, TopP
 
 SLOTS = 128
-WIDTHS = (32, 40, 48, 56, 64, 80, 96, 112, SLOTS)
+WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, SLOTS)
 
 
 class Slipping(nn.Module):
@@ -65,17 +65,17 @@ def test_a_step_computes_what_the_highest_taken_slot_needs(computed):
     engine = Engine(language_model("qwen3", torch.float32), SLOTS, STEPS)
     one, two = (dataclasses.replace(rounds()[0], prompt_id=name, stop=n) for name, n in (("p", 3), ("q", 40)))
     engine.run([one])
-    assert set(computed) == {32}
+    assert set(computed) == {8}
     computed.clear()
     engine.run([two])
-    assert computed[0] == 40 and set(computed) <= {32, 40}
+    assert computed[0] == 40 and set(computed) <= {8, 16, 24, 32, 40}
 
 
 def test_sizes_that_give_other_bits_are_not_used():
     lm = language_model("qwen3", torch.float32)
     slipping = dataclasses.replace(lm, head=Slipping(lm.head))
     assert widths(lm, SLOTS) == WIDTHS
-    assert [widths(slipping, slots) for slots in (SLOTS, 96, 32)] == [WIDTHS[4:], WIDTHS[4:7], (32,)]
+    assert [widths(slipping, slots) for slots in (SLOTS, 96, 32)] == [WIDTHS[7:], WIDTHS[7:10], WIDTHS[:4]]
 
 
 @pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {"falcon", "bloom"}))

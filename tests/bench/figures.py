@@ -7,7 +7,7 @@
     python -m tests.bench.figures record run outputs/bench "aisp bench run configs/smollm2/quick.yaml ..."
     aisp align configs/quickstart.yaml | python -m tests.bench.figures picture
 
-`python -m tests.texts` then writes them into the texts. `picture` draws a command's output as .github/quickstart.svg.
+A note may follow the command. `python -m tests.texts` then writes them into the texts. `picture` draws a command's output as .github/quickstart.svg.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _cell(value: Cell) -> str:
     return f"{value:.2f}"
 
 
-def record(part: str, folder: Path, command: str) -> None:
+def record(part: str, folder: Path, command: str, note: str = "") -> None:
     git = ["git", "rev-parse", "--short", "HEAD"]
     kept = json.loads(FIGURES.read_text())
     tables = PARTS[part](folder)
@@ -199,7 +199,7 @@ def record(part: str, folder: Path, command: str) -> None:
         "date": datetime.date.today().isoformat(),
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
         "tables": tables,
-    }
+    } | ({"note": note} if note else {})
     FIGURES.write_text(json.dumps(kept, indent=1) + "\n")
 
 
@@ -222,8 +222,8 @@ def picture() -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["record", part, folder, command] if part in PARTS:
-            record(part, Path(folder), command)
+        case ["record", part, folder, command, *note] if part in PARTS and len(note) <= 1:
+            record(part, Path(folder), command, *note)
         case ["picture"]:
             picture()
         case _:

@@ -7,7 +7,8 @@
     python -m tests.bench.figures record run outputs/bench "aisp bench run configs/smollm2/quick.yaml ..."
     aisp align configs/quickstart.yaml | python -m tests.bench.figures picture
 
-A note may follow the command. `python -m tests.texts` then writes them into the texts. `picture` draws a command's output as .github/quickstart.svg.
+A note may follow the command. `python -m tests.texts` then writes them into the texts. `picture` draws what a command
+prints as .github/quickstart.svg.
 """
 
 from __future__ import annotations

@@ -11,34 +11,38 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 from aisp_dist.config import ConfigError, Generator
 from aisp_dist.engine.admissible import check
 from aisp_dist.engine.served import Served, read
-from aisp_dist.records import Calibration, Rollout, Round, Sampling, Trajectory
-from aisp_dist.rewards.client import Client, Refused, Rejected
+from aisp_dist.records import Calibration, Late, Rollout, Round, Sampling, Trajectory
+from aisp_dist.rewards.client import AsyncClient, Refused, Rejected, Unavailable
 from aisp_dist.together import together
 
 # What a server's own defaults must not change (vLLM takes them from the model's generation_config.json).
 _PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
+_NEVER = 9999.0  # what vLLM writes for the logarithm of 0, with a minus
+
 
 class Service:
-    """Answers requests by one server, `max_parallel` at a time, until `close`. limit: seconds for one answer, from when
-    it is asked for; what is not answered by then raises client.Unavailable, as a server that is down does."""
+    """Answers requests by one server, `max_parallel` at a time, until `close`. Made on the event loop that uses it.
+
+    limit: seconds for one answer, from when it is asked for. A round with a slower one fails with Late if the server
+    answered others meanwhile; else, and where the server is down, with client.Unavailable."""
 
     def __init__(self, settings: Generator, served: Served, limit: float = math.inf) -> None:
         assert settings.endpoint is not None
         self.endpoint, self.served, self.limit = settings.endpoint, served, limit
         self.work = 0  # requests that were answered
         self.busy = False  # the time limit alone says how long a request may take
-        self._client = Client("generator.endpoint", settings.endpoint)
-        self._threads = ThreadPoolExecutor(settings.endpoint.max_parallel, thread_name_prefix="endpoint")
+        self._client = AsyncClient("generator.endpoint", settings.endpoint)
+        self._room = asyncio.Semaphore(settings.endpoint.max_parallel)
+        self._loop = asyncio.get_running_loop()
         self._seconds = 0.0  # of all requests
         self._began = time.monotonic()
 
@@ -70,14 +74,16 @@ class Service:
         return {"busy_seconds": busy, "up_seconds": time.monotonic() - self._began}
 
     def close(self) -> None:
-        """Ask nothing more. What is being asked is not waited for."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Close the connections. May be called from another thread."""
+        with suppress(RuntimeError):  # the loop has ended
+            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop)
 
     async def prove(self) -> None:
-        """Ask for a few tokens of a text. Raises ConfigError for a server that cannot serve, or has another tokenizer;
-        client.Unavailable where it does not answer."""
-        tokens = tuple(self.served.tokenizer.encode("The first three numbers are one, two,", add_special_tokens=False))
+        """Ask for the server's limit, and for a few tokens of a text. Raises ConfigError for a server that cannot
+        serve, or has another tokenizer; client.Unavailable where it does not answer."""
         try:
+            told = await self._request("GET", "models", None)
+            tokens = tuple(self.served.tokenizer.encode("The first numbers are one, two,", add_special_tokens=False))
             answer = await self._ask(tokens, max_tokens=4, temperature=0.0, ignore_eos=True)
             await self.nll(tokens, [_ids(answer)])
         except Rejected as error:
@@ -93,6 +99,16 @@ class Service:
                 f"generator.model: its tokenizer reads as {ours!r} what the model {self.endpoint.model!r} behind "
                 f"generator.endpoint wrote as {said!r}; name the checkpoint that the server runs"
             )
+        if (longest := _longest(told, self.endpoint.model)) is not None:
+            # The likelihood of an answer asks for a token more.
+            context = min(self.served.context_length, longest - 1)
+            self.served = replace(self.served, context_length=context)
+            if context <= self.served.max_new_tokens:
+                raise ConfigError(
+                    f"generator.endpoint: the server holds {longest} tokens, and generator.max_new_tokens is "
+                    f"{self.served.max_new_tokens}, which leaves no room for a prompt; lower it, or start the server "
+                    "with a larger --max-model-len"
+                )
 
     async def _decode(self, round: Round, sample: int) -> Trajectory:
         told, decode = self.served, round.sampling.decode
@@ -101,18 +117,15 @@ class Service:
         if decode is not None:
             how = {"temperature": decode.temperature, "top_p": decode.p, "seed": _seed(round, sample)}
         how |= {"ignore_eos": True, "stop_token_ids": sorted(told.end_ids)}
-        done = None
-        # The server may see a stop string where the text has none, such as in halves of characters; then it is asked
-        # for the rest without any, which always ends.
-        for stop in (told.stop, ()):
-            if done is None:
-                asked = {**how, "max_tokens": told.max_new_tokens - len(tokens), "stop": list(stop)}
-                if tokens != given and decode is not None:
-                    asked["seed"] = _seed(round, sample, len(tokens))
-                tokens += _ids(await self._ask((*round.prompt_tokens, *tokens), **asked))
-                done = told.ended(round.prompt_tokens, tokens, len(given))
-        if done is None:
-            raise ValueError(f"the server ended an answer after {len(tokens)} tokens, which nothing asked it to")
+        # The server may see a stop string where the text has none, such as in halves of characters, or end an answer
+        # earlier than it was asked to; then it is asked for the rest.
+        stop, done = told.stop, None
+        while done is None:
+            asked = {**how, "max_tokens": told.max_new_tokens - len(tokens), "stop": list(stop)}
+            if tokens != given and decode is not None:
+                asked["seed"] = _seed(round, sample, len(tokens))
+            tokens += _ids(await self._ask((*round.prompt_tokens, *tokens), **asked))
+            done, stop = told.ended(round.prompt_tokens, tokens, len(given)), ()
         tokens, finish, text = done
         return Trajectory(sample, tokens, text, finish)
 
@@ -123,18 +136,14 @@ class Service:
             losses = [-float(place[str(token)]["logprob"]) for token, place in zip(response, places, strict=True)]
         except (KeyError, TypeError, ValueError):
             raise ValueError("the server gives no likelihood of the tokens of a prompt") from None
-        if not all(map(math.isfinite, losses)):
+        if not all(map(math.isfinite, losses)) or max(losses) >= _NEVER:
             raise ValueError("the likelihood of a given answer is not finite")
         return math.fsum(losses) / len(losses)
 
     async def _ask(self, prompt: tuple[int, ...], **how: Any) -> dict[str, Any]:
         """The one choice of a completion. Raises ValueError where it is refused or is none."""
         body = {"model": self.endpoint.model, "prompt": list(prompt), **_PLAIN, "top_p": 1.0, "return_token_ids": True}
-        loop = asyncio.get_running_loop()
-        answer, seconds = await loop.run_in_executor(self._threads, partial(self._post, body | how))
-        self.work, self._seconds = self.work + 1, self._seconds + seconds
-        if isinstance(answer, Refused):
-            raise ValueError(answer.reason)
+        answer = await self._request("POST", "completions", body | how)
         try:
             choice: dict[str, Any] = answer["choices"][0]
             _ids(choice)
@@ -142,24 +151,41 @@ class Service:
             raise ValueError("the answer is no completion") from None
         return choice
 
-    def _post(self, body: dict[str, Any]) -> tuple[Any, float]:
-        """What is answered, after how many seconds."""
-        began = time.monotonic()
-        answer = self._client.post(f"{self.endpoint.url}/completions", body, began + self.limit)
-        return answer, time.monotonic() - began
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """The JSON of an answer. Raises ValueError where the request is refused; Late; client.Unavailable."""
+        async with self._room:
+            began, before = time.monotonic(), self.work
+            try:
+                answer = await self._client.request(method, f"{self.endpoint.url}/{path}", body, self.limit)
+            except Rejected:
+                raise
+            except Unavailable as error:
+                if self.work > before:  # the server is well, and this request takes it too long
+                    raise Late(f"{error}, while others were answered") from None
+                raise
+            self.work, self._seconds = self.work + 1, self._seconds + time.monotonic() - began
+        if isinstance(answer, Refused):
+            raise ValueError(answer.reason)
+        return answer
 
 
 async def connect(settings: Generator, prompt_tokens: int, limit: float = math.inf) -> Service:
     """A server that has shown that it serves. prompt_tokens: longest prompt. limit: seconds for one answer. Raises
     ConfigError as Service.prove, and for a checkpoint whose tokenizer and configuration cannot be read."""
-    told = read(settings, prompt_tokens, spare=1)  # the likelihood of an answer asks for a token more
-    service = Service(settings, told, limit)
+    service = Service(settings, read(settings, prompt_tokens, spare=1), limit)
     try:
         await service.prove()
     except BaseException:
         service.close()
         raise
     return service
+
+
+def _longest(models: Any, name: str) -> int | None:
+    """max_model_len of vLLM's list of models; None where it does not say."""
+    listed = models.get("data") if isinstance(models, dict) else None
+    found = [one.get("max_model_len") for one in listed or () if isinstance(one, dict) and one.get("id") == name]
+    return found[0] if found and type(found[0]) is int else None
 
 
 def _ids(choice: dict[str, Any]) -> tuple[int, ...]:

@@ -122,6 +122,8 @@ def plan(
             "machines may still join (runtime.autoscaling): actors wait for them, for at most timeouts.startup"
         )
         return Plan(tuple(groups), notes=tuple(notes))
+    if run.generator.endpoint and wanted[GENERATOR].replicas == "auto":  # max_parallel says how much is asked
+        wanted[GENERATOR] = wanted[GENERATOR].model_copy(update={"replicas": 1})
     auto = [role for role, asked in wanted.items() if asked.num_gpus == "auto" and role in models] if gpus else []
     if split and gpus:
         auto.remove(GENERATOR)
@@ -147,7 +149,7 @@ def plan(
     shared = _shared(seats, shares)
     used = {(machine, gpu) for machine, held in seats.values() for gpu in held}
     idle = gpus - len(used)
-    if idle:
+    if idle and not run.generator.endpoint:
         notes.append(
             f"{idle} of {gpus} GPU{'s' * (gpus > 1)} stay idle; runtime.generators.replicas: auto would use "
             f"{'them' if idle > 1 else 'it'}"

@@ -42,6 +42,10 @@ def measure(options: argparse.Namespace, run: Run, base_dir: Path) -> dict[str, 
     for name in ("prompts", "repeat"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if run.generator.endpoint:
+        raise ConfigError(
+            "generator.endpoint: the seconds and the memory of a server are not this machine's to compare; leave it out"
+        )
     engine = _engine(options.vllm)
     if options.peers == "vllm" and not installed():
         raise ConfigError("--peers: vLLM is not installed here; install it, or give --peers none to measure without it")

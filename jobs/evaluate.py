@@ -56,7 +56,8 @@ def main(args: Sequence[str]) -> int:
     for output in runs if against is None else [*runs, against]:
         outputs.check_finished(output, inputs(output.place))
     wanted = _rewards(options, runs[0].run)
-    generator = None if options.no_model else evaluated.generator(runs[0])
+    served = any(run.run.generator.endpoint for run in runs)  # its methods have neither control nor noise
+    generator = None if options.no_model or served else evaluated.generator(runs[0])
 
     from aisp_dist import rewards
     from aisp_dist.analysis import judge

@@ -52,6 +52,8 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError("--out: missing; name the directory to write the value network to")
     if options.out.exists():
         raise ConfigError(f"--out: {str(options.out)!r} exists; name another directory, or remove it")
+    if run.generator.endpoint:
+        raise ConfigError("generator.endpoint: training a value network needs the model's states; leave it out")
     cases = settings.cases(run)
     if options.case and options.case not in cases:
         raise ConfigError(f"--case {options.case!r} is not among compare.cases ({', '.join(cases)})")

@@ -7,6 +7,7 @@ Shapes: N samples, T steps, D hidden size.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,11 +102,15 @@ class Watched(Engine):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.seen: dict[tuple[str, int, int, int], torch.Tensor] = {}
-        states, self.batch.states = self.batch.states, self._states  # type: ignore[method-assign]
-        self._real_states = states
+        self._whole, self.batch.first = self.batch.first, self._first  # type: ignore[method-assign]
 
-    def _states(self, attend: Any) -> torch.Tensor:
-        z_BD = self._real_states(attend)
+    def _first(self, rows: int) -> Any:
+        view = self._whole(rows)
+        view.states = partial(self._states, view.states)
+        return view
+
+    def _states(self, computed: Any, attend: Any) -> torch.Tensor:
+        z_BD = computed(attend)
         for slot, row in enumerate(self.rows):
             if row:
                 round, step = row.job.round, int(self.batch.rows_BF[slot, STEP])

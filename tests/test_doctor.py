@@ -36,7 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = {
         "output": str(folder / "out"),
         "prompts": {"source": str(folder / "prompts.jsonl")},
-        "generator": {"model": str(folder / "base"), "max_new_tokens": 8, "batch_rows": 20},
+        "generator": {"model": str(folder / "base"), "max_new_tokens": 8, "batch_rows": 40},
         "rewards": {"main": {"kind": "model", "model": str(folder / "reward")}},
         "method": {"kind": "aisp", "num_samples": 5, "num_iterations": 8, "sigma2": 0.3, "lambda": {"ess": 0.1}},
     }

@@ -18,10 +18,13 @@ from replicas import pool
 from actors import pool as pools
 from actors.generator import Generator as Actor
 from aisp_dist import endpoint, placement, relabel
-from aisp_dist.config import ConfigError, Generator, Run, load
+from aisp_dist.analysis import arms
+from aisp_dist.analysis.doctor import examine
+from aisp_dist.config import ConfigError, Generator, Replicas, Run, Runtime, load
 from aisp_dist.engine import decode, model, sizes
+from aisp_dist.output import manifest
 from aisp_dist.placement import Group
-from aisp_dist.records import BASE_ITERATION, Round, Sampling, TopP, Trajectory
+from aisp_dist.records import BASE_ITERATION, Late, Round, Sampling, TopP, Trajectory
 from aisp_dist.rewards.client import Unavailable
 from aisp_dist.vllm.choice import Found, choose
 
@@ -31,15 +34,19 @@ DRAWN = Sampling(decode=TopP(0.9, 1.0))
 
 
 class Completions:
-    """POST /v1/completions of a model, with vLLM's fields."""
+    """POST /v1/completions of a model, with vLLM's fields. longest: tokens that the server holds. most: that one answer
+    may have, whatever is asked."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, longest: int | None = None, most: int = 1 << 20) -> None:
+        self.longest, self.most = longest, most
         self.model = tiny.causal("llama").eval()
         self.tokenizer = tiny.tokenizer()
         self.turn = threading.Lock()
 
     @torch.inference_mode()
     def __call__(self, path: str, body: dict[str, Any]) -> Any:
+        if path == "/v1/models":
+            return {"data": [{"id": "other", "max_model_len": 3}, {"id": "tiny", "max_model_len": self.longest}]}
         assert path == "/v1/completions" and body["return_token_ids"] and body["n" if "n" in body else "top_k"] == 0
         with self.turn:
             tokens, drawn = list(body["prompt"]), torch.Generator().manual_seed(body.get("seed", 0) % (1 << 62))
@@ -49,7 +56,7 @@ class Completions:
                 places = [{str(t): {"logprob": float(losses[i, t])}} for i, t in enumerate(tokens[1:])]
                 choice["prompt_logprobs"] = [None, *places]
             said: list[int] = []
-            while len(said) < body["max_tokens"]:
+            while len(said) < min(body["max_tokens"], self.most):
                 logits = self.model(torch.tensor([tokens + said])).logits[0, -1].double()
                 if body["temperature"]:
                     chances = (logits / body["temperature"]).softmax(-1)
@@ -69,9 +76,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told(directory: Path) -> Any:
+def told() -> Any:
     with serving() as told:
-        told.answer = Completions(directory)
+        told.answer = Completions()
         yield told
 
 
@@ -113,7 +120,7 @@ def test_greedy_answers_are_those_of_the_local_engine(directory: Path, told: Any
     stop = whole.text[4:6]
     cut = asked(settings(directory, told, stop=(stop,)), plain)
     assert stop.strip() and cut == local(directory, [plain], stop=(stop,))
-    bodies = [body for _, body in told.seen if body["max_tokens"] == T - 5]
+    bodies = [body for _, body in told.seen if body.get("max_tokens") == T - 5]
     assert [body["prompt"] for body in bodies] == [[*PROMPT, *whole.token_ids[:5]]]
 
 
@@ -131,7 +138,7 @@ def test_every_sample_has_a_seed_of_its_own_and_keeps_it(directory: Path, told: 
     rounds += [Round(0, "p", PROMPT, 1, 0, 3, DRAWN)]
     first, again = asked(settings(directory, told), *rounds), asked(settings(directory, told), *rounds)
     assert first == again and len({t.token_ids for of in first for t in of}) == 12
-    drawn = [body for _, body in told.seen if body["temperature"] == 1.0]
+    drawn = [body for _, body in told.seen if body.get("temperature") == 1.0]
     assert len({body["seed"] for body in drawn}) == 12 and {body["top_p"] for body in drawn} == {0.9}
     assert all(0 <= body["seed"] < 1 << 63 for body in drawn)
 
@@ -155,7 +162,7 @@ def test_a_server_that_cannot_serve_is_refused_at_the_start(
     directory: Path, told: Any, wrong: dict[str, Any], says: str
 ) -> None:
     right = told.answer
-    told.answer = lambda path, body: {"choices": [right(path, body)["choices"][0] | wrong]}
+    told.answer = lambda path, body: {"choices": [of | wrong for of in right(path, body).get("choices", [])]}
     with pytest.raises(ConfigError, match=says):
         asked(settings(directory, told))
 
@@ -177,6 +184,67 @@ def test_a_request_that_is_refused_is_about_its_round(directory: Path, told: Any
         with pytest.raises(Unavailable):
             await service.rollout(round_of())
         assert (await service.rollout(round_of())).trajectories
+        service.close()
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_ends_early_is_asked_for_its_rest(directory: Path, told: Any) -> None:
+    """As where --override-generation-config bounds max_tokens."""
+    told.answer = Completions(most=5)
+    plain = round_of()
+    assert asked(settings(directory, told), plain) == local(directory, [plain])
+    (drawn,) = asked(settings(directory, told), round_of(DRAWN, 3))
+    assert {len(t.token_ids) for t in drawn if t.finish_reason == "length"} <= {T}
+    seeds = [body["seed"] for _, body in told.seen if "seed" in body]
+    assert len(seeds) == len(set(seeds)) > 3
+
+
+def test_what_the_server_holds_bounds_prompts(directory: Path, told: Any) -> None:
+    async def context(longest: int | None) -> int:
+        told.answer = Completions(longest)
+        service = await endpoint.connect(settings(directory, told), 100)
+        service.close()
+        return service.served.context_length
+
+    assert asyncio.run(context(None)) == asyncio.run(context(1000)) == 100 + T
+    assert asyncio.run(context(60)) == 59, "the likelihood of an answer asks for a token more"
+    with pytest.raises(ConfigError, match="the server holds 13 tokens, and generator.max_new_tokens is 12"):
+        asyncio.run(context(T + 1))
+
+
+def test_a_slow_answer_is_about_its_round_where_others_are_answered(directory: Path, told: Any) -> None:
+    async def main() -> None:
+        service = await endpoint.connect(settings(directory, told), 100, 1.0)
+        told.delay = lambda body: 2.0 if body["temperature"] else 0.0
+        slow = asyncio.ensure_future(service.rollout(round_of(DRAWN, 2)))
+        await asyncio.sleep(0.2)
+        await service.rollout(round_of())
+        with pytest.raises(Late, match="while others were answered"):
+            await slow
+        with pytest.raises(Unavailable):
+            await service.rollout(round_of(DRAWN, 2))
+        service.close()
+
+    asyncio.run(main())
+
+
+def test_a_call_that_is_cancelled_leaves_nothing_behind(directory: Path, told: Any) -> None:
+    """Neither a place among `max_parallel` nor a thread that would be waited for."""
+
+    async def main() -> None:
+        service = await endpoint.connect(settings(directory, told), 100)
+        let = threading.Event()
+        told.delay = lambda body: let.wait(60) and 0.0 if body["temperature"] else 0.0
+        four = asyncio.ensure_future(service.rollout(round_of(DRAWN, 4)))
+        while told.running < 4:
+            await asyncio.sleep(0.01)
+        own = {thread.name for thread in threading.enumerate() if "process_request" not in thread.name}
+        four.cancel()
+        await asyncio.gather(four, return_exceptions=True)
+        assert (await service.rollout(round_of())).trajectories
+        assert not any("Executor" in name for name in own)
+        let.set()
         service.close()
 
     asyncio.run(main())
@@ -268,8 +336,39 @@ def test_whole_searches(directory: Path, told: Any, tmp_path: Path, method: dict
     ],
 )
 def test_what_needs_more_than_tokens_is_refused(directory: Path, told: Any, method: Any) -> None:
+    """In a configuration, and where a comparison puts a method into one."""
     with pytest.raises(ConfigError, match="method: .* a server behind generator.endpoint"):
         config(directory, told, method=method)
+    run = config(directory, told)
+    reward = {"demo": {"kind": "model", "model": "demo"}}
+    values = {"output": "o", "generator": {"model": "demo"}, "rewards": reward, "method": method}
+    with pytest.raises(ConfigError, match="method: .* a server behind generator.endpoint"):
+        choose(run.model_copy(update={"method": load.check(values).method}), None, lambda: Found(0, None))
+
+
+def test_a_comparison_has_the_arms_that_a_server_can_decode(directory: Path, told: Any) -> None:
+    assert set(arms.arms(config(directory, told))) == {"best-of-n top-p", "random pick"}
+    population = {"kind": "population", "num_samples": 4, **NUCLEUS}
+    found = set(arms.arms(config(directory, told, method=population)))
+    assert found == {"best-of-n top-p", "random pick", "population", "population, rewards shuffled"}
+
+
+def test_doctor_asks_the_server(directory: Path, told: Any, tmp_path: Path) -> None:
+    run = config(directory, told)
+    checks = list(examine.examine(run, tmp_path, 4, lambda line: None))
+    assert [check.verdict for check in checks if check.name == "decoding"] == ["note"] and told.seen
+    told.faults = [(503, {})]
+    assert [check.verdict for check in examine.examine(run, tmp_path, 4, lambda line: None)] == ["FAILED"]
+    told.faults = [(404, {})]
+    with pytest.raises(ConfigError, match="look at url, model and key"):
+        list(examine.examine(run, tmp_path, 4, lambda line: None))
+
+
+def test_an_output_keeps_to_its_server() -> None:
+    for old, new, fix in (("endpoint", 7, "put generator.endpoint back"), (7, "endpoint", "take .* out")):
+        one, two = ({"components": {"engine": engine}} for engine in (old, new))
+        with pytest.raises(ConfigError, match=fix):
+            manifest.check_resume(one, two)
 
 
 @pytest.mark.parametrize(
@@ -300,8 +399,13 @@ def test_choice_plan_and_fingerprint(directory: Path, told: Any) -> None:
     for one in (run, auto):
         chosen = choose(one, None, never)
         assert chosen.engine == chosen.component == "endpoint" and "may differ" in chosen.line()
-    (generator, *_) = placement.plan(run, [{"CPU": 4.0, "GPU": 1.0}]).groups
-    assert generator.role == "generator" and generator.num_gpus == 0 and not sizes.of_models(run)
+    filling = run.model_copy(update={"runtime": Runtime(generators=Replicas(replicas="auto"))})
+    for one in (run, filling):
+        plan = placement.plan(one, [{"CPU": 40.0, "GPU": 1.0}])
+        assert (plan.groups[0].role, plan.groups[0].replicas, plan.groups[0].num_gpus) == ("generator", 1, 0)
+        assert not sizes.of_models(run) and not any("idle" in note for note in plan.notes)
+    with pytest.raises(ConfigError, match="use no GPU"):
+        config(directory, told, runtime={"generators": {"num_gpus": 1}})
     free = run.generator.model_copy(
         update={"endpoint": run.generator.endpoint.model_copy(update={"max_parallel": 7, "retries": 3, "timeout": 1.0})}
     )

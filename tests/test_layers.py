@@ -34,7 +34,7 @@ ARROWS = {
     "placement": {"config"},
     "endpoint": BELOW | {"config", "engine", "rewards"},
     "local": BELOW | {"endpoint"} | {"config", "data", "engine", "vllm", "rewards", "output", "align", "placement"},
-    "analysis": BELOW | {"config", "data", "methods", "engine", "vllm", "rewards", "output", "align"},
+    "analysis": BELOW | {"endpoint", "config", "data", "methods", "engine", "vllm", "rewards", "output", "align"},
 }
 
 

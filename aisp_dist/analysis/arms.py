@@ -13,10 +13,12 @@ TOP_P, GAUSSIAN, AISP, POPULATION = "best-of-n top-p", "best-of-n gaussian", "ai
 
 def arms(run: Run) -> dict[str, Method]:
     """The methods that compare runs: the usual ones with the configuration's own in its place, one with shuffled
-    rewards, a random pick, and those of compare.arms, which replace an arm of the same name. Raises ConfigError where
-    two arms would spend another number of samples; a method that gives one answer a prompt may."""
+    rewards, a random pick, and those of compare.arms, which replace an arm of the same name. What a server behind
+    generator.endpoint cannot decode is no usual one. Raises ConfigError where two arms would spend another number of
+    samples; a method that gives one answer a prompt may."""
     given = run.compare.arms
-    usual = {name: given.get(name, method) for name, method in _usual(run).items()}
+    possible = {name: method for name, method in _usual(run).items() if not run.generator.refuses(method)}
+    usual = {name: given.get(name, method) for name, method in possible.items()}
     named = {**usual, **_shuffled(run, usual), **_random_pick(usual), **given}
     found = {name: method for name, method in named.items() if method is not None}
     if not found:
@@ -64,7 +66,7 @@ def _usual(run: Run) -> dict[str, Method]:
 def _shuffled(run: Run, usual: Mapping[str, Method | None]) -> dict[str, Method]:
     """The main arm with shuffled rewards; where that learns nothing from rewards, AISP's."""
     for name in (run.method.shuffled(False).name, AISP):
-        method = usual[name]
+        method = usual.get(name)
         if method is not None and (shuffled := method.shuffled(True)).is_shuffled:
             return {shuffled.name: shuffled}
     return {}

@@ -15,7 +15,6 @@ from aisp_dist.config.guard import Guard
 from aisp_dist.config.methods import Args, Method, ReControl
 from aisp_dist.config.rewards import FREE, GeneratorEndpoint, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
-from aisp_dist.records import Rates
 
 
 class Prompts(Section):
@@ -151,6 +150,10 @@ class Generator(Section):
         if self.endpoint is not None:
             if self.engine not in ("auto", "endpoint"):
                 raise ValueError(f"endpoint has no effect with engine: {self.engine}; leave one of them out")
+            if self.model.endswith(".gguf"):
+                raise ValueError(
+                    f"model: {self.model}; with endpoint, name the directory or hub id that the server runs"
+                )
             told = {"adapter": self.adapter, "quantization": self.quantization, "dtype": self.dtype != "auto"}
             if other := ours or theirs or next((name for name, given in told.items() if given), None):
                 raise ValueError(f"{other} has no effect behind endpoint, where the server decides it; leave it out")
@@ -162,6 +165,16 @@ class Generator(Section):
         if self.engine == "vllm" and ours:
             raise ValueError(f"{ours} has no effect with engine: vllm; leave it out, or give engine: local")
         return self
+
+    def refuses(self, method: Method) -> str | None:
+        """Why a server behind `endpoint` cannot decode for this method; None where it can, or there is none."""
+        if self.endpoint is None or not method.needs_states:
+            return None
+        return (
+            f"method: {method.kind} as configured needs the model's hidden states or probabilities for its noise, "
+            "guide or flip rate, which a server behind generator.endpoint does not give; take best_of_n, population "
+            "or qalign with sampling: {top_p: ...}, or another engine"
+        )
 
     @property
     def only_local(self) -> str | None:
@@ -268,12 +281,12 @@ class Run(Section):
     def whole(self) -> Run:
         if not any(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("rewards: none has use: select, so nothing could choose a best answer; add one")
-        sampling, rates = self.method.draws()
-        if self.generator.endpoint is not None and (sampling.sigma2 or sampling.guide or rates != Rates()):
-            what = "needs the model's probabilities or hidden states for its noise, guide or flip rate"
+        if why := self.generator.refuses(self.method):
+            raise ValueError(why)
+        if self.generator.endpoint is not None and self.runtime.generators.num_gpus not in ("auto", 0):
             raise ValueError(
-                f"method: {self.method.kind} as configured {what}, which a server behind generator.endpoint does not "
-                "give; take best_of_n, population or qalign with sampling: {top_p: ...}, or another engine"
+                f"runtime.generators.num_gpus: {self.runtime.generators.num_gpus:g}, and processes that ask "
+                "generator.endpoint use no GPU; leave it out"
             )
         if isinstance(self.method, Args | ReControl) and (setting := self._needs_vllm()):
             raise ValueError(

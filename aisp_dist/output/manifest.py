@@ -101,9 +101,12 @@ def check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:
     theirs, ours = old["components"].get("engine"), new["components"].get("engine")
     if theirs != ours and any(isinstance(name, str) for name in (theirs, ours)):
         was, now = (name if isinstance(name, str) else "the local engine" for name in (theirs, ours))
+        back = "set generator.engine back or install that version"
+        if "endpoint" in (theirs, ours):
+            back = f"{'put generator.endpoint back' if theirs == 'endpoint' else 'take generator.endpoint out'}"
         raise ConfigError(
-            f"output: it was made with {was}, and this command would go on with {now}, which computes other rows; set "
-            "generator.engine back or install that version, or give another output"
+            f"output: it was made with {was}, and this command would go on with {now}, which computes other rows; "
+            f"{back}, or give another output"
         )
     if theirs != ours:
         made = old.get("versions", {}).get("aisp-dist")

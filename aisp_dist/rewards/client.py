@@ -3,6 +3,7 @@ request; knows neither rewards nor what compares answers."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import threading
@@ -19,6 +20,8 @@ from urllib.request import proxy_bypass
 
 import httpx
 from tenacity import (
+    AsyncRetrying,
+    BaseRetrying,
     RetryCallState,
     Retrying,
     retry_if_exception_type,
@@ -57,8 +60,9 @@ class Refused:
     reason: str
 
 
-class Client:
-    """A server, for any number of threads. Raises ConfigError where the variable with the API key is not set."""
+class _Connection:
+    """What clients of a server share: key, proxy, turns, and what an answer means. Raises ConfigError where the
+    variable with the API key is not set."""
 
     def __init__(self, key: str, settings: Server) -> None:
         self.settings = settings
@@ -73,13 +77,68 @@ class Client:
                     f"{key}.api_key_env: what {settings.api_key_env} holds is no API key; set it to the key"
                 )
             headers["Authorization"] = f"Bearer {secret}"
-        limits = httpx.Limits(max_connections=settings.max_parallel)
         # No proxy of the environment reaches a server on this machine.
         far = not is_loopback(settings.url)
-        self._http = httpx.Client(headers=headers, timeout=settings.timeout, limits=limits, trust_env=far)
+        limits = httpx.Limits(max_connections=settings.max_parallel)
+        self._options: dict[str, Any] = {"headers": headers, "timeout": settings.timeout, "limits": limits}
+        self._options["trust_env"] = far
         self._proxy = _proxy_variable(settings.url) if far else None
         self._turn = threading.Lock()
         self._next = 0.0
+
+    def _retrying(self, deadline: float) -> dict[str, Any]:
+        """How a request is repeated, for tenacity."""
+        return {
+            "stop": stop_after_attempt(self.settings.retries + 1) | stop_before_delay(deadline - time.monotonic()),
+            "wait": _wait,
+            "retry": retry_if_exception_type(_Again),
+            "reraise": True,
+        }
+
+    def _until_turn(self) -> float:
+        """Seconds until a request may go out, by requests_per_minute."""
+        if self.settings.requests_per_minute is None:
+            return 0.0
+        with self._turn:
+            at = max(self._next, time.monotonic())
+            self._next = at + 60 / self.settings.requests_per_minute
+        return max(0.0, at - time.monotonic())
+
+    def _left(self, deadline: float) -> float:
+        left = min(self.settings.timeout, deadline - time.monotonic())
+        if left <= 0:
+            raise _Again("the time for the answers of one round is over, and it has not been asked for all")
+        return left
+
+    def _lost(self, error: httpx.TransportError) -> _Again:
+        way = f" by way of the proxy in {self._proxy}; list the host in NO_PROXY to ask it directly"
+        return _Again(f"no answer ({type(error).__name__}){way if self._proxy else ''}")
+
+    @staticmethod
+    def _passes(answer: httpx.Response) -> httpx.Response:
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise _Again(f"it answers {answer.status_code}", _retry_after(answer.headers.get("Retry-After")))
+        return answer
+
+    @staticmethod
+    def _read(url: str, answer: httpx.Response) -> Any:
+        """The JSON of an answer, or Refused where it is about this request. Raises Rejected."""
+        if answer.status_code in _ABOUT_THE_REQUEST:
+            return Refused(f"the server answers {answer.status_code}: {' '.join(answer.text.split())[:300]}")
+        if not answer.is_success:
+            raise Rejected(f"{url} answers {answer.status_code} {answer.reason_phrase}; look at url, model and key")
+        try:
+            return answer.json()
+        except ValueError:
+            return Refused("the answer is no JSON")
+
+
+class Client(_Connection):
+    """A server, for any number of threads."""
+
+    def __init__(self, key: str, settings: Server) -> None:
+        super().__init__(key, settings)
+        self._http = httpx.Client(**self._options)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Results in the order of the items, `max_parallel` at a time. Raises what the first of them raises."""
@@ -89,25 +148,12 @@ class Client:
     def post(self, url: str, body: dict[str, Any], deadline: float = math.inf) -> Any:
         """The JSON of an answer, or Refused where it is about this request. deadline: of time.monotonic. Raises
         Unavailable: no connection, 429 or 5xx after all retries, or no answer before the deadline; Rejected."""
-        retrying = Retrying(
-            stop=stop_after_attempt(self.settings.retries + 1) | stop_before_delay(deadline - time.monotonic()),
-            wait=_wait,
-            retry=retry_if_exception_type(_Again),
-            reraise=True,
-        )
+        retrying = Retrying(**self._retrying(deadline))
         try:
             answer: httpx.Response = retrying(self._once, url, body, deadline)
-        except _Again as error:  # of a type that crosses processes
-            times = retrying.statistics["attempt_number"]
-            raise Unavailable(f"{url}: {error}, {times} time{'s' * (times > 1)}") from None
-        if answer.status_code in _ABOUT_THE_REQUEST:
-            return Refused(f"the server answers {answer.status_code}: {' '.join(answer.text.split())[:300]}")
-        if not answer.is_success:
-            raise Rejected(f"{url} answers {answer.status_code} {answer.reason_phrase}; look at url, model and key")
-        try:
-            return answer.json()
-        except ValueError:
-            return Refused("the answer is no JSON")
+        except _Again as error:
+            raise _unavailable(url, error, retrying) from None
+        return self._read(url, answer)
 
     def chat(self, messages: list[dict[str, str]], deadline: float = math.inf) -> str | Refused:
         """What the model says to these messages, greedily. Raises as `post`."""
@@ -121,26 +167,47 @@ class Client:
         return f"{self.settings.url}/chat/completions", body | {"temperature": 0} | self.settings.body
 
     def _once(self, url: str, body: dict[str, Any], deadline: float) -> httpx.Response:
-        self._wait_for_turn()
-        left = min(self.settings.timeout, deadline - time.monotonic())
-        if left <= 0:
-            raise _Again("the time for the answers of one round is over, and it has not been asked for all")
+        time.sleep(self._until_turn())
         try:
-            answer = self._http.post(url, json=body, timeout=left)
+            answer = self._http.post(url, json=body, timeout=self._left(deadline))
         except httpx.TransportError as error:
-            way = f" by way of the proxy in {self._proxy}; list the host in NO_PROXY to ask it directly"
-            raise _Again(f"no answer ({type(error).__name__}){way if self._proxy else ''}") from None
-        if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Again(f"it answers {answer.status_code}", _retry_after(answer.headers.get("Retry-After")))
-        return answer
+            raise self._lost(error) from None
+        return self._passes(answer)
 
-    def _wait_for_turn(self) -> None:
-        if self.settings.requests_per_minute is None:
-            return
-        with self._turn:
-            at = max(self._next, time.monotonic())
-            self._next = at + 60 / self.settings.requests_per_minute
-        time.sleep(max(0.0, at - time.monotonic()))
+
+class AsyncClient(_Connection):
+    """A server, for one event loop. A call that is cancelled closes its connection, so that the server can stop."""
+
+    def __init__(self, key: str, settings: Server) -> None:
+        super().__init__(key, settings)
+        self._http = httpx.AsyncClient(**self._options | {"timeout": None})
+
+    async def request(self, method: str, url: str, body: dict[str, Any] | None, seconds: float) -> Any:
+        """As Client.post. seconds: for this request and its repetitions, from when its turn has come."""
+        await asyncio.sleep(self._until_turn())
+        deadline = time.monotonic() + seconds
+        retrying = AsyncRetrying(**self._retrying(deadline))
+        try:
+            answer: httpx.Response = await retrying(self._once, method, url, body, deadline)
+        except _Again as error:
+            raise _unavailable(url, error, retrying) from None
+        return self._read(url, answer)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _once(self, method: str, url: str, body: dict[str, Any] | None, deadline: float) -> httpx.Response:
+        try:
+            answer = await self._http.request(method, url, json=body, timeout=self._left(deadline))
+        except httpx.TransportError as error:
+            raise self._lost(error) from None
+        return self._passes(answer)
+
+
+def _unavailable(url: str, error: _Again, retrying: BaseRetrying) -> Unavailable:
+    """Of a type that crosses processes."""
+    times = retrying.statistics["attempt_number"]
+    return Unavailable(f"{url}: {error}, {times} time{'s' * (times > 1)}")
 
 
 def is_loopback(url: str) -> bool:

@@ -105,12 +105,14 @@ def resolve(run: Run, before: Mapping[str, Any] | None, look: Callable[[], Found
 def choose(run: Run, recorded: Name | None, look: Callable[[], Found]) -> Choice:
     """The engine of an output. recorded: that of the output, if it exists. look: asks the machines, where it matters.
     Raises ConfigError for vLLM where it is not installed, in a version that the hook does not know, or for a method
-    that changes every step."""
+    that changes every step; for a server where the method needs more than tokens."""
     settings, asked = run.generator, run.generator.engine
     guided = isinstance(run.method, Args | ReControl)
     found: Found | None = None
     engine: Name
     if settings.endpoint is not None:
+        if why := settings.refuses(run.method):
+            raise ConfigError(why)
         return Choice("endpoint", f"{settings.endpoint.model} at {settings.endpoint.url}")
     if recorded == "endpoint":  # and the configuration has none any more: another output, as its fingerprint will say
         recorded = None

@@ -6,8 +6,9 @@ Shapes: B rows, T steps, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from aisp_dist.config import Run
 from aisp_dist.engine.attention import Pass
 from aisp_dist.engine.control import moves, rebuild
 from aisp_dist.engine.decode import Engine
-from aisp_dist.engine.step import STEP
+from aisp_dist.engine.step import STEP, Batch
 from aisp_dist.records import BASE_ITERATION, Prompt, Round, Sampling, TopP, Trajectory, Weights
 
 Key = tuple[str, int, int]  # prompt id, iteration, sample
@@ -72,17 +73,22 @@ def greedy(asked: Sequence[Round], prompts: Sequence[tuple[Prompt, tuple[int, ..
 def decode(engine: Engine, asked: Sequence[Round], every: int = 0) -> Decoded:
     """Decodes rounds, the next one submitted every so many steps (0: all at once), and keeps the rows' states."""
     batch, waiting, made, seen = engine.batch, list(asked), Decoded(), dict[tuple[Key, int], torch.Tensor]()
-    own = batch.states
+    own = batch.first
 
-    def states(attend: Pass | None) -> torch.Tensor:
-        z_BD = own(attend)
+    def first(rows: int) -> Batch:
+        view = own(rows)
+        view.states = partial(states, view.states)  # type: ignore[method-assign]
+        return view
+
+    def states(computed: Callable[[Pass | None], torch.Tensor], attend: Pass | None) -> torch.Tensor:
+        z_BD = computed(attend)
         kept, table = z_BD.to("cpu", copy=True), batch.rows_BF[:, STEP].tolist()
         for slot, row in enumerate(engine.rows):
             if row:
                 seen[(row.job.round.prompt_id, row.job.round.iteration, row.sample), table[slot]] = kept[slot]
         return z_BD
 
-    batch.states = states  # type: ignore[method-assign]
+    batch.first = first  # type: ignore[method-assign]
     try:
         while waiting or engine.busy:
             for _ in range(min(len(waiting), 1 if every else len(waiting))):
@@ -94,7 +100,7 @@ def decode(engine: Engine, asked: Sequence[Round], every: int = 0) -> Decoded:
                         steps = range(1, len(t.token_ids) + 1)
                         made[key] = t, torch.stack([seen.pop((key, step)) for step in steps])
     finally:
-        batch.states = own  # type: ignore[method-assign]
+        batch.first = own  # type: ignore[method-assign]
     return made
 
 

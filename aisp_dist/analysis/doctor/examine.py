@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from aisp_dist import rewards
+from aisp_dist import endpoint, rewards
 from aisp_dist.analysis.doctor import Check, engine, served
 from aisp_dist.config import ConfigError, Generator, ModelReward, Prompts, Replicas, Run
 from aisp_dist.data import prompts, render
 from aisp_dist.engine import model, pretrained, sizes
 from aisp_dist.engine.decode import DecodeError, Engine
 from aisp_dist.records import Prompt, Round
+from aisp_dist.rewards.client import Unavailable
 from aisp_dist.rewards.self_test import Defect
 from aisp_dist.vllm.start import start
 
@@ -124,7 +125,19 @@ def _vllm(run: Run, place: torch.device, steps: int, say: Say) -> Iterator[Check
 def _server(run: Run, place: torch.device, steps: int, say: Say) -> Iterator[Check]:
     assert run.generator.endpoint is not None
     url = run.generator.endpoint.url
-    yield Check("decoding", "note", f"by the server at {url}, of which nothing is compared", "Its rows are its own")
+
+    async def greet() -> tuple[Any, frozenset[int], int | None]:
+        service = await endpoint.connect(run.generator, run.prompts.max_tokens, run.runtime.timeouts.round)
+        service.close()
+        return service.served.tokenizer, service.served.end_ids, service.served.turn_end
+
+    say(f"generator: asking {url}")
+    try:
+        yield engine.ends(*asyncio.run(greet()))
+    except Unavailable as error:
+        yield Check("decoding", "FAILED", str(error), "`aisp align` would wait for the server, and then end")
+        return
+    yield Check("decoding", "note", f"by the server at {url}, whose answers are not compared", "Its rows are its own")
 
 
 _ENGINES = {"local": _local, "vllm": _vllm, "endpoint": _server}

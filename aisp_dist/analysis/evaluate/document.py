@@ -80,7 +80,7 @@ def evaluate(runs: Sequence[Output], asked: Asked, against: Output | None = None
         theirs = {row["id"]: outputs.answer(row["completion"]) for row in both}
     _add_win_rate(document, runs[0], sampled[0], theirs, "base" if against is None else str(against), asked)
     if asked.generator is None:
-        document["omitted"] |= dict.fromkeys(("kl", "flips"), "they ask the base model: --no-model")
+        document["omitted"] |= dict.fromkeys(("kl", "flips"), "they ask the base model: --no-model, or a server")
     else:
         from aisp_dist.analysis.evaluate import search  # the base model's part, with torch
 

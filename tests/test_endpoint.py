@@ -230,20 +230,19 @@ def test_a_slow_answer_is_about_its_round_where_others_are_answered(directory: P
 
 
 def test_a_call_that_is_cancelled_leaves_nothing_behind(directory: Path, told: Any) -> None:
-    """Neither a place among `max_parallel` nor a thread that would be waited for."""
+    """Its places among `max_parallel` are free at once, though the server goes on."""
 
     async def main() -> None:
         service = await endpoint.connect(settings(directory, told), 100)
         let = threading.Event()
         told.delay = lambda body: let.wait(60) and 0.0 if body["temperature"] else 0.0
         four = asyncio.ensure_future(service.rollout(round_of(DRAWN, 4)))
-        while told.running < 4:
-            await asyncio.sleep(0.01)
-        own = {thread.name for thread in threading.enumerate() if "process_request" not in thread.name}
-        four.cancel()
-        await asyncio.gather(four, return_exceptions=True)
-        assert (await service.rollout(round_of())).trajectories
-        assert not any("Executor" in name for name in own)
+        async with asyncio.timeout(50):  # below the server's wait
+            while told.running < 4:
+                await asyncio.sleep(0.01)
+            four.cancel()
+            await asyncio.gather(four, return_exceptions=True)
+            assert (await service.rollout(round_of())).trajectories
         let.set()
         service.close()
 

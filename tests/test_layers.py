@@ -33,7 +33,7 @@ ARROWS = {
     "bench": BELOW | {"config", "data", "engine", "rewards", "align", "vllm"},
     "placement": {"config"},
     "endpoint": BELOW | {"config", "engine", "rewards"},
-    "local": BELOW | {"endpoint"} | {"config", "data", "engine", "vllm", "rewards", "output", "align", "placement"},
+    "local": BELOW | {"endpoint", "config", "data", "engine", "vllm", "rewards", "output", "align", "placement"},
     "analysis": BELOW | {"endpoint", "config", "data", "methods", "engine", "vllm", "rewards", "output", "align"},
 }
 

@@ -96,12 +96,6 @@ class MethodSection(Section):
         """How samples are drawn, and what of it is found for each prompt."""
         raise NotImplementedError(f"{type(self).__name__}.draws")
 
-    @property
-    def needs_states(self) -> bool:
-        """Whether it needs the model's hidden states or probabilities: for noise, a guide or a rate."""
-        sampling, rates = self.draws()
-        return bool(sampling.sigma2 or sampling.guide or rates != Rates())
-
     def grid(self) -> Grid:
         """What `aisp tune` tries."""
         raise NotImplementedError(f"{type(self).__name__}.grid")

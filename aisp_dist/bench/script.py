@@ -48,7 +48,7 @@ def variants(run: Run) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def script(run: Run, base_dir: Path, folder: str, count: int, engine: Mapping[str, Any]) -> Iterator[Work]:
-    """Load vLLM and the rewards. Yields the work: `work(sampling, seed, count)` answers the first prompts.
+    """Load vLLM and the rewards. Yields the work: `work(sampling, count)` answers the first prompts.
 
     run: located. folder: for a copy of the model, where vLLM does not read its file. engine: arguments of vllm.LLM,
     over those that the configuration gives."""
@@ -63,6 +63,9 @@ def script(run: Run, base_dir: Path, folder: str, count: int, engine: Mapping[st
         "revision": settings.revision,
         "dtype": settings.dtype,
         "max_model_len": max(map(len, asked)) + settings.max_new_tokens,
+        # One seed for all that is drawn: with one a request vLLM 0.32 draws row by row, and its CPU engine dies where
+        # it reads a prompt in pieces ("CPU Generator does not use offset").
+        "seed": run.seed,
         "enable_prefix_caching": True,
         **({"block_size": _BLOCK} if on_cpu else {}),
         **engine,
@@ -74,8 +77,8 @@ def script(run: Run, base_dir: Path, folder: str, count: int, engine: Mapping[st
     ends = {"stop": list(settings.stop) or None, "stop_token_ids": None if turn_end is None else [turn_end]}
     samples = run.method.num_samples * run.method.num_iterations
 
-    def work(sampling: Mapping[str, Any], seed: int, count: int) -> dict[str, Any]:
-        drawn = _draw(vllm, llm, asked[:count], samples, {**ends, **sampling}, seed, settings.max_new_tokens)
+    def work(sampling: Mapping[str, Any], count: int) -> dict[str, Any]:
+        drawn = _draw(vllm, llm, asked[:count], samples, {**ends, **sampling}, settings.max_new_tokens)
         best, tokens = [], 0
         for line, answers in zip(lines, drawn, strict=False):
             texts = [answer.text for answer in answers]
@@ -89,11 +92,11 @@ def script(run: Run, base_dir: Path, folder: str, count: int, engine: Mapping[st
 
 
 def _draw(
-    vllm: Any, llm: Any, asked: list[Any], samples: int, sampling: Mapping[str, Any], seed: int, new_tokens: int
+    vllm: Any, llm: Any, asked: list[Any], samples: int, sampling: Mapping[str, Any], new_tokens: int
 ) -> list[list[Any]]:
     """The answers of each prompt. Greedy samples are one request each, since vLLM refuses n > 1 for them."""
     n, times = (1, samples) if sampling["temperature"] == 0 else (samples, 1)
-    params = vllm.SamplingParams(n=n, max_tokens=new_tokens, seed=seed, **sampling)
+    params = vllm.SamplingParams(n=n, max_tokens=new_tokens, **sampling)
     given = [{"prompt_token_ids": list(tokens)} for tokens in asked for _ in range(times)]
     outputs = llm.generate(given, params, use_tqdm=False)
     flat = [answer for output in outputs for answer in output.outputs]

@@ -280,7 +280,7 @@ class DecodePass:
     def _prefixes(self, layer: Layer, q_BKGC: torch.Tensor) -> KV:
         """Output [B, K, G, C] and log-sum-exp [B, K, G] over the rows' prompts."""
         rows, kv_heads, group, size = q_BKGC.shape
-        order = self.seating.order(group, _TILES if fused(layer, q_BKGC.device) else 1)
+        order = self.seating.order(group, _TILES if fused(layer, q_BKGC.new_empty(TILE, size)) else 1)
         q_KQC = q_BKGC.transpose(0, 1).reshape(kv_heads, rows * group, size)[:, order.take]
         parts = []
         for prefix, first, stop in order.calls:

@@ -43,21 +43,18 @@ def draw(
     if logits_RV.device.type != "cpu":  # which rows want more would be a value to wait for; a GPU sorts quickly
         total_R = _total(logits_RV, temperature_R)
         return _drawn(logits_RV.shape[1], total_R, total_R, *given)[0]
-    tokens_R = torch.zeros(len(logits_RV), dtype=torch.long)
-    left_R = torch.arange(len(logits_RV))  # rows without a token
+    first, *sizes = _sizes(logits_RV.shape[1])
     about_R = _rough_total(logits_RV, temperature_R)
-    low_R, high_R = about_R * (1 - _ERROR), about_R * (1 + _ERROR)
-    for size in _sizes(logits_RV.shape[1]):
-        if size == logits_RV.shape[1]:
-            low_R = high_R = _total(logits_RV[left_R], temperature_R[left_R])
-        found, enough, agreed = _drawn(size, low_R, high_R, *(x[left_R] for x in given))
-        settled = enough & agreed
-        tokens_R[left_R[settled]] = found[settled]
-        if settled.all():
+    tokens_R, enough_R, agreed_R = _drawn(first, about_R * (1 - _ERROR), about_R * (1 + _ERROR), *given)
+    left_R = (~(enough_R & agreed_R)).nonzero()[:, 0]  # rows without a token
+    left = [x[left_R] for x in given]
+    total_R = _total(left[0], left[2])
+    for size in sizes or (first,):
+        if not len(left_R):
             break
-        doubted = left_R[~agreed]
-        low_R[~agreed] = high_R[~agreed] = _total(logits_RV[doubted], temperature_R[doubted])
-        left_R, low_R, high_R = (x[~settled] for x in (left_R, low_R, high_R))
+        found_R, enough_R, _ = _drawn(size, total_R, total_R, *left)
+        tokens_R[left_R[enough_R]] = found_R[enough_R]
+        left_R, total_R, *left = (x[~enough_R] for x in (left_R, total_R, *left))
     return tokens_R
 
 

@@ -8,6 +8,7 @@ where the operators are missing, refuse a weight, or do not keep what is said he
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TypeGuard
 
 import torch
@@ -52,6 +53,7 @@ def pack(*roots: nn.Module) -> bool:
     return found
 
 
+@cache
 def emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU has no products of this dtype, so that they take several times as long as those of fp32."""
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}

@@ -223,9 +223,10 @@ class Batch:
         plan_B = self.rows_BF[:, PLAN]
         draws_B = self.plans.draws_F[plan_B]
         given = logits_BV, self.plans.p_F[plan_B], self.plans.temperature_F[plan_B], noise.uniform(*self._counter())
-        if logits_BV.device.type != "cpu":  # how many rows draw would be a value to wait for
+        on_cpu = logits_BV.device.type == "cpu"
+        if not on_cpu or draws_B.all():  # on a GPU, how many rows draw would be a value to wait for
             drawn_B = torch.cat([nucleus.draw(*part) for part in zip(*(x.split(_DRAWN) for x in given), strict=True)])
-            return torch.where(draws_B, drawn_B, logits_BV.argmax(-1)), finite_B
+            return drawn_B if on_cpu else torch.where(draws_B, drawn_B, logits_BV.argmax(-1)), finite_B
         token_B = torch.zeros_like(plan_B)
         drawing_R = draws_B.nonzero()[:, 0]  # of no empty slot: its logits are all equal, which is the longest draw
         for rows in torch.split(drawing_R, _DRAWN):

@@ -14,8 +14,8 @@ from aisp_dist.engine.lm import LM
 @torch.inference_mode()
 def widths(lm: LM, num_rows: int) -> tuple[int, ...]:
     """Numbers of rows, ascending, whose states and logits have the bits that they have among `num_rows`, which is the
-    last. The others begin with a quarter of TILE, and from TILE on four of them make twice as many. Attention is left
-    out: it is computed by blocks (kv.py)."""
+    last. The others begin with a quarter of TILE; from TILE on four make twice as many, and eight from 4 TILE on.
+    Attention is left out: it is computed by blocks (kv.py)."""
     tokens_B1 = (torch.arange(num_rows, device=lm.device) * 7919 % lm.vocab_size)[:, None]
     positions_B1 = (torch.arange(num_rows, device=lm.device) % (lm.context_length or num_rows))[:, None]
 
@@ -23,8 +23,9 @@ def widths(lm: LM, num_rows: int) -> tuple[int, ...]:
         z_BD = lm.states(_own_value, tokens_B1[:rows], positions_B1[:rows])[:, 0]
         return z_BD, lm.logits(z_BD.float())
 
-    quarters = ((TILE << k) // 4 * quarter for k in range(num_rows.bit_length()) for quarter in range(4, 8))
-    fewer = [rows for rows in (*range(TILE // 4, TILE, TILE // 4), *quarters) if rows < num_rows]
+    steps = ((TILE << k, TILE << k >> (2 if k < 2 else 3)) for k in range(num_rows.bit_length()))
+    larger = (rows for first, step in steps for rows in range(first, 2 * first, step))
+    fewer = [rows for rows in (*range(TILE // 4, TILE, TILE // 4), *larger) if rows < num_rows]
     if not fewer:
         return (num_rows,)
     whole = computed(num_rows)

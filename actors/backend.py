@@ -6,15 +6,33 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from actors.counts import Counts
 from actors.pool import Pool
 from aisp_dist.align import Tokens
 from aisp_dist.records import Calibration, Prompt, Rollout, Round, Sampling, Score
+from aisp_dist.together import together
 
 if TYPE_CHECKING:
     from actors.metrics import Exporter
+
+
+_LEAST = 8  # samples of a part of a round: fewer rows take a step of nearly the same time
+
+
+def split(round: Round, parts: int) -> list[Round]:
+    """The round as at most so many rounds of consecutive samples. Where fewer prompts than generators are in flight,
+    several decode one round: a row has the same bits on any of them."""
+    samples = round.stop - round.start
+    count = max(1, min(parts, samples // _LEAST))
+    cuts = [samples * i // count for i in range(count + 1)]
+    return [
+        replace(round, start=round.start + low, stop=round.start + high, starts=round.starts[low:high])
+        for low, high in pairwise(cuts)
+    ]
 
 
 class RayBackend:
@@ -23,13 +41,21 @@ class RayBackend:
     def __init__(self, pools: Mapping[str, Pool]) -> None:
         self.pools = pools
         self.sums: Counter[str] = Counter()  # iterations, samples, tokens and given, as in Counts
+        self.drawing: Counter[str] = Counter()  # rounds in flight, by prompt
         self.exporter: Exporter | None = None
         for pool in pools.values():
             pool.fleet.event = self._event
 
     async def rollout(self, round: Round) -> Rollout:
-        began = time.monotonic()
-        rollout: Rollout = await self.pools["generator"].call(round.prompt_id, "rollout", round)
+        began, pool = time.monotonic(), self.pools["generator"]
+        self.drawing[round.prompt_id] += 1
+        try:
+            parts = split(round, int(self.alive()["generator"]) // len(self.drawing))
+            calls = (pool.call(round.prompt_id, "rollout", one, part=i) for i, one in enumerate(parts))
+            found: list[Rollout] = await together(*calls)
+        finally:
+            self.drawing -= Counter((round.prompt_id,))  # keeps no zero
+        rollout = Rollout(tuple(t for one in found for t in one.trajectories), found[0].u_sq)
         samples, given = round.stop - round.start, sum(map(len, round.starts))
         tokens = sum(len(t.token_ids) for t in rollout.trajectories) - given
         self.sums.update(iterations=round.iteration >= 0, samples=samples, tokens=tokens, given=given)

@@ -35,6 +35,7 @@ from aisp_dist.rewards.client import Unavailable
 
 log = logging.getLogger("aisp")
 
+Home = tuple[str, int]  # a prompt and the part of its samples that a replica has
 _PAUSE = 1.0  # seconds before a server that is down is asked again: the first time; twice as long each time
 
 
@@ -76,7 +77,7 @@ class _Wait:
 
 class _Waiter(NamedTuple):
     turn: asyncio.Future[Slot]
-    home: str
+    home: Home
     only: Slot | None
 
 
@@ -108,15 +109,15 @@ class Pool:
         self.outage = (timeout or 0.0) if outage is None else outage
         self.is_fault, self.key = is_fault, key
         self.waiting: deque[_Waiter] = deque()
-        self.home: dict[str, Slot] = {}  # where a prompt's prefix and control are warm; a preference, not a rule
+        self.home: dict[Home, Slot] = {}  # where a prompt's prefix and control are warm; a preference, not a rule
         self.isolation = asyncio.Lock()  # one call at a time has a replica for itself
         self.answers = 0
         self.repeats = 0
         self._answered: dict[str, dict[str, tuple[Any, ...]]] = {}  # by method, of the last two prompts: arguments
         self._numbers = itertools.count()
 
-    async def call(self, home: str, method: str, *args: Any) -> Any:
-        """The method's answer from some replica, preferably the one that served `home` before.
+    async def call(self, home: str, method: str, *args: Any, part: int = 0) -> Any:
+        """The method's answer from some replica, preferably the one that served this part of `home` before.
 
         Raises RowError where the call itself is to blame, Fault after too many faults.
         """
@@ -124,7 +125,7 @@ class Pool:
         while faults <= self.retries:
             sound: bool | None = True
             try:
-                async with self._slot(home, avoid=slot if raised else None) as slot:
+                async with self._slot(home, part, avoid=slot if raised else None) as slot:
                     try:
                         return await self._try(slot, home, method, *args)
                     except _Raised:
@@ -234,6 +235,10 @@ class Pool:
         return True
 
     def forget(self, home: str) -> None:
+        for part in range(len(self.fleet.slots)):
+            self._leave((home, part))
+
+    def _leave(self, home: Home) -> None:
         if (slot := self.home.pop(home, None)) is not None:
             slot.homes -= 1
 
@@ -279,9 +284,9 @@ class Pool:
         self.fleet.event("retry", slot.replica.name)
 
     @asynccontextmanager
-    async def _slot(self, home: str, avoid: Slot | None = None) -> AsyncIterator[Slot]:
+    async def _slot(self, home: str, part: int = 0, avoid: Slot | None = None) -> AsyncIterator[Slot]:
         """A replica with room, first come first served; not `avoid` if another has room now."""
-        slot = await self._take(home, avoid=avoid)
+        slot = await self._take((home, part), avoid=avoid)
         try:
             yield slot
         finally:
@@ -296,7 +301,7 @@ class Pool:
                 slot.alone = True
                 while True:
                     try:
-                        await self._take(home, slot)
+                        await self._take((home, 0), slot)
                     except _Away:
                         others = [s for s in self.fleet.slots if s.up and s is not slot]
                         if not others:
@@ -318,7 +323,7 @@ class Pool:
                 slot.alone = False
                 self._hand_out(slot)
 
-    async def _take(self, home: str, only: Slot | None = None, avoid: Slot | None = None) -> Slot:
+    async def _take(self, home: Home, only: Slot | None = None, avoid: Slot | None = None) -> Slot:
         """Hold a place in a slot. Raises _Away where `only` that one will do and it stays away."""
         while True:
             if self.fleet.broken:
@@ -344,7 +349,7 @@ class Pool:
                 return slot
             self._release(slot)  # its process was replaced in the moment between
 
-    def _choose(self, home: str, avoid: Slot | None) -> Slot | None:
+    def _choose(self, home: Home, avoid: Slot | None) -> Slot | None:
         """Where the prompt is warm, else where the fewest prompts are at home."""
         warm = self.home.get(home)
         if warm is not None and warm is not avoid and self._open(warm, None):
@@ -359,9 +364,9 @@ class Pool:
             return only is slot and not slot.held
         return slot.held < self.max_calls
 
-    def _give(self, slot: Slot, home: str) -> Slot:
+    def _give(self, slot: Slot, home: Home) -> Slot:
         if self.home.get(home) is not slot:
-            self.forget(home)
+            self._leave(home)
             self.home[home] = slot
             slot.homes += 1
         slot.held += 1

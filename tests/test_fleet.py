@@ -92,7 +92,7 @@ def test_counts_add_up_over_the_processes_of_a_replica():
         p = pool(Fake("a", ["ok", Dead("gone")]), Fake("b"))
         await p.fleet.refresh()
         assert p.fleet.counts() == {"busy_seconds": 2.0}
-        p.home["x"] = p.fleet.slots[0]
+        p.home["x", 0] = p.fleet.slots[0]
         await p.call("x", "m")
         await p.call("x", "m")
         await p.fleet.refresh()

@@ -18,7 +18,7 @@ def test_a_dead_replica_is_restarted_and_the_call_goes_elsewhere():
     async def main():
         a, b = Fake("a", [Dead("gone")]), Fake("b")
         p = pool(a, b)
-        p.home["x"] = p.fleet.slots[0]
+        p.home["x", 0] = p.fleet.slots[0]
         assert await p.call("x", "m") == "ok"
         assert len(a.restarts) == 1 and not b.restarts and len(b.calls) == 1
         assert (p.fleet.restarts, p.repeats) == (1, 1)

@@ -116,13 +116,13 @@ def run(folder: Path) -> list[Table]:
         for name, one in document["contenders"].items():
             ratios = [_spread(one[key]) if key in one else None for key in ("ratio", "cpu_ratio")]
             reward = sum(one["mean_reward"]) / len(one["mean_reward"])
-            rows.append([document["method"], name, f"{one['tokens_per_second']['median']:.0f}", *ratios, reward])
+            rows.append([document["method"], document["prompts"], name, f"{one['tokens_per_second']['median']:.0f}", *ratios, reward])
         parts = {name.removeprefix("generator "): f"{share:.0%}" for name, share in document["time"].items()}
-        shares.append([document["method"], *(parts[part] for part in _SHARES)])
-    columns = ["method", "contender", "tokens/s", "ours over it", "in CPU seconds", "mean best reward"]
+        shares.append([document["method"], document["prompts"], *(parts[part] for part in _SHARES)])
+    columns = ["method", "prompts", "contender", "tokens/s", "ours over it", "in CPU seconds", "mean best reward"]
     return [
         {"title": "", "columns": columns, "rows": rows},
-        {"title": "where a generator's time goes", "columns": ["method", *_SHARES], "rows": shares},
+        {"title": "where a generator's time goes", "columns": ["method", "prompts", *_SHARES], "rows": shares},
     ]
 
 

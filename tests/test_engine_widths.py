@@ -75,6 +75,7 @@ def test_sizes_that_give_other_bits_are_not_used():
     lm = language_model("qwen3", torch.float32)
     slipping = dataclasses.replace(lm, head=Slipping(lm.head))
     assert widths(lm, SLOTS) == WIDTHS
+    assert widths(lm, 192) == (*WIDTHS, 144, 160, 176, 192)
     assert [widths(slipping, slots) for slots in (SLOTS, 96, 32)] == [WIDTHS[7:], WIDTHS[7:10], WIDTHS[:4]]
 
 

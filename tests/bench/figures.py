@@ -116,7 +116,8 @@ def run(folder: Path) -> list[Table]:
         for name, one in document["contenders"].items():
             ratios = [_spread(one[key]) if key in one else None for key in ("ratio", "cpu_ratio")]
             reward = sum(one["mean_reward"]) / len(one["mean_reward"])
-            rows.append([document["method"], document["prompts"], name, f"{one['tokens_per_second']['median']:.0f}", *ratios, reward])
+            rate = f"{one['tokens_per_second']['median']:.0f}"
+            rows.append([document["method"], document["prompts"], name, rate, *ratios, reward])
         parts = {name.removeprefix("generator "): f"{share:.0%}" for name, share in document["time"].items()}
         shares.append([document["method"], document["prompts"], *(parts[part] for part in _SHARES)])
     columns = ["method", "prompts", "contender", "tokens/s", "ours over it", "in CPU seconds", "mean best reward"]

@@ -53,9 +53,10 @@ def test_a_draw_is_that_of_the_sorted_vocabulary(shape: str, vocab_size: int) ->
 
 @pytest.mark.parametrize("vocab_size", [40, 600, 6000])
 def test_a_nucleus_that_the_rough_total_leaves_open_is_that_of_the_exact_one(vocab_size: int) -> None:
-    logits_RV = torch.zeros(3, vocab_size)  # all equal: half of the tokens are exactly half of the total
-    uniform_R = torch.tensor([0.1111, 0.5123, 0.9037], dtype=torch.float64)
-    assert draw(logits_RV, TopP(0.5, 1.0), uniform_R).tolist() == (uniform_R * vocab_size / 2).long().tolist()
+    logits_RV = torch.zeros(3, vocab_size)  # half of them have half of the total: wanted is more
+    uniform_R = torch.tensor([0.1111, 0.5123, 0.9837], dtype=torch.float64)
+    expected = (uniform_R * (vocab_size / 2 + 1)).long()
+    assert draw(logits_RV, TopP(0.5 + 1e-6, 1.0), uniform_R).tolist() == expected.tolist()
 
 
 def test_a_row_alone_has_the_bits_that_it_has_in_company() -> None:

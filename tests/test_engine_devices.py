@@ -34,7 +34,7 @@ CUDA = torch.device("cuda", 0)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention as on a device that has no fused operator."""
     for module in (attention, kv):
-        monkeypatch.setattr(module, "fused", lambda layer, device: False)
+        monkeypatch.setattr(module, "fused", lambda layer, q: False)
 
 
 def adapted(family: str, ends: list[int] | None = None, **overrides: Any) -> model.LM:
@@ -57,7 +57,7 @@ def parts(layer: attention.Layer, mask: attention.Mask | None, monkeypatch: pyte
     q, k, v = (torch.randn(2, 3, size, 16, generator=draw) for size in (32, 40, 40))
     by_operator = attention.attend_part(layer, q, k, v, mask)
     with monkeypatch.context() as patched:
-        patched.setattr(attention, "fused", lambda layer, device: False)
+        patched.setattr(attention, "fused", lambda layer, q: False)
         return by_operator, attention.attend_part(layer, q, k, v, mask)
 
 
@@ -66,7 +66,7 @@ def test_attention_of_other_devices_is_that_of_the_cpu_operator(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = attention.Layer(0, 0.3, window, None, None)
-    assert attention.fused(layer, torch.device("cpu"))
+    assert attention.fused(layer, torch.empty(1, 3, 32, 16))
     at, to = torch.arange(-4, 28)[:, None], torch.arange(40)  # the first four queries see no key
     masked = attention.mask(attention.seen(at, to, window)[None, None], torch.float32)
     for mask in (masked, None):
@@ -77,10 +77,15 @@ def test_attention_of_other_devices_is_that_of_the_cpu_operator(
             assert torch.equal(out[:, :, :4], torch.zeros(2, 3, 4, 16)) and lse[:, :, :4].eq(-math.inf).all()
 
 
-def test_only_the_cpu_without_softcap_has_the_operator() -> None:
+def test_only_the_cpu_without_softcap_has_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = attention.Layer(0, 1.0, None, None, None)
-    assert not attention.fused(layer, CUDA)
-    assert not attention.fused(dataclasses.replace(layer, softcap=30.0), torch.device("cpu"))
+    few, many = torch.empty(1, 3, 4, 16), torch.empty(1, 3, 32, 16)
+    assert not attention.fused(layer, many.to("meta"))
+    assert not attention.fused(dataclasses.replace(layer, softcap=30.0), many)
+    for emulated in (False, True):  # products in bfloat16 pay for a few queries, where the CPU has them
+        monkeypatch.setattr(attention, "emulated", lambda dtype, here=emulated: here)
+        assert attention.fused(layer, few) and attention.fused(layer, many.bfloat16())
+        assert attention.fused(layer, few.bfloat16()) is emulated
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -79,7 +79,9 @@ def test_a_dtype_that_the_cpu_emulates_is_named(
     settings = Generator(model=str(tiny.save("llama", tmp_path)), dtype="bfloat16")
     for missing in (True, False):
         caplog.clear()
+        packed.emulated.cache_clear()
         monkeypatch.setattr(packed.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=not missing: has)
         load(settings, "cpu")
         assert ("set generator.dtype: float32" in caplog.text) is missing
+    packed.emulated.cache_clear()
     assert not packed.emulated(torch.float32)

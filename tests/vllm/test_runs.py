@@ -149,10 +149,11 @@ def test_a_run_survives_the_death_of_driver_engine_and_actor(project: Path) -> N
     dead: set[int] = set()
     command = start(project)
     more_rows(project, command, dead)
-    orphans = processes("EngineCore")
+    while len(orphans := processes("EngineCore")) < 2:  # a list of processes was once seen without one of them
+        assert command.poll() is None
     command.kill()
     command.wait()
-    assert not psutil.wait_procs(orphans, timeout=60)[1] and len(orphans) == 2
+    assert not psutil.wait_procs(orphans, timeout=60)[1]
     assert 0 < len(rows(project)) < len(QUESTIONS), "in the middle"
     command = start(project)
     more_rows(project, command, dead).kill()

@@ -25,7 +25,7 @@ _LEAST = 8  # samples of a part of a round: fewer rows take a step of nearly the
 
 def split(round: Round, parts: int) -> list[Round]:
     """The round as at most so many rounds of consecutive samples. Where fewer prompts than generators are in flight,
-    several decode one round: a row has the same bits on any of them."""
+    several decode one round; of the local engine a row has the same bits on any of them."""
     samples = round.stop - round.start
     count = max(1, min(parts, samples // _LEAST))
     cuts = [samples * i // count for i in range(count + 1)]
@@ -50,7 +50,8 @@ class RayBackend:
         began, pool = time.monotonic(), self.pools["generator"]
         self.drawing[round.prompt_id] += 1
         try:
-            parts = split(round, int(self.alive()["generator"]) // len(self.drawing))
+            up = sum(slot.up for slot in pool.fleet.slots)
+            parts = split(round, up // len(self.drawing))
             calls = (pool.call(round.prompt_id, "rollout", one, part=i) for i, one in enumerate(parts))
             found: list[Rollout] = await together(*calls)
         finally:

@@ -65,7 +65,7 @@ def script(run: Run, base_dir: Path, folder: str, count: int, engine: Mapping[st
         "max_model_len": max(map(len, asked)) + settings.max_new_tokens,
         # One seed for all that is drawn: with one a request vLLM 0.32 draws row by row, and its CPU engine dies where
         # it reads a prompt in pieces ("CPU Generator does not use offset").
-        "seed": run.seed,
+        "seed": run.seed % (1 << 32),  # numpy, which vLLM seeds too, takes no larger one
         "enable_prefix_caching": True,
         **({"block_size": _BLOCK} if on_cpu else {}),
         **engine,

@@ -30,6 +30,8 @@ log = logging.getLogger("aisp")
 def is_fault(error: BaseException) -> bool:
     """True for a process or node that went away; False for an exception that the method raised itself."""
     if isinstance(error, RayTaskError):
+        if type(error.cause).__name__ == "OutOfMemoryError":  # torch's, of a GPU; torch is not loaded here
+            return True
         return isinstance(error.cause, (RayActorError, WorkerCrashedError, MemoryError))
     return isinstance(error, RayError)
 

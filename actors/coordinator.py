@@ -17,14 +17,14 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actors.backend import RayBackend
 from actors.counts import Counts, gauges
 from actors.pool import Pool
 from actors.table import Table, check_failed
-from aisp_dist.align import align_input, probe, tokens_of, window
+from aisp_dist.align import PROBES, align_input, first_prompts, probe, tokens_of, window
 from aisp_dist.analysis import guard
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.data import prompts, render
@@ -81,9 +81,11 @@ class Coordinator:
             asyncio.to_thread(pretrained.tokenizer, self.run.generator), self.start()
         )
         self.backend = RayBackend(pools)
-        await probe(self.run, prompts.read(self.run.prompts), self.backend.score_once)
+        # In a thread: a shuffled source is read to its end first.
+        first = await asyncio.to_thread(lambda: first_prompts(prompts.read(self.run.prompts)))
+        await probe(self.run, first, self.backend.score_once)
         self.watches = [asyncio.ensure_future(pool.fleet.watch()) for pool in pools.values()]
-        return await asyncio.to_thread(self._first_prompt)
+        return await asyncio.to_thread(self._told, first)
 
     async def invariance(self) -> Check | None:
         """What the generators that are up have found of vLLM's batches."""
@@ -91,12 +93,12 @@ class Coordinator:
         found = await asyncio.gather(*(slot.replica.call("invariance") for slot in slots), return_exceptions=True)
         return weakest([one for one in found if not isinstance(one, BaseException)])  # another is being replaced
 
-    def _first_prompt(self) -> str:
-        line = next((p for p in prompts.read(self.run.prompts) if isinstance(p, Prompt)), None)
-        if line is None:
-            return "there is no prompt in the input"
+    def _told(self, first: Sequence[Prompt]) -> str:
+        """The first prompt as the model will read it."""
+        if not first:
+            return f"there is no prompt among the first {100 * PROBES} lines of the input"
         try:
-            tokens = tokens_of(self.run, line, self.tokenizer, self.context_length)
+            tokens = tokens_of(self.run, first[0], self.tokenizer, self.context_length)
         except render.Unrenderable as error:
             return f"the first prompt fails: {error}"
         return f"first prompt, {len(tokens)} tokens: {self.tokenizer.decode(tokens)!r}"

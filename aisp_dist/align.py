@@ -93,12 +93,16 @@ def tokens_of(run: Run, prompt: Prompt, tokenizer: render.Tokenizer, context_len
     return render.render(prompt, run.prompts, tokenizer, max_tokens)
 
 
+def first_prompts(lines: Iterable[Input]) -> list[Prompt]:
+    """The first PROBES prompts, without the bad lines among them; fewer where there are many bad lines."""
+    return list(islice((line for line in islice(lines, 100 * PROBES) if isinstance(line, Prompt)), PROBES))
+
+
 async def probe(
-    run: Run, lines: Iterable[Input], score: Callable[[str, Prompt, Sequence[str]], Awaitable[Any]]
+    run: Run, first: Sequence[Prompt], score: Callable[[str, Prompt, Sequence[str]], Awaitable[Any]]
 ) -> None:
     """Raise ConfigError for a function reward that fails on each of the first prompts, whatever the answer: it would
     fail on every prompt. `score` is a backend's, or one that raises RowError at the first error."""
-    first = list(islice((line for line in islice(lines, 100 * PROBES) if isinstance(line, Prompt)), PROBES))
     for name, reward in run.rewards.items():
         errors = []
         for prompt in first if isinstance(reward, FunctionReward) else ():

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from aisp_dist import endpoint, placement, rewards
-from aisp_dist.align import RowError, Tokens, align_input, probe, reason, window
+from aisp_dist.align import RowError, Tokens, align_input, first_prompts, probe, reason, window
 from aisp_dist.config import ConfigError, Run, Runtime, load
 from aisp_dist.data import prompts
 from aisp_dist.data.sources import Line, Source
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 Given = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]  # a text, messages, or an input line with its columns
 
 # Whatever was asked; every other error is about the request.
-_FAULTS = (MemoryError, Unavailable, Closed, serving.Dead, serving.Disobeyed)
+_FAULTS = (MemoryError, torch.OutOfMemoryError, Unavailable, Closed, serving.Dead, serving.Disobeyed)
 
 
 Served = serving.Service | endpoint.Service
@@ -160,7 +160,9 @@ def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[
 
     with _one_thread(), _event_loop() as loop, _backend(located, base_dir, loop) as backend:
         searched: deque[Future[Result]] = deque()
-        asyncio.run_coroutine_threadsafe(probe(located, _inputs(located, given), backend.score), loop).result()
+        asyncio.run_coroutine_threadsafe(
+            probe(located, first_prompts(_inputs(located, given)), backend.score), loop
+        ).result()
         try:
             for line in _inputs(located, given):
                 if len(searched) == window(run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 import zlib
 from pathlib import Path
 
@@ -251,6 +252,29 @@ def test_a_reward_that_fails_on_each_of_the_first_prompts_is_refused_at_load(tmp
         else:
             asyncio.run(shard.load())
         assert shard.backend.totals().restarts == 0
+
+
+def test_a_coordinator_answers_while_it_reads_its_first_prompts(tmp_path, monkeypatch):
+    """A shuffled source is read to its end first, which takes minutes where it is large; a coordinator that does not
+    answer meanwhile is taken for dead."""
+    reading, answered, read = threading.Event(), threading.Event(), prompts.read
+
+    def slow(settings):
+        reading.set()
+        assert answered.wait(30)
+        return read(settings)
+
+    async def main():
+        run = run_of(tmp_path)
+        shard = coordinator(run, [FakeGenerator("g")], [FakeScorer("s")])
+        monkeypatch.setattr(prompts, "read", slow)
+        loading = asyncio.ensure_future(shard.load())
+        await asyncio.to_thread(reading.wait, 30)
+        await shard.progress()
+        answered.set()
+        assert "first prompt" in await loading
+
+    asyncio.run(main())
 
 
 def test_a_dead_cluster_ends_in_a_fault_and_loses_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -153,3 +154,17 @@ def test_an_orphan_tidies_up_only_what_it_has_committed(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "discard", meanwhile)
     orphan.flush()
     assert run(place, prompts(6), rows_per_file=10) == [5], "what the other has staged is still there"
+
+
+def test_a_full_disk_is_left_as_it_was(tmp_path, monkeypatch):
+    place = at(tmp_path)
+    place.write("config.yaml", b"old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for _ in range(3):
+        with pytest.raises(OSError, match="no space"):
+            place.write("config.yaml", b"new")
+    assert place.read("config.yaml") == b"old" and not place.names(".staging")

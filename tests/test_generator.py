@@ -120,3 +120,23 @@ def test_waiting_for_rows_is_not_decoding(settings, monkeypatch, limit, late):
         assert len(await generator.nll((1, 5), [(7, 8)])) == 1, "the process goes on"
 
     asyncio.run(main())
+
+
+def test_progress_grows_while_prompts_pass_through_the_model_before_one_step(settings, monkeypatch):
+    """Else a healthy process with many new prompts would look like one that hangs."""
+
+    async def main():
+        generator = await loaded(settings)
+        engine, seen = generator.service.engine, []
+        dense = engine.lm.dense
+
+        def looked(tokens, keep=False):
+            seen.append((engine.steps, generator.service.work))
+            return dense(tokens, keep)
+
+        object.__setattr__(engine.lm, "dense", looked)
+        await asyncio.gather(*(generator.rollout(round_of("p" * i, 1)) for i in range(1, 20)))
+        first = [work for step, work in seen if step == seen[0][0]]
+        assert len(first) > 5 and first == list(range(first[0], first[0] + len(first)))
+
+    asyncio.run(main())

@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from ray.exceptions import RayTaskError
 
 import aisp_dist
+from actors import cluster
 from aisp_dist import local, placement
 from aisp_dist.config import ConfigError
 from aisp_dist.config.load import check as load_run
@@ -151,6 +153,17 @@ def test_a_failure_of_the_engine_is_no_row(project, monkeypatch):
     monkeypatch.setattr("aisp_dist.engine.step.Batch.step", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(Closed, match="ZeroDivisionError"):
         next(aisp_dist.relabel(mapping(project), QUESTIONS))
+
+
+def test_a_gpu_without_memory_is_no_row(project, monkeypatch):
+    async def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("aisp_dist.engine.service.Service.nll", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(aisp_dist.relabel(mapping(project), QUESTIONS))
+    error = RayTaskError("nll", "", torch.OutOfMemoryError("CUDA out of memory"))
+    assert cluster.is_fault(error) and not cluster.is_fault(RayTaskError("nll", "", ValueError("no")))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,18 @@ import pytest
 from aisp_dist.analysis.metrics import diversity, interval, repetition
 
 
-def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = sum(low <= 0 <= high for _, low, high in (interval(rng.normal(size=40)) for _ in range(200)))
-    assert 178 <= hits <= 199
+@pytest.mark.parametrize("size", [3, 5, 10, 24, 64])
+def test_the_interval_covers_the_true_mean_about_as_often_as_it_says(size):
+    rng = np.random.default_rng(size)
+    hits = sum(low <= 0 <= high for _, low, high in (interval(rng.normal(size=size), seed) for seed in range(400)))
+    assert 366 <= hits <= 394  # of 400; 380 are 95 %
+
+
+def test_an_interval_of_many_values_is_of_plain_percentiles():
+    x = np.random.default_rng(3).exponential(size=5000)
+    drawn = np.random.default_rng(0).integers(0, x.size, size=(2000, x.size), dtype=np.int32)
+    low, high = np.quantile(x[drawn].mean(axis=1), [0.025, 0.975])
+    assert interval(x) == pytest.approx((x.mean(), low, high), rel=1e-4)
 
 
 def test_an_interval_moves_and_scales_with_its_values():

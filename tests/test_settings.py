@@ -280,7 +280,11 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
         ),
         (["--runtime.shards", "0"], "runtime.shards: .*it is .*; it must be at least 1"),
         (["--runtime.storage_options.secret_key", "x"], "access_key and secret_key come together"),
-        (["--runtime.storage_options.endpoint_override", "http://id:x@host"], "endpoint_override: .*match pattern"),
+        (
+            ["--runtime.storage_options.endpoint_override", "http://id:x@host"],
+            "endpoint_override: .*match pattern [^:]*$",
+        ),
+        (["--runtime.storage_options", '{"access_key": "a", "secret_key": 1.5}'], "secret_key: [^.]*$"),
         (["--generator.tensor_parallel", "0"], "generator.tensor_parallel: .*it is .*; it must be at least 1"),
         (
             ["--generator.engine", "local", "--generator.tensor_parallel", "2"],

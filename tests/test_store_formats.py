@@ -181,6 +181,32 @@ def test_top_bottom_keeps_the_best_and_the_worst_and_all_keeps_the_quarantined()
     assert schema.candidates_row(done, "none", False) is None
 
 
+def test_the_selected_candidate_is_kept_however_many_better_ones_are_beyond_the_limit():
+    done = result(prompt(8))
+    rewards, within = [2.0, 3.0, 1.0, 2.0, 0.0, 1.0], [False, False, True, False, True, True]
+    pairs = zip(done.candidates, rewards, within, strict=True)
+    done = replace(done, candidates=tuple(replace(c, reward=r, within=w) for c, r, w in pairs))
+
+    def kept(keep):
+        return [3 * c["iteration"] + c["sample"] for c in schema.candidates_row(done, keep, True)["candidates"]]
+
+    assert kept((1, 0)) == [2]  # the earliest of the best within the limit
+    assert kept((1, 1)) == [2, 4]
+    assert kept((4, 0)) == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize(("room", "groups"), [(1, 8), (2000, 3)])  # rows have about 600 bytes
+def test_a_part_of_several_row_groups_has_the_rows_of_one(tmp_path, monkeypatch, room, groups):
+    whole = write(tmp_path / "one", prompts(10), rows_per_file=10)
+    monkeypatch.setattr(parts, "ROW_GROUP", room)
+    split = write(tmp_path / "many", prompts(10), rows_per_file=10)
+    for name in ("data", "candidates"):
+        files = [pq.ParquetFile(folder / name / "part-000000.parquet") for folder in (whole, split)]
+        assert [file.num_row_groups for file in files] == [1, groups]
+        assert parts.read_table(files[1]).equals(parts.read_table(files[0]))
+    assert load(split)["source_index"] == load(whole)["source_index"]
+
+
 def test_floats_survive_exactly_and_no_reward_is_ever_nan(tmp_path):
     done = result(prompt(0))
     base = replace(done.base, reward=math.nan, rewards=(("main", math.inf),))

@@ -95,6 +95,7 @@ def check(values: Mapping[str, Any]) -> Run:
         for fault in _nearest(error.errors(), values):
             key, found = _locate(fault["loc"], values, absent=fault["type"] in ("extra_forbidden", "missing"))
             message = fault["msg"].removeprefix("Value error, ")
+            secret = key.startswith("runtime.storage_options.")  # a wrong value there may be a key, or a URL with one
             if fault["type"] == "extra_forbidden":
                 message = "unknown key; " + (_close(str(fault["loc"][-1])) or "see `aisp schema`")
             elif fault["type"] == "missing":
@@ -106,8 +107,8 @@ def check(values: Mapping[str, Any]) -> Run:
                 message = f"kind is {'missing' if absent else repr(kind)}; it must be {expected}"
             elif rule := _rule(fault["type"], fault.get("ctx", {})):
                 shown = found if isinstance(found, str | int | float | bool | None) else type(found).__name__
-                message = f"it is {shown!r}; it must be {rule}"
-            elif fault["type"] != "value_error" and not isinstance(found, Mapping):
+                message = f"it must be {rule}" if secret else f"it is {shown!r}; it must be {rule}"
+            elif fault["type"] != "value_error" and not isinstance(found, Mapping) and not secret:
                 message += f" (it is {found!r})"
             faults.setdefault(key, []).append(message)
         raise ConfigError("; ".join(f"{key}: {_either(messages)}" for key, messages in faults.items())) from None

@@ -222,7 +222,9 @@ class Generator(Section):
 
 
 class TopBottom(Section):
-    top_bottom: int = doc("keep the k best and the k worst candidates of a prompt", ge=1)
+    top_bottom: int = doc(
+        "keep the k best candidates of a prompt, those within method.limit first, and the k worst", ge=1
+    )
 
     @property
     def extremes(self) -> tuple[int, int]:
@@ -230,7 +232,7 @@ class TopBottom(Section):
 
 
 class Top(Section):
-    top: int = doc("keep the k best candidates of a prompt", ge=1)
+    top: int = doc("keep the k best candidates of a prompt, those within method.limit first", ge=1)
 
     @property
     def extremes(self) -> tuple[int, int]:

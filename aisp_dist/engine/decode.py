@@ -53,7 +53,8 @@ class Engine:
     kept, of prompts, starts and rows in all; default: as many as fit into memory, of which this process may use
     `memory_share`. guide: what moves the rounds that have a guide.
 
-    steps, row_steps: steps taken so far, and tokens that trajectories got in them.
+    steps, row_steps: steps taken so far, and tokens that trajectories got in them. passes: prompts, and the starts of
+    rounds, that went through the model before a step; they may take far longer than the step.
 
     Raises ConfigError if a first block of every row and one full prompt do not fit into memory.
     """
@@ -78,7 +79,7 @@ class Engine:
         self.widths = widths(lm, num_rows)
         self.idle_tokens = idle_tokens
         self.prompts: OrderedDict[Hashable, Shared] = OrderedDict()
-        self.steps = self.row_steps = 0
+        self.steps = self.row_steps = self.passes = 0
         self._waiting: list[tuple[tuple[int, int], Row]] = []  # a heap by age
         self._age = itertools.count()
         self._jobs: list[Job] = []
@@ -291,6 +292,7 @@ class Engine:
         if prompt.prefix is None:
             z_TD, dense = self.lm.dense(prompt.tokens, keep=True)
             prompt.prefix = self.kv.keep(dense, z_TD[-1].clone())
+            self.passes += 1
         if job.control is None and job.round.sampling.sigma2:
             device = self.lm.device
             job.control = rebuild(job.round, self.max_new_tokens, self.lm.hidden_size, device, prompt.control)
@@ -307,6 +309,7 @@ class Engine:
             everything, blocks = starts.size(job.round.starts), self.kv.blocks(len(row.start))
             wanted = job.round.starts if self.kv.room(everything, blocks) else (row.start,)
             self._keep(job.prompt, starts.extend(self.lm, prefix, job.prompt.tiles, wanted, measured))
+            self.passes += 1
             found = starts.chain(job.prompt.tiles, row.start, measured)
         assert found is not None
         return found

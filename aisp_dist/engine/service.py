@@ -41,7 +41,7 @@ class Service:
         broken: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self.engine, self.limit, self.broken = engine, limit, broken
-        self.work = 0  # units done: steps, and likelihoods or calibrations between them
+        self._done = 0  # steps, and likelihoods between them
         self.busy_seconds = 0.0
         self._began = time.monotonic()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -77,7 +77,7 @@ class Service:
             found = []
             for response in responses:
                 found.append(self.engine.nll(prompt_tokens, response))
-                self.work += 1
+                self._done += 1
             return found
 
         return await self._between_steps(measure)
@@ -87,6 +87,11 @@ class Service:
         key = prompt_key(request.seed, request.prompt_id)
         asked = request.sampling, request.rates, key, request.prompt_tokens, request.base_tokens
         return await self._between_steps(lambda: calibrate(self.engine.lm, *asked))
+
+    @property
+    def work(self) -> int:
+        """Units done, which a caller sees grow while the engine works, in the middle of a step too."""
+        return self._done + self.engine.passes
 
     def figures(self) -> dict[str, float]:
         """What grows: seconds at work and alive, rows that held a trajectory and all rows, over all steps; and the
@@ -173,7 +178,7 @@ class Service:
             self.engine.cancel(round)
             for answer in self._waiting.pop(round):
                 _settle(answer, None, Late(f"an answer was not finished after {self.limit:g} s of decoding"))
-        self.work += 1
+        self._done += 1
         self.busy_seconds += now - began
         return True
 

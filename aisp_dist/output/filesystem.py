@@ -122,11 +122,11 @@ class Place:
         for folder in (path.parent, temporary.parent):
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
         try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
             with self._locked() if fence else nullcontext():
                 if fence:
                     fence()

@@ -3,6 +3,9 @@
 Part k of each table covers the ordinals k * rows_per_file <= source_index < (k + 1) * rows_per_file. data/part-k always
 exists once the part is committed and its metadata says which range the part covers; failed/part-k and candidates/part-k
 exist where they have rows. The metadata depends on the run and the inputs only, so equal rows are equal bytes.
+
+A part may have more text than Arrow's 32-bit offsets reach, where all candidates of long answers are kept. So no more
+than ROW_GROUP bytes of rows are put together: each such group is a row group of its own, and is read by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from aisp_dist.config import ConfigError
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.schema import VERSION, Tables
 from aisp_dist.records import Input
+
+ROW_GROUP = 1 << 29  # bytes of rows, as Arrow holds them; a single larger row is a group too
 
 
 class Header(NamedTuple):
@@ -56,11 +61,13 @@ def range_digest(inputs: Iterable[Input]) -> str:
 
 
 def encode(table: pa.Table, covers: Header) -> bytes:
-    """A whole Parquet file. A table without rows has no row group either: `datasets` cannot read an empty one."""
+    """A whole Parquet file, with a row group for each chunk of the table. A table without rows has none: `datasets`
+    cannot read an empty one."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=3) as writer:
-        if table.num_rows:
-            writer.write_table(table)
+        for batch in table.to_batches():
+            if batch.num_rows:
+                writer.write_batch(batch)
         known = {name: str(value) for name, value in covers._asdict().items() if value is not None}
         writer.add_key_value_metadata({f"aisp.{name}": value for name, value in known.items()})
     return bytes(sink.getvalue())
@@ -102,7 +109,7 @@ def read_rows(place: Place, part: int, end: int, schemas: Tables, columns: Seque
         if data is None:
             return schema.empty_table() if columns is None else schema.empty_table().select(columns)
         try:
-            return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns).replace_schema_metadata(None)
+            return read_table(pq.ParquetFile(pa.BufferReader(data)), columns)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(
                 f"output: {place}/{name(table, part)} is damaged ({error}); delete this part's file in data/, and the "
@@ -112,6 +119,14 @@ def read_rows(place: Place, part: int, end: int, schemas: Tables, columns: Seque
     failed = read("failed", schemas.failed)
     failed = failed.filter(pc.less(failed["source_index"], end))
     return Tables(read("data", schemas.data), failed, read("candidates", schemas.candidates))
+
+
+def read_table(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of a part file, whole or only some columns, without its metadata. A row group at a time: Arrow's reader
+    cannot put nested columns together that are too long for one chunk."""
+    groups = [file.read_row_group(group, columns=columns) for group in range(file.num_row_groups)]
+    whole = pa.concat_tables(groups) if groups else file.read(columns=columns)
+    return whole.replace_schema_metadata(None)
 
 
 def merge(rows: Sequence[Tables], end: int) -> Tables:
@@ -133,8 +148,19 @@ def ordinals(table: pa.Table) -> set[int]:
 
 
 def _latest(tables: Sequence[pa.Table], wanted: Callable[[int, int], bool]) -> pa.Table:
-    """The last wanted row of each ordinal. wanted: of an ordinal, and the number of the table that has it."""
+    """The last wanted row of each ordinal, in groups of up to ROW_GROUP bytes, a chunk each. wanted: of an ordinal, and
+    the number of the table that has it."""
     found = [(n, ordinal) for n, table in enumerate(tables) for ordinal in table["source_index"].to_pylist()]
     last = {ordinal: row for row, (number, ordinal) in enumerate(found) if wanted(ordinal, number)}
-    rows = [row for _, row in sorted(last.items())]
-    return pa.concat_tables(tables).take(pa.array(rows, pa.int64())).combine_chunks()
+    whole = pa.concat_tables(tables)
+    rows = [whole.slice(row, 1) for _, row in sorted(last.items())]
+    groups: list[list[pa.Table]] = []
+    room = 0
+    for row in rows:
+        if not groups or row.nbytes > room:
+            groups.append([])
+            room = ROW_GROUP
+        groups[-1].append(row)
+        room -= row.nbytes
+    # not `take`, which puts all rows together first
+    return pa.concat_tables([pa.concat_tables(group).combine_chunks() for group in groups] or [whole.slice(0, 0)])

@@ -266,12 +266,13 @@ def as_utf8(text: str) -> str:
 
 
 def _extremes(candidates: Sequence[Candidate], num_best: int, num_worst: int) -> list[Candidate]:
-    """The best and the worst by reward, the earlier of equals first, in order of (iteration, sample)."""
+    """The best and the worst by reward, the earlier of equals first, in order of (iteration, sample). Those within
+    method.limit are better than the others, so that the selected one is the best."""
     scored = sorted(
         ((c.iteration, c.sample, reward, c) for c in candidates if (reward := _finite(c.reward)) is not None),
         key=lambda entry: entry[:2],
     )
-    best = sorted(scored, key=lambda entry: -entry[2])[:num_best]
+    best = sorted(scored, key=lambda entry: (not entry[3].within, -entry[2]))[:num_best]
     worst = sorted(scored, key=lambda entry: entry[2])[:num_worst]
     kept = {entry[:2] for entry in (*best, *worst)}
     return [candidate for iteration, sample, _, candidate in scored if (iteration, sample) in kept]

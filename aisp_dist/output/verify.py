@@ -222,7 +222,7 @@ class _Part:
             file = pq.ParquetFile(pa.BufferReader(data))
             header = parts.header(file.metadata)
             schema = file.schema_arrow.remove_metadata()
-            rows: list[Row] = file.read(columns=columns).to_pylist()
+            rows: list[Row] = parts.read_table(file, columns).to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             self._say(table, f"cannot be read: {error}")
             return None

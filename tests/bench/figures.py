@@ -3,6 +3,9 @@
     python -m tests.bench.figures record mini outputs/mini/compare "aisp compare configs/paper/mini.yaml"
     python -m tests.bench.figures record population outputs/population "python -m tests.bench.population.measure ..."
     python -m tests.bench.figures record real_model outputs/real_model "python -m tests.bench.real_model ..."
+    python -m tests.bench.figures record shp outputs/shp "python -m tests.bench.real_model ... --task shp ..."
+    python -m tests.bench.figures record sensitivity outputs/real_model "python -m tests.bench.real_model ..."
+    python -m tests.bench.figures record real_students outputs/real_model "python -m tests.bench.real_model.student ..."
     python -m tests.bench.figures record students outputs/distill "python -m tests.bench.distill.proof"
     python -m tests.bench.figures record run outputs/bench "aisp bench run configs/smollm2/quick.yaml ..."
     aisp align configs/quickstart.yaml | python -m tests.bench.figures picture
@@ -77,33 +80,43 @@ def population(folder: Path) -> list[Table]:
     return [*tables, {"title": "reward at so many samples", "columns": ["method", *map(str, sizes)], "rows": rows}]
 
 
-def real_model(folder: Path) -> list[Table]:
+def real_model(folder: Path, file: str = "report.json") -> list[Table]:
     """From tests/bench/real_model: a table for each task, at equal samples. The greedy answer has one."""
-    found = [row for row in json.loads((folder / "report.json").read_text()) if row["equal"] == "samples"]
-    columns = ["method", "samples", "reward", "less best-of-n", "all instructions followed", "NLL per token"]
-    columns += ["less best-of-n", "diversity", "less best-of-n", "copied", "tokens drawn"]
+    found = [row for row in json.loads((folder / file).read_text()) if row["equal"] == "samples"]
     tables = []
     for task in dict.fromkeys(row["task"] for row in found):
+        of = [row for row in found if row["task"] == task]
+        other = _OTHER[task]  # what this task alone measures, beside the rewards
+        columns = ["method", "samples", "reward", "less best-of-n", other[1], "NLL per token"]
+        columns += ["less best-of-n", "diversity", "less best-of-n", "copied", "tokens drawn"]
         rows = []
-        for row in found:
+        for row in of:
             samples = round(row["mean samples"])
-            if row["task"] == task and (samples in SHOWN or (samples == 1 and row["budget"] == SHOWN[-1])):
-                measured = [cell for m in ("reward", "strict", "nll", "diversity") for cell in _beside(row, m)]
-                rows.append([row["arm"], samples, *measured, row.get("copied"), round(row["mean tokens"])])
-        prompts = {row["prompts"] for row in found if row["task"] == task}
-        tables.append({"title": f"{task}, {min(prompts)} prompts", "columns": columns, "rows": rows})
+            if samples in SHOWN or (samples == 1 and row["budget"] == max(r["budget"] for r in of)):
+                reward, nll, diversity = (_beside(row, measure) for measure in ("reward", "nll", "diversity"))
+                measured = [*reward, row[other[0]], *nll, *diversity]
+                rows.append([row["arm"], samples, *measured, row["copied"], round(row["mean tokens"])])
+        tables.append(
+            {"title": f"{task}, {min(row['prompts'] for row in of)} prompts", "columns": columns, "rows": rows}
+        )
     return tables
 
 
+_OTHER = {"ifeval": ("strict", "all instructions followed"), "shp": ("lexicon", "VADER's score")}
+
+
 def _beside(row: dict[str, Any], measure: str) -> list[Cell]:
-    """Its mean and, but of `strict`, its paired difference from best-of-n; empty where the task has no such measure."""
-    if measure == "strict":
-        return [row.get(measure)]
+    """Its mean and its paired difference from best-of-n."""
     return [row[measure], None if row["arm"] == "best-of-n" else row[f"{measure}, less best-of-n"]]
 
 
+def sensitivity(folder: Path) -> list[Table]:
+    """From tests/bench/real_model: AISP over its settings, on tuning prompts."""
+    return real_model(folder, "sensitivity.json")
+
+
 def students(folder: Path) -> list[Table]:
-    """From tests/bench/distill/proof.py."""
+    """From tests/bench/distill/proof.py or tests/bench/real_model/student.py."""
     rows = json.loads((folder / "students.json").read_text())["rows"]
     return [{"title": "", "columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}]
 
@@ -138,6 +151,9 @@ PARTS: dict[str, Callable[[Path], list[Table]]] = {
     "mini": mini,
     "population": population,
     "real_model": real_model,
+    "shp": real_model,
+    "sensitivity": sensitivity,
+    "real_students": students,
     "students": students,
     "run": run,
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from aisp_dist.analysis.arms import BASE
 
-_FEW = 30  # prompts; below, the bootstrap's intervals are known to be too narrow
+_FEW = 30  # prompts; below, the intervals of skewed values are still too narrow
 Json = Mapping[str, Any]
 Cell = Sequence[float] | None  # mean, low, high of a paired difference, main arm minus the other
 
@@ -104,7 +104,8 @@ def _warnings(main: str, same: Sequence[str], by_name: Mapping[str, Json], shuff
         )
     if by_name[main]["prompts"] < _FEW:
         found.append(
-            f"Only {by_name[main]['prompts']} prompts: too few to decide on, and their intervals come out too narrow."
+            f"Only {by_name[main]['prompts']} prompts: too few to decide on, and where rewards are skewed, the "
+            "intervals of so few come out too narrow."
         )
     return found
 

@@ -128,7 +128,9 @@ def _prepare(parent: Output, file: Path, out: str) -> Prepared:
             f"--config: {file} is of another run than {parent}, in {', '.join(other)}; rescoring changes rewards and "
             "combine: set these back, or leave them out"
         )
-    output, base_dir = check_output(run), file.resolve().parent
+    output = check_output(run)
+    # Where files of rewards start: beside the configuration that names them.
+    base_dir = file.resolve().parent if "rewards" in given else Path(parent.record["base_dir"])
     if output == parent.place:
         raise ConfigError(f"--out: {out} is the output that is read; give another directory")
     before = manifest.read_run(output) or parent.record

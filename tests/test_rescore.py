@@ -186,6 +186,18 @@ def test_a_changed_function_is_asked_again(folder):
     assert [row["base_reward"] for row in rows(folder / "third")] == said
 
 
+@pytest.mark.parametrize("beside", ["nothing", "a file of the same name"])
+def test_a_configuration_elsewhere_without_rewards_means_the_files_of_the_run(folder, tmp_path, beside):
+    if beside != "nothing":
+        (tmp_path / "rewards.py").write_text(NEVER)
+    (tmp_path / "c.yaml").write_text("combine: standardized")
+    out = tmp_path / "out"
+    assert command("rescore", str(folder / "all"), "--config", str(tmp_path / "c.yaml"), "--out", str(out)) == 0
+    assert json.loads((out / "run.json").read_text())["base_dir"] == str(folder)
+    scores = [[c["rewards"] for row in rows(o, "candidates") for c in row["candidates"]] for o in (out, folder / "all")]
+    assert len(scores[0]) == 72 and scores[0] == scores[1]
+
+
 def test_a_kill_between_parts_and_the_same_command_give_the_same_bytes(folder, monkeypatch):
     rewards = {"words": HELD | {"use": "select"}}
     run(folder, "all", "straight", rewards=rewards)

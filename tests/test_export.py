@@ -102,6 +102,10 @@ def test_what_goes_in_comes_out_or_is_counted(folder, tmp_path):
     assert len(some) > 2
 
 
+def test_a_reward_that_selects_may_agree_about_candidates(folder, tmp_path):
+    assert run(folder, tmp_path / "o", "--to=dpo", "--rejected=worst", "--held-out-agrees=main")["dpo"]["kept"] > 0
+
+
 @pytest.mark.parametrize("rule", ["base", "worst", "median", "lowest-above:-1"])
 def test_the_rejected_answer_is_the_rules(folder, tmp_path, rule):
     run(folder, tmp_path / "o", "--to", "dpo", "--rejected", rule)
@@ -208,6 +212,10 @@ def test_a_fault_in_the_middle_leaves_nothing(folder, tmp_path, monkeypatch):
         (["chat", "--to", "dpo", "--rejected", "lowest-above:nan"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--rejected", "lowest-above:x"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--held-out-agrees", "nobody"], "'nobody' is no reward of"),
+        *(
+            (["chat", "--to", "dpo", "--held-out-agrees", "words", "--rejected", rule], f"{rule} takes a candidate")
+            for rule in ("worst", "median", "lowest-above:0")
+        ),
         (["raw", "--to", "sft", "--sft-format", "messages"], "plain text"),
         (["chat", "raw", "--to", "sft"], "export them separately"),
         (["nothing", "--to", "sft"], "holds no run"),

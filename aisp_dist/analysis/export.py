@@ -42,6 +42,11 @@ class Rejected:
     rule: Literal["base", "original", "worst", "median", "lowest-above"]
     floor: float = -math.inf
 
+    @property
+    def among_candidates(self) -> bool:
+        """Whether it chooses among the kept candidates, which have no scores of held-out rewards."""
+        return self.rule not in ("base", "original")
+
     @classmethod
     def parse(cls, text: str) -> Rejected:
         """Raises ConfigError."""
@@ -113,7 +118,7 @@ def kept_columns(found: Sequence[Output]) -> tuple[Columns, list[str]]:
 def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
     """One example for each row of data/, in its order. Raises ConfigError where the rule needs answers that the output
     does not have."""
-    needs = rejected.rule not in ("base", "original")
+    needs = rejected.among_candidates
     if rejected.rule == "original" and ORIGINAL not in output.record["columns"]:
         raise ConfigError(
             f"--rejected original takes the answers that the dialogues came with, and {output} has none; use another "

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,18 @@ def test_the_first_of_equal_prompts_is_kept():
     sieve = export.Sieve(export.Filters(dedup=True), paired=False)
     prompts = [[{"role": "user", "content": text}] for text in ("a b", " a  b\n", "ab", "a b")]
     assert [sieve(example(prompt=prompt)) for prompt in prompts] == [True, False, True, False]
+
+
+def test_a_prompt_among_many_costs_few_bytes():
+    sieve, made = export.Sieve(export.Filters(dedup=True), paired=False), example()
+    tracemalloc.start()
+    try:
+        for at in range(20_000):
+            assert sieve(replace(made, prompt=f"prompt {at}"))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 32 * 20_000 and not sieve(replace(made, prompt=" prompt  7"))
 
 
 def test_what_goes_in_comes_out_or_is_counted(folder, tmp_path):

@@ -1,13 +1,12 @@
 """Training sets from finished outputs: which answers become examples, what filters remove, and the tables that trainers
-read. Streams: a batch of rows is in memory at a time, and 8 bytes of a hash for every prompt where duplicates are
-removed. Tables are in TRL 1.16's formats; no column is called `margin`, since its RewardTrainer would train on it.
+read. Streams: a batch of rows is in memory at a time, and about 25 bytes for every prompt where duplicates are removed
+(seen.py). Tables are in TRL 1.16's formats; no column is called `margin`, since its RewardTrainer would train on it.
 
     data/ + candidates/ -> Example (chosen, rejected) -> filters -> rows of sft, dpo, kto, reward, prompts, alpaca_eval
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections import Counter
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from aisp_dist.analysis.metrics import repetition
 from aisp_dist.analysis.outputs import Output, Row, answer, batches
 from aisp_dist.config import ConfigError
+from aisp_dist.data.seen import Ids
 from aisp_dist.output.kept_columns import ColumnType
 from aisp_dist.output.schema import ARROW, ORIGINAL, TRAINERS
 
@@ -185,7 +185,7 @@ class Sieve:
         self.filters, self.paired = filters, paired
         self.removed: Counter[str] = Counter()
         self.read = self.passed = 0
-        self._seen: set[bytes] = set()
+        self._seen = Ids()
 
     def __call__(self, example: Example) -> bool:
         self.read += 1
@@ -215,10 +215,10 @@ class Sieve:
             if ours is None or theirs is None or ours <= theirs:
                 return "held-out reward"
         if f.dedup:
-            key = hashlib.blake2b(fold(_text_of(e.prompt)).encode(), digest_size=8).digest()
-            if key in self._seen:
+            asked = fold(_text_of(e.prompt))
+            if asked in self._seen:
                 return "duplicate"
-            self._seen.add(key)
+            self._seen.claim(asked, 0, "")
         return None
 
 

@@ -268,6 +268,15 @@ def test_a_directory_needs_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("shape", ["file", "directory"])
+def test_a_file_name_that_is_not_utf_8_names_its_lines_all_the_same(tmp_path, shape):
+    for name in (b"caf\xe9.jsonl", "caf\u00e9.jsonl".encode()):
+        (tmp_path / os.fsdecode(name)).write_text('{"prompt": "A"}\n{\n')
+    source = tmp_path / (os.fsdecode(b"caf\xe9.jsonl") if shape == "file" else "*.jsonl")
+    ids = {line.id for line in read(source) if not isinstance(line, Prompt)}
+    assert ids == {"caf\\xe9.jsonl:2"} | ({"caf\u00e9.jsonl:2"} if shape != "file" else set())
+
+
 # Kept columns
 
 

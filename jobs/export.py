@@ -41,8 +41,9 @@ _TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assi
 
 def main(args: Sequence[str]) -> int:
     options = _options(args)
+    rejected = export.Rejected.parse(options.rejected)
     found = [outputs.open_output(Place.at(name)) for name in options.outputs]
-    rejected, filters, chat = export.Rejected.parse(options.rejected), _filters(options, found), _chat(found)
+    filters, chat = _filters(options, found, rejected), _chat(found)
     if options.sft_format == "messages" and not chat:
         raise ConfigError("--sft-format messages: these prompts are plain text (format: raw); use prompt-completion")
     if options.out.exists():
@@ -99,13 +100,19 @@ def _options(args: Sequence[str]) -> Any:
     return options
 
 
-def _filters(options: Any, found: Sequence[Output]) -> export.Filters:
+def _filters(options: Any, found: Sequence[Output], rejected: export.Rejected) -> export.Filters:
+    judge = options.held_out_agrees
     for output in found:
-        if options.held_out_agrees and options.held_out_agrees not in output.run.rewards:
+        if judge and judge not in output.run.rewards:
             there = ", ".join(output.run.rewards)
-            raise ConfigError(f"--held-out-agrees: {options.held_out_agrees!r} is no reward of {output} ({there})")
+            raise ConfigError(f"--held-out-agrees: {judge!r} is no reward of {output} ({there})")
+        if judge in output.held_out and rejected.among_candidates:  # it would remove every prompt
+            raise ConfigError(
+                f"--held-out-agrees: {judge!r} is held out in {output}, so it scored no candidate, and --rejected "
+                f"{options.rejected} takes a candidate; use --rejected base, or leave --held-out-agrees out"
+            )
     given = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _FILTERS}
-    return export.Filters(**given, held_out=options.held_out_agrees, finish=options.finish, dedup=options.dedup)
+    return export.Filters(**given, held_out=judge, finish=options.finish, dedup=options.dedup)
 
 
 def _chat(found: Sequence[Output]) -> bool:

@@ -15,17 +15,17 @@ from typing import Any
 import pyarrow.compute as pc
 
 from actors.table import Table
-from aisp_dist import engine, quiet, rewards
+from aisp_dist import engine, quiet, rewards, vllm
 from aisp_dist.analysis import outputs, rescore, summary
 from aisp_dist.analysis.outputs import Output, Row
-from aisp_dist.config import ConfigError
+from aisp_dist.config import ConfigError, Reward, Run
 from aisp_dist.config.load import check, read_yaml
 from aisp_dist.output import fingerprint, manifest, parts, schema
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.lease import Lease, LeaseLost
 from aisp_dist.records import Failed, Input, Prompt, Result, Score
 from aisp_dist.rewards import RewardError, RewardFn, client
-from aisp_dist.vllm.choice import Choice
+from aisp_dist.vllm.choice import Choice, resolve_rewards, usable
 from jobs import cli, settings, verify
 from jobs.prepare import Prepared, check_output
 from jobs.progress import say
@@ -128,20 +128,16 @@ def _prepare(parent: Output, file: Path, out: str) -> Prepared:
             f"--config: {file} is of another run than {parent}, in {', '.join(other)}; rescoring changes rewards and "
             "combine: set these back, or leave them out"
         )
-    output, base_dir = check_output(run), file.resolve().parent
+    output = check_output(run)
+    # Where files of rewards start: beside the configuration that names them.
+    base_dir = file.resolve().parent if "rewards" in given else Path(parent.record["base_dir"])
     if output == parent.place:
         raise ConfigError(f"--out: {out} is the output that is read; give another directory")
     before = manifest.read_run(output) or parent.record
+    run = run.model_copy(update={"rewards": resolve_rewards(run, before["config"])})
     run = run.model_copy(update={"rewards": fingerprint.pin_rewards(run, before["config"])})
     located = {name: fingerprint.locate_reward(name, reward, base_dir) for name, reward in run.rewards.items()}
-    was, now = parent.record["components"], run.row_settings()
-    of_base = {key: value for key, value in was["digests"].items() if not key.startswith("rewards.")}
-    new = {name: fingerprint.reward_settings(reward) for name, reward in now["rewards"].items()}
-    components = was | {"rewards": new, "combine": now["combine"]}
-    if not isinstance(was.get("engine"), str):  # vLLM's is recorded by its name
-        components["engine"] = engine.VERSION
-    components["parent"] = parent.record["fingerprint"]
-    components["digests"] = of_base | fingerprint.reward_digests(located, base_dir)
+    components = _components(parent, run, located, base_dir)
     if template := run.generator.chat_template:  # relative to the parent's configuration, not to this one
         template = str(Path(parent.record["base_dir"], template))
         run = run.model_copy(update={"generator": run.generator.model_copy(update={"chat_template": template})})
@@ -149,6 +145,26 @@ def _prepare(parent: Output, file: Path, out: str) -> Prepared:
     told = parent.record.get("engine") or {"name": "local", "version": None}
     choice = Choice(told["name"], "of the run that is rescored", told["version"])
     return Prepared(run, here, base_dir, output, components, parent.record["columns"], parent.model_name, choice)
+
+
+def _components(parent: Output, run: Run, located: Mapping[str, Reward], base_dir: Path) -> dict[str, Any]:
+    """What the new fingerprint is taken of: the parent's, but for the rewards. Raises ConfigError for a reward that
+    vLLM is to score and cannot."""
+    was, now, version = parent.record["components"], run.row_settings(), vllm.installed()
+    of_base = {key: value for key, value in was["digests"].items() if not key.startswith("rewards.")}
+    new = {name: fingerprint.reward_settings(reward, version) for name, reward in now["rewards"].items()}
+    components: dict[str, Any] = was | {"rewards": new, "combine": now["combine"]}
+    if not isinstance(was.get("engine"), str):  # vLLM's is recorded by its name
+        components["engine"] = engine.VERSION
+    components["parent"] = parent.record["fingerprint"]
+    components["digests"] = of_base | fingerprint.reward_digests(located, base_dir)
+    known = rescore.unchanged(was, components)
+    for name in (name for name, reward in new.items() if "engine" in reward):
+        if name in known:  # its scores are those of the version that computed them, which need not be here
+            new[name]["engine"] = was["rewards"][name]["engine"]
+        else:
+            usable(f"rewards.{name}.engine", "transformers", version)
+    return components
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,41 @@ def minilm() -> str:
 def test_an_immediate_repeat_is_a_block_said_again_at_once(text, words):
     assert texts.immediate_repeat(text) == words
     assert texts.immediate_repeat(f"start {text} end") == words
+
+
+def repeat_by_every_period(words):
+    longest = 0
+    for period in range(1, len(words) // 2 + 1):
+        stretch = 0
+        for i in range(len(words) - period):
+            stretch = stretch + 1 if words[i] == words[i + period] else 0
+            longest = max(longest, stretch if stretch >= period else 0)
+    return longest
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 5, 50])
+def test_an_immediate_repeat_is_that_of_the_slow_way(vocabulary):
+    draw = random.Random(vocabulary)
+    for _ in range(300):
+        words = [str(draw.randrange(vocabulary)) for _ in range(draw.randrange(40))]
+        words = words * draw.randrange(1, 4) + words[: draw.randrange(20)] + ["end"] * draw.randrange(3)
+        assert texts.immediate_repeat(" ".join(words)) == repeat_by_every_period(words), words
+
+
+@pytest.mark.parametrize("kind", ["all different", "half of it a loop"])
+def test_an_immediate_repeat_is_found_in_less_than_quadratic_time(kind):
+    def seconds(count):
+        words = [f"w{i}" for i in range(count)]
+        if kind == "half of it a loop":
+            words[count // 2 :] = ["no"] * (count // 2)
+        text, times = " ".join(words), []
+        for _ in range(3):
+            began = time.process_time()
+            texts.immediate_repeat(text)
+            times.append(time.process_time() - began)
+        return min(times)
+
+    assert seconds(64_000) < 30 * seconds(4_000), "16 times the words"
 
 
 def test_correlations_are_pearsons_and_their_difference_is_paired():

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def test_the_first_of_equal_prompts_is_kept():
     assert [sieve(example(prompt=prompt)) for prompt in prompts] == [True, False, True, False]
 
 
+def test_a_prompt_among_many_costs_few_bytes():
+    sieve, made = export.Sieve(export.Filters(dedup=True), paired=False), example()
+    tracemalloc.start()
+    try:
+        for at in range(20_000):
+            assert sieve(replace(made, prompt=f"prompt {at}"))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 32 * 20_000 and not sieve(replace(made, prompt=" prompt  7"))
+
+
 def test_what_goes_in_comes_out_or_is_counted(folder, tmp_path):
     draw, some = random.Random(0), []
     for i in range(20, 36):
@@ -100,6 +113,10 @@ def test_what_goes_in_comes_out_or_is_counted(folder, tmp_path):
             assert counts["rows"] == counts["kept"] * (2 if kind == "kto" else 1)
             assert len(datasets.load_dataset(str(tmp_path / str(i)), kind, split="train")) == counts["rows"]
     assert len(some) > 2
+
+
+def test_a_reward_that_selects_may_agree_about_candidates(folder, tmp_path):
+    assert run(folder, tmp_path / "o", "--to=dpo", "--rejected=worst", "--held-out-agrees=main")["dpo"]["kept"] > 0
 
 
 @pytest.mark.parametrize("rule", ["base", "worst", "median", "lowest-above:-1"])
@@ -208,6 +225,10 @@ def test_a_fault_in_the_middle_leaves_nothing(folder, tmp_path, monkeypatch):
         (["chat", "--to", "dpo", "--rejected", "lowest-above:nan"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--rejected", "lowest-above:x"], "lowest-above:FLOOR with a number"),
         (["chat", "--to", "dpo", "--held-out-agrees", "nobody"], "'nobody' is no reward of"),
+        *(
+            (["chat", "--to", "dpo", "--held-out-agrees", "words", "--rejected", rule], f"{rule} takes a candidate")
+            for rule in ("worst", "median", "lowest-above:0")
+        ),
         (["raw", "--to", "sft", "--sft-format", "messages"], "plain text"),
         (["chat", "raw", "--to", "sft"], "export them separately"),
         (["nothing", "--to", "sft"], "holds no run"),

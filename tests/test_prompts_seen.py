@@ -38,6 +38,7 @@ def test_it_answers_as_a_dict_does(fill, names, monkeypatch):
     for at in range(700):
         id = str(draw.randrange(names)) + "#2" * (draw.random() < 0.3)  # which may be one that a repeat took
         content = draw.choice(["", digest(draw.randrange(2))])
+        assert (id in ids) == (id in plain.taken)
         assert ids.conflict(id, content) == plain.conflict(id, content)
         assert ids.claim(id, at, content) == plain.claim(id, at, content)
     assert all(ids.conflict(id, digest("new")) == first for id, (first, _) in plain.taken.items())

@@ -126,6 +126,48 @@ def test_another_reward_selects_its_best_and_known_scores_are_not_asked_again(fo
     ]
 
 
+@pytest.fixture(scope="module")
+def scored_by_vllm(folder):
+    """An output whose record says that vLLM 0.33.0 scored it, which is not installed here."""
+    finished.output(folder, "served", rewards={"main": {"kind": "model", "model": "demo"}})
+    file = folder / "served" / "run.json"
+    record = json.loads(file.read_text())
+    record["config"]["rewards"]["main"]["engine"] = "vllm"
+    record["components"]["rewards"]["main"]["engine"] = "vllm 0.33.0"
+    file.write_text(json.dumps(record))
+    return "served"
+
+
+@pytest.mark.parametrize("name", ["inherited", "auto", "vllm"])
+def test_scores_of_vllm_hold_where_another_version_or_none_is_there(folder, scored_by_vllm, name, monkeypatch):
+    monkeypatch.setattr("aisp_dist.vllm.installed", lambda: {"auto": "0.32.0"}.get(name))
+    monkeypatch.setattr("jobs.rescore.rewards.load", lambda *_, **__: pytest.fail("a reward was loaded"))
+    config = {"combine": "standardized"}
+    if name != "inherited":
+        config["rewards"] = {"main": {"kind": "model", "model": "demo", "engine": name}}
+    out = run(folder, scored_by_vllm, f"served-{name}", **config)
+    record = json.loads((out / "run.json").read_text())
+    assert record["config"]["rewards"]["main"]["engine"] == "vllm"
+    assert record["components"]["rewards"]["main"]["engine"] == "vllm 0.33.0"
+    assert "not promised: the bits of rewards.main" in record["same_rows"]
+
+
+def test_what_vllm_is_to_score_needs_it_and_what_another_engine_scored_is_asked_again(
+    folder, scored_by_vllm, capsys, monkeypatch
+):
+    monkeypatch.setattr("aisp_dist.vllm.installed", lambda: None)
+    (folder / "long.yaml").write_text("rewards: {main: {kind: model, model: demo, max_tokens: 99}}")
+    args = ("--config", str(folder / "long.yaml"), "--out", str(folder / "long"))
+    assert command("rescore", str(folder / scored_by_vllm), *args) == 2
+    assert "rewards.main.engine: vllm is not installed" in capsys.readouterr().err
+    asked, score = [], _Scorer.score
+    monkeypatch.setattr(_Scorer, "score", lambda self, *a: asked.append(len(a[2])) or score(self, *a))
+    ours = {"main": {"kind": "model", "model": "demo", "engine": "transformers"}}
+    out = run(folder, scored_by_vllm, "ours", rewards=ours)
+    assert asked == [13] * 6, "every candidate and the base answer"
+    assert "engine" not in json.loads((out / "run.json").read_text())["components"]["rewards"]["main"]
+
+
 def test_a_changed_function_is_asked_again(folder):
     (folder / "other").mkdir()
     (folder / "other" / "rewards.py").write_text(finished.REWARDS.replace("/ 9", "/ 3"))
@@ -142,6 +184,18 @@ def test_a_changed_function_is_asked_again(folder):
     said = [sum(letter in "aeiou" for letter in text) - len(text) / 3 for text in
             (row["base_completion"] for row in rows(folder / "third"))]  # fmt: skip
     assert [row["base_reward"] for row in rows(folder / "third")] == said
+
+
+@pytest.mark.parametrize("beside", ["nothing", "a file of the same name"])
+def test_a_configuration_elsewhere_without_rewards_means_the_files_of_the_run(folder, tmp_path, beside):
+    if beside != "nothing":
+        (tmp_path / "rewards.py").write_text(NEVER)
+    (tmp_path / "c.yaml").write_text("combine: standardized")
+    out = tmp_path / "out"
+    assert command("rescore", str(folder / "all"), "--config", str(tmp_path / "c.yaml"), "--out", str(out)) == 0
+    assert json.loads((out / "run.json").read_text())["base_dir"] == str(folder)
+    scores = [[c["rewards"] for row in rows(o, "candidates") for c in row["candidates"]] for o in (out, folder / "all")]
+    assert len(scores[0]) == 72 and scores[0] == scores[1]
 
 
 def test_a_kill_between_parts_and_the_same_command_give_the_same_bytes(folder, monkeypatch):

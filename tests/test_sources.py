@@ -113,6 +113,43 @@ def test_a_csv_with_another_separator_is_refused_with_the_reason(tmp_path):
         read(tmp_path / "p.csv")
 
 
+# A name twice
+
+
+def test_a_line_with_a_key_twice_fails_alone_and_says_which(tmp_path):
+    lines = ['{"prompt": "A"}', '{"prompt": "B", "prompt": "C"}', '{"prompt": [{"role": "user", "role": "x"}]}']
+    for name, order in (("p.jsonl", (0, 1, 2)), ("p.json", (1, 0, 2))):
+        (tmp_path / name).write_text("\n".join(lines[i] for i in order))
+        found = {i: line for i, line in zip(order, read(tmp_path / name), strict=True)}
+        assert found[0].content == (("user", "A"),)
+        assert [found[i].reason for i in (1, 2)] == [
+            f"the line has the key {key!r} twice in one object" for key in ("prompt", "role")
+        ]
+
+
+def test_an_array_with_a_key_twice_is_refused(tmp_path):
+    (tmp_path / "p.json").write_text('[{"prompt": "A"},\n {"prompt": "B", "prompt": "C"}]')
+    with pytest.raises(ConfigError, match="RepeatedKey: the key 'prompt' twice in one object"):
+        read(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_twice_is_refused_where_it_is_read(tmp_path, suffix):
+    path = tmp_path / f"p.{suffix}"
+    if suffix == "csv":
+        path.write_text("prompt,note,note,,\nA,x,y,,\n")
+    else:
+        pq.write_table(pa.table([["A"], ["x"], ["y"]], names=["prompt", "note", "note"]), path)
+    assert texts(path) == ["A"]
+    with pytest.raises(ConfigError, match=r"has 2 columns 'note', .*rename or remove"):
+        read(path, keep=["note"])
+
+
+def test_a_byte_order_mark_inside_a_file_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "A"}\n\ufeff{"prompt": "B"}\n')
+    assert "Unexpected UTF-8 BOM" in read(tmp_path / "p.jsonl")[1].reason
+
+
 # Directories
 
 
@@ -229,6 +266,15 @@ def test_a_directory_needs_no_torch(tmp_path):
     code = "from aisp_dist.config import Prompts; from aisp_dist.data import prompts; import sys\n"
     code += f"list(prompts.read(Prompts(source={str(tmp_path)!r}))); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("shape", ["file", "directory"])
+def test_a_file_name_that_is_not_utf_8_names_its_lines_all_the_same(tmp_path, shape):
+    for name in (b"caf\xe9.jsonl", "caf\u00e9.jsonl".encode()):
+        (tmp_path / os.fsdecode(name)).write_text('{"prompt": "A"}\n{\n')
+    source = tmp_path / (os.fsdecode(b"caf\xe9.jsonl") if shape == "file" else "*.jsonl")
+    ids = {line.id for line in read(source) if not isinstance(line, Prompt)}
+    assert ids == {"caf\\xe9.jsonl:2"} | ({"caf\u00e9.jsonl:2"} if shape != "file" else set())
 
 
 # Kept columns

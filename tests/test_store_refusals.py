@@ -3,8 +3,11 @@ an input or a value that fits no row."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rows import COLUMNS, changed, prompt, prompts, result, run, store, tables, write
@@ -66,6 +69,31 @@ def test_another_fingerprint_schema_or_a_damaged_part_is_refused_in_words(tmp_pa
     want = tables(write(tmp_path / "want", prompts(6)))
     assert run(tmp_path, prompts(6)) == [4, 5]
     assert tables(tmp_path) == want
+
+
+def test_a_disk_that_does_not_give_a_part_is_no_damage(tmp_path, monkeypatch):
+    """The file may be whole: nobody is told to delete it."""
+    write(tmp_path, prompts(6))
+    (data,) = {len(file.read_bytes()) for file in (tmp_path / "data").glob("part-000000*")}
+
+    class Stale(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Place, "open", lambda *_: pa.PythonFile(Stale(bytes(data)), mode="r"))
+    with pytest.raises(OSError, match="Stale file handle"):
+        list(store(tmp_path).plan(prompts(6)))
+
+
+def test_a_footer_that_arrow_cannot_decode_is_damage_told_in_one_line(tmp_path):
+    write(tmp_path, prompts(6))
+    path = tmp_path / "data/part-000001.parquet"
+    data = bytearray(path.read_bytes())
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    data[footer : footer + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"^.*part-000001\.parquet is damaged .* delete this file.*$"):
+        list(store(tmp_path).plan(prompts(6)))
 
 
 def test_staging_of_another_run_is_refused(tmp_path):

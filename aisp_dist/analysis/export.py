@@ -1,13 +1,12 @@
 """Training sets from finished outputs: which answers become examples, what filters remove, and the tables that trainers
-read. Streams: a batch of rows is in memory at a time, and 8 bytes of a hash for every prompt where duplicates are
-removed. Tables are in TRL 1.16's formats; no column is called `margin`, since its RewardTrainer would train on it.
+read. Streams: a batch of rows is in memory at a time, and about 25 bytes for every prompt where duplicates are removed
+(seen.py). Tables are in TRL 1.16's formats; no column is called `margin`, since its RewardTrainer would train on it.
 
     data/ + candidates/ -> Example (chosen, rejected) -> filters -> rows of sft, dpo, kto, reward, prompts, alpaca_eval
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections import Counter
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from aisp_dist.analysis.metrics import repetition
 from aisp_dist.analysis.outputs import Output, Row, answer, batches
 from aisp_dist.config import ConfigError
+from aisp_dist.data.seen import Ids
 from aisp_dist.output.kept_columns import ColumnType
 from aisp_dist.output.schema import ARROW, ORIGINAL, TRAINERS
 
@@ -41,6 +41,11 @@ class Rejected:
 
     rule: Literal["base", "original", "worst", "median", "lowest-above"]
     floor: float = -math.inf
+
+    @property
+    def among_candidates(self) -> bool:
+        """Whether it chooses among the kept candidates, which have no scores of held-out rewards."""
+        return self.rule not in ("base", "original")
 
     @classmethod
     def parse(cls, text: str) -> Rejected:
@@ -113,7 +118,7 @@ def kept_columns(found: Sequence[Output]) -> tuple[Columns, list[str]]:
 def examples(output: Output, rejected: Rejected) -> Iterator[Example]:
     """One example for each row of data/, in its order. Raises ConfigError where the rule needs answers that the output
     does not have."""
-    needs = rejected.rule not in ("base", "original")
+    needs = rejected.among_candidates
     if rejected.rule == "original" and ORIGINAL not in output.record["columns"]:
         raise ConfigError(
             f"--rejected original takes the answers that the dialogues came with, and {output} has none; use another "
@@ -180,7 +185,7 @@ class Sieve:
         self.filters, self.paired = filters, paired
         self.removed: Counter[str] = Counter()
         self.read = self.passed = 0
-        self._seen: set[bytes] = set()
+        self._seen = Ids()
 
     def __call__(self, example: Example) -> bool:
         self.read += 1
@@ -210,10 +215,10 @@ class Sieve:
             if ours is None or theirs is None or ours <= theirs:
                 return "held-out reward"
         if f.dedup:
-            key = hashlib.blake2b(fold(_text_of(e.prompt)).encode(), digest_size=8).digest()
-            if key in self._seen:
+            asked = fold(_text_of(e.prompt))
+            if asked in self._seen:
                 return "duplicate"
-            self._seen.add(key)
+            self._seen.claim(asked, 0, "")
         return None
 
 

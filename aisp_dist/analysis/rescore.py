@@ -30,10 +30,10 @@ Scorer = Callable[[str, Sequence[str]], list[Score]]  # reward name, texts
 
 def unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> frozenset[str]:
     """Names of the rewards whose scores stay the same: settings (except `weight` and `use`) and digests are equal. old,
-    new: the components of the fingerprints."""
+    new: the components of the fingerprints. Another version of vLLM, as of transformers, leaves them the same."""
 
     def identity(components: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-        known = fingerprint.reward_settings(components["rewards"][name])  # 0.1.0 has names of files there too
+        known = fingerprint.reward_settings(components["rewards"][name], None)  # 0.1.0 has names of files there too
         settings = {key: value for key, value in known.items() if key not in ("weight", "use")}
         keys = (f"rewards.{name}", f"rewards.{name}.chat_template")
         return settings, [components["digests"].get(key) for key in keys]

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -40,6 +41,15 @@ class Columns(NamedTuple):
                 "there"
             )
 
+    def check_single(self, have: Sequence[str], path: Path) -> None:
+        """Raise ConfigError where one that is read is there twice. Of the others that does no harm."""
+        for name in (*self.required, *self.optional):
+            if have.count(name) > 1:
+                raise ConfigError(
+                    f"prompts.source: {str(path)!r} has {have.count(name)} columns {name!r}, and which one is meant "
+                    "cannot be told; rename or remove the others"
+                )
+
 
 # Numbers count lines of a text file from 1, blank ones included, and records of the other formats.
 Numbered = Iterator[tuple[int, Row | Broken]]
@@ -65,9 +75,31 @@ def _text_file(path: Path) -> TextIO:
     return text
 
 
+class RepeatedKey(ValueError):
+    """One object has a key twice, of which JSON readers keep the last without a word."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        key = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise RepeatedKey(f"the key {key!r} twice in one object")
+    return row
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)  # made once: json.loads would make one a line
+
+
+def _loads(text: str) -> Any:
+    """Raises ValueError, as json.loads does, and RepeatedKey."""
+    return json.loads(text) if text.startswith("\ufeff") else _decoder.decode(text)  # json.loads names the mark
+
+
 def _json_row(text: str) -> Row | Broken:
     try:
-        row = json.loads(text)
+        row = _loads(text)
+    except RepeatedKey as error:
+        return Broken(f"the line has {error}", text)
     except (ValueError, RecursionError) as error:
         return Broken(f"the line is not JSON: {error}", text)
     return row if isinstance(row, dict) else Broken("the line is not a JSON object with columns", text)
@@ -93,7 +125,7 @@ def _json(path: Path, columns: Columns) -> Numbered:
             return
         text = stream.read()
     try:
-        whole = json.loads(text)
+        whole = _loads(text)
     except ValueError:
         if text.lstrip().startswith("["):
             raise
@@ -122,6 +154,7 @@ def _csv(path: Path, columns: Columns) -> Numbered:
                 f"prompts.source: {str(path)!r} separates its columns by {mark!r}, and a .csv is read with commas; "
                 "save it with commas, or as .jsonl"
             )
+        columns.check_single(header, path)
         while True:
             number = rows.line_num + 1
             try:
@@ -145,6 +178,7 @@ def _parquet(path: Path, columns: Columns) -> Numbered:
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # else it keeps all that it has read
         names = file.schema_arrow.names
         columns.check(names, repr(str(path)))
+        columns.check_single(names, path)
         wanted = [name for name in dict.fromkeys((*columns.required, *columns.optional)) if name in names]
         batches = file.iter_batches(batch_size=1024, columns=wanted)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)

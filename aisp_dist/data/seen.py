@@ -20,6 +20,9 @@ class Ids:
         self._buckets = [bytearray()]
         self._count = 0
 
+    def __contains__(self, id: str) -> bool:
+        return self._find(_key(id))[1] >= 0
+
     def conflict(self, id: str, digest: str) -> int | None:
         """The source_index of the input that took this id, if its content differs (`digest`, in hex); else None."""
         bucket, at = self._find(_key(id))

@@ -93,10 +93,15 @@ def _open(settings: Prompts) -> Source:
     files = _local_files(settings)
     if files is None:
         name = os.path.expanduser(settings.source)
-        return Source((Path(name).name if is_local(name) else name,), _dataset(name, settings))
+        return Source((_readable(Path(name).name) if is_local(name) else name,), _dataset(name, settings))
     root = _root(settings, files)
-    names = tuple(Path(os.path.relpath(file, root)).as_posix() for file in files)
+    names = tuple(_readable(Path(os.path.relpath(file, root)).as_posix()) for file in files)
     return Source(names, _lines(files, settings))
+
+
+def _readable(name: str) -> str:
+    """A file's name for ids, which are UTF-8: bytes of it that are not are spelled out, as in `caf\\xe9.jsonl`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _local_files(settings: Prompts) -> list[Path] | None:

@@ -124,10 +124,7 @@ def components(
             )
         digests["method.value"] = checkpoints.digest("method.value", method.value, None)
     settings = run.row_settings()
-    settings["rewards"] = {name: reward_settings(reward) for name, reward in settings["rewards"].items()}
-    for reward in settings["rewards"].values():
-        if "engine" in reward:
-            reward["engine"] = f"vllm {version}"
+    settings["rewards"] = {name: reward_settings(reward, version) for name, reward in settings["rewards"].items()}
     for name in (*_OF_MODEL, "adapter"):
         del settings["generator"][name]
     settings["method"].pop("value", None)
@@ -139,10 +136,12 @@ def components(
     return settings | {"engine": vllm or engine.VERSION, "digests": digests}
 
 
-def reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A reward's settings without those whose content is among the digests."""
+def reward_settings(settings: Mapping[str, Any], version: str | None) -> dict[str, Any]:
+    """A reward's settings without those whose content is among the digests. version: vLLM's, which stands beside the
+    name of the engine where a model runs on it."""
     named = {"model": _OF_MODEL, "function": ("function",), "http": ()}[settings["kind"]]
-    return {name: value for name, value in settings.items() if name not in named}
+    kept = {name: value for name, value in settings.items() if name not in named}
+    return kept | {"engine": f"vllm {version}"} if "engine" in kept else kept
 
 
 def model_name(run: Run) -> str:

@@ -83,7 +83,8 @@ def header(metadata: pq.FileMetaData) -> Header:
 
 
 def read_standing(place: Place, part: int) -> Standing | None:
-    """The committed part without its rows; None where there is none. Raises ConfigError where it cannot be read."""
+    """The committed part without its rows; None where there is none. Raises ConfigError where it is damaged, OSError
+    where the network or the disk does not give it."""
     file = place.open(name("data", part))
     if file is None:
         return None
@@ -92,10 +93,10 @@ def read_standing(place: Place, part: int) -> Standing | None:
             metadata = pq.read_metadata(file)
         return Standing(header(metadata), metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        if place.remote and isinstance(error, OSError):
-            raise  # the network; an object there is whole
+        if isinstance(error, OSError) and (place.remote or error.errno is not None):
+            raise  # the network's or the disk's; where Arrow cannot decode what it read, its OSError has no errno
         raise ConfigError(
-            f"output: {place}/{name('data', part)} is damaged ({error}); delete this file, and the same command "
+            f"output: {place}/{name('data', part)} is damaged ({_line(error)}); delete this file, and the same command "
             "computes its rows again"
         ) from None
 
@@ -112,8 +113,8 @@ def read_rows(place: Place, part: int, end: int, schemas: Tables, columns: Seque
             return read_table(pq.ParquetFile(pa.BufferReader(data)), columns)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(
-                f"output: {place}/{name(table, part)} is damaged ({error}); delete this part's file in data/, and the "
-                "same command computes its rows again"
+                f"output: {place}/{name(table, part)} is damaged ({_line(error)}); delete this part's file in data/, "
+                "and the same command computes its rows again"
             ) from None
 
     failed = read("failed", schemas.failed)
@@ -127,6 +128,10 @@ def read_table(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa
     groups = [file.read_row_group(group, columns=columns) for group in range(file.num_row_groups)]
     whole = pa.concat_tables(groups) if groups else file.read(columns=columns)
     return whole.replace_schema_metadata(None)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def merge(rows: Sequence[Tables], end: int) -> Tables:

@@ -86,20 +86,25 @@ def resolve(run: Run, before: Mapping[str, Any] | None, look: Callable[[], Found
     exists; one from before there was a choice has the local engine and transformers. Raises ConfigError as `choose`."""
     recorded = before.get("generator", {}).get("engine", "local") if before else None
     choice = choose(run, recorded, look)
-    scored = (before or {}).get("rewards", {})
+    rewards = resolve_rewards(run, before, bool(choice.engine == "vllm" and choice.gpus))
+    wanted = [name for name, reward in rewards.items() if isinstance(reward, ModelReward) and reward.engine == "vllm"]
+    if wanted and choice.version is None:
+        choice = replace(choice, version=usable(f"rewards.{wanted[0]}.engine", "transformers", look().version))
+    generator = run.generator.model_copy(update={"engine": choice.engine})
+    return run.model_copy(update={"generator": generator, "rewards": rewards}), choice
+
+
+def resolve_rewards(run: Run, before: Mapping[str, Any] | None, on_vllm: bool = False) -> dict[str, Reward]:
+    """The rewards of a run with the engines of its models. before: as for `resolve`. on_vllm: whether vLLM scores where
+    there is no `before`."""
+    scored = None if before is None else before.get("rewards", {})
     rewards: dict[str, Reward] = {}
     for name, reward in run.rewards.items():
         if isinstance(reward, ModelReward) and reward.engine == "auto":
-            engine = "vllm" if choice.engine == "vllm" and choice.gpus else "transformers"
-            if before is not None:
-                engine = scored.get(name, {}).get("engine", "transformers")
-            reward = reward.model_copy(update={"engine": engine})
+            vllm_scores = on_vllm if scored is None else scored.get(name, {}).get("engine") == "vllm"
+            reward = reward.model_copy(update={"engine": "vllm" if vllm_scores else "transformers"})
         rewards[name] = reward
-    wanted = [name for name, reward in rewards.items() if isinstance(reward, ModelReward) and reward.engine == "vllm"]
-    if wanted and choice.version is None:
-        choice = replace(choice, version=_usable(f"rewards.{wanted[0]}.engine", "transformers", look().version))
-    generator = run.generator.model_copy(update={"engine": choice.engine})
-    return run.model_copy(update={"generator": generator, "rewards": rewards}), choice
+    return rewards
 
 
 def choose(run: Run, recorded: Name | None, look: Callable[[], Found]) -> Choice:
@@ -145,10 +150,10 @@ def choose(run: Run, recorded: Name | None, look: Callable[[], Found]) -> Choice
     if setting := settings.only_local:
         raise ConfigError(f"generator.{setting} has no effect with engine vllm ({why}); leave it out")
     found = found or look()
-    return Choice("vllm", why, _usable("generator.engine", "local", found.version), found.gpus)
+    return Choice("vllm", why, usable("generator.engine", "local", found.version), found.gpus)
 
 
-def _usable(key: str, instead: str, version: str | None) -> str:
+def usable(key: str, instead: str, version: str | None) -> str:
     """vLLM's version. Raises ConfigError where it is missing or unknown."""
     if version is None:
         raise ConfigError(

@@ -18,15 +18,54 @@ Embed = Callable[[Sequence[str]], np.ndarray]  # N texts to [N, E] unit vectors
 
 def immediate_repeat(text: str) -> int:
     """Length in words of the longest stretch that repeats the block before it, once or more often (ours): `a b a b a b`
-    has 4, `no, no no` has 1."""
-    _, words = np.unique(np.array(text.split(), dtype=str), return_inverse=True)
-    longest = 0
-    for period in range(1, len(words) // 2 + 1):
-        same = np.concatenate([[False], words[period:] == words[:-period], [False]])
-        edges = np.flatnonzero(same[1:] != same[:-1])
-        stretch = int((edges[1::2] - edges[::2]).max(initial=0))
-        longest = max(longest, stretch if stretch >= period else 0)
+    has 4, `no, no no` has 1. Time for N words: N log(N)^2 at most.
+
+    A stretch of period p is at least p long, so it holds a block of b words that starts at a multiple of b, for every
+    b <= p / 2. For b = 1, 2, 4, ... those N / b blocks are compared with what stands p = 2b .. 4b - 1 words later, and
+    where they agree the stretch is followed to both sides."""
+    words = text.split()
+    count, longest = len(words), 0
+    names = _names(words)
+
+    def agree(k: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """Whether the 2**k words from i on are those from j on, j > i."""
+        agreed: np.ndarray = (names[k][j] >= 0) & (names[k][i] == names[k][j])
+        return agreed
+
+    for k in range(len(names)):
+        block = 1 << k
+        starts = np.arange(0, count, block)
+        # a period of p leaves at most N - p words, and only more than the longest so far matter
+        periods = np.arange(2 * block if k else 1, min(4 * block, count // 2 + 1, count - longest))
+        if not len(periods):
+            break
+        found = agree(k, starts[:, None], starts[:, None] + periods)
+        found[1:] &= ~found[:-1]  # of blocks of one stretch the first is enough
+        at, which = np.nonzero(found)
+        first, last, period = starts[at], starts[at], periods[which]
+        for step in reversed(range(len(names))):
+            last = last + (agree(step, last, last + period) << step)
+            before = np.maximum(first - (1 << step), 0)
+            first = np.where((first >= 1 << step) & agree(step, before, before + period), before, first)
+        stretch = last - first
+        longest = max(longest, int(stretch[stretch >= period].max(initial=0)))
     return longest
+
+
+def _names(words: Sequence[str]) -> list[np.ndarray]:
+    """[k][i]: a number for the 2**k words from i on, equal for equal words; -1 where fewer are left. k ends where no
+    words come twice; i ends at twice their number, so that what lies beyond the text can be asked for too."""
+    ids: dict[str, int] = {}
+    count = len(words)
+    names = [np.full(2 * count + 1, -1)]
+    names[0][:count] = [ids.setdefault(word, len(ids)) for word in words]
+    size = 1
+    while 2 * size <= count and names[-1].max() + 1 < count - size + 1:
+        pairs = names[-1][: count - 2 * size + 1] * count + names[-1][size : count - size + 1]
+        names.append(np.full(2 * count + 1, -1))
+        names[-1][: len(pairs)] = np.unique(pairs, return_inverse=True)[1]
+        size *= 2
+    return names
 
 
 def embedder(model: str) -> Embed:

@@ -87,9 +87,14 @@ def window(run: Run) -> int:
 def tokens_of(run: Run, prompt: Prompt, tokenizer: render.Tokenizer, context_length: int | None) -> Tokens:
     """The prompt's token ids. context_length: of the base model, in tokens; None where it has no limit. Raises
     Unrenderable for this prompt, ConfigError for what is wrong with every prompt."""
-    max_tokens = run.prompts.max_tokens
+    max_tokens, longest = run.prompts.max_tokens, run.generator.max_new_tokens
     if context_length is not None:
-        max_tokens = min(max_tokens, context_length - run.generator.max_new_tokens)
+        if longest >= context_length:
+            raise ConfigError(
+                f"generator.max_new_tokens: {longest} leaves no token for a prompt in the model's context of "
+                f"{context_length}; lower it"
+            )
+        max_tokens = min(max_tokens, context_length - longest)
     return render.render(prompt, run.prompts, tokenizer, max_tokens)
 
 

@@ -107,6 +107,13 @@ def test_what_a_template_drops_is_found_whatever_the_texts_are():
     assert text(last, same[:1]) == text(CHATML, same[:1])
 
 
+@pytest.mark.parametrize("changed", ["[:10]", "[:400]", " | lower", " | upper", " | title", " | tojson | lower"])
+def test_a_template_that_changes_texts_is_refused(changed):
+    """Cut and spelled out as a list of parts, a text would still be found in the list."""
+    with pytest.raises(Unrenderable, match="does not show message 1 of 3 .*FIX"):
+        text(CHATML.replace("m['content']", f"m['content']{changed}"), ALTERNATING)
+
+
 def test_another_order_is_refused():
     turned = CHATML.replace("in messages", "in messages | reverse")
     with pytest.raises(Unrenderable, match=r"shows message 2 of 3 \(role 'assistant'\) before message 1 of 3 "):

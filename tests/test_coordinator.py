@@ -254,6 +254,12 @@ def test_a_reward_that_fails_on_each_of_the_first_prompts_is_refused_at_load(tmp
         assert shard.backend.totals().restarts == 0
 
 
+def test_answers_as_long_as_the_context_are_refused_at_load(tmp_path):
+    shard = coordinator(run_of(tmp_path, generator={"model": "demo", "max_new_tokens": 256}), [], [])
+    with pytest.raises(ConfigError, match="max_new_tokens: 256 leaves no token for a prompt .* context of 256; lower"):
+        asyncio.run(shard.load())
+
+
 def test_a_coordinator_answers_while_it_reads_its_first_prompts(tmp_path, monkeypatch):
     """A shuffled source is read to its end first, which takes minutes where it is large; a coordinator that does not
     answer meanwhile is taken for dead."""

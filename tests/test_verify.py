@@ -218,6 +218,22 @@ def test_an_unfinished_run_is_counted_and_said(tmp_path):
     assert status(at(tmp_path)) == {"done": 6, "failed": 2, "staged": 1, "parts": 2, "owners": [], "metrics": None}
 
 
+def test_a_row_beyond_a_smaller_limit_waits_and_is_no_violation(tmp_path):
+    manifest.write_run(at(tmp_path), RUN)
+    rows = store(tmp_path)
+    for line in rows.plan(prompts(10)):
+        if line.source_index != 8:
+            rows.add(result(line))
+    rows.flush()
+    write(tmp_path, prompts(9))
+    verdict = verify(at(tmp_path), prompts(9))
+    assert (verdict.violations, verdict.staged) == ((), 0)
+    assert (
+        "unfinished: 1 prompts of part 2 are staged; run the same command again"
+        in verify(at(tmp_path), prompts(10)).violations
+    )
+
+
 def test_rows_that_are_retried_are_not_counted_twice(tmp_path):
     manifest.write_run(at(tmp_path), RUN)
     write(tmp_path, prompts(4))

@@ -20,6 +20,7 @@ from aisp_dist.records import Message
 TODAY = datetime(2024, 7, 26)
 _DIRECTIVES = [f"%{d}" for d in "aAbBcdfHIjmMpSuUVwWxXyYzZG"] + [f"%-{d}" for d in "dmHIjMS"]
 _ROLE = re.compile(r"[\w .-]+")
+_SPELLED = re.compile(r"""(["'])type\1: *(["'])text\2""")
 _INSTRUCTIONS = ("system", "developer")  # some templates move them: Mistral's show them in the last turn
 
 
@@ -101,12 +102,14 @@ def _shown(
     tokenizer: Tokenizer, template: str, roles: tuple[str, ...], kwargs: str, add_generation_prompt: bool
 ) -> _Shown:
     """Renders a chat of these roles with a mark in the place of each text. Each mark must come back, in the order of
-    the messages. What a template takes away from a text (white space around it, old thinking) leaves a mark whole."""
+    the messages. What a template takes away from a text (white space around it, old thinking) leaves a mark whole. A
+    list of parts that comes back as it is written in Python or JSON is no text."""
 
     def positions(parts: frozenset[int]) -> list[int]:
         chat = [(role, _mark(i)) for i, role in enumerate(roles)]
         text = _render(tokenizer, template, chat, parts, json.loads(kwargs), add_generation_prompt)
-        return [text.find(mark) for _, mark in chat]
+        spelled = parts and _SPELLED.search(text)
+        return [-1 if spelled and i in parts else text.find(mark) for i, (_, mark) in enumerate(chat)]
 
     at = positions(frozenset())
     parts = frozenset(i for i, place in enumerate(at) if place < 0)
@@ -127,7 +130,8 @@ def _named(index: int, roles: Sequence[str]) -> str:
 
 
 def _mark(index: int) -> str:
-    return f"xmessage{index:04}x"
+    """Long and of both cases, so that a template which cuts texts or changes their case does not give it back."""
+    return f"xMessage{index:04}{'x' * 500}"
 
 
 @lru_cache(maxsize=8)

@@ -33,7 +33,7 @@ _CANDIDATES += [f"candidates.list.element.{name}" for name in ("iteration", "sam
 @dataclass(frozen=True)
 class Verdict:
     """violations: one sentence each, none if the output is whole. done, failed, staged: inputs with such a row; those
-    staged have no committed one."""
+    staged have no committed one, and are among the inputs where these are given."""
 
     violations: tuple[str, ...]
     done: int
@@ -65,6 +65,8 @@ def verify(place: Place, inputs: Iterable[Input] | None = None) -> Verdict:
         violations += check.violations
         done += len(check.done)
         failed += len(check.failed)
+        if chunk is not None:  # beyond a smaller limit than they were drawn for, they wait for a larger one
+            staged = {ordinal for ordinal in staged if ordinal < part * size + len(chunk)}
         if left := staged - check.done - check.failed:
             violations.append(f"unfinished: {len(left)} prompts of part {part} are staged; run the same command again")
             waiting += len(left)

@@ -66,10 +66,13 @@ class RayBackend:
 
     async def score(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
         began = time.monotonic()
-        scores: list[Score] = await self.pools[reward].call(prompt.id, "score", prompt, responses)
+        scores: dict[int, Score] = {}
+        while left := [i for i in range(len(responses)) if i not in scores]:  # every call brings some
+            found = await self.pools[reward].call(prompt.id, "score", prompt, [responses[i] for i in left])
+            scores |= {i: score for i, score in zip(left, found, strict=True) if score is not None}
         if self.exporter:
             self.exporter.scored(reward, time.monotonic() - began, len(responses))
-        return scores
+        return [scores[i] for i in range(len(responses))]
 
     async def score_once(self, reward: str, prompt: Prompt, responses: Sequence[str]) -> list[Score] | None:
         """As `score`, but raises RowError at the first error of the reward. None where a fault left no answer."""

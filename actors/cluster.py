@@ -22,6 +22,7 @@ from aisp_dist.align import reason
 from aisp_dist.config import ConfigError, Run
 from aisp_dist.output.lease import Lease
 from aisp_dist.placement import Group, Plan, Seat
+from aisp_dist.rewards import http
 from aisp_dist.rewards.client import Unavailable
 
 log = logging.getLogger("aisp")
@@ -189,15 +190,17 @@ async def start_pools(
             bundle = (bundles or {}).get((group.role, i))
             replicas.append(RayReplica(name, cls, args, group, timeouts.startup, mask, bundle))
         decodes = group.role == "generator"
+        asks = not decodes and run.rewards[group.role].kind == "http"
+        limit = timeouts.reward * (http.LIMITS if asks else 1)
         pools[group.role] = Pool(
             replicas,
             max_calls=2 * window if decodes else 1,  # a scorer's timeout must be of its own request alone
-            timeout=None if decodes else timeouts.reward,  # a generator counts from the admission of rows, by itself
+            timeout=None if decodes else limit,  # a generator counts from the admission of rows, by itself
             outage=timeouts.round if decodes else timeouts.reward,
             key=f"runtime.timeouts.{'round' if decodes else 'reward'}",
             retries=run.runtime.retries,
             is_fault=is_fault,
-            stall=timeouts.stall if decodes else timeouts.stall + timeouts.reward,  # it answers after its request
+            stall=timeouts.stall if decodes else timeouts.stall + limit,  # it answers after its request
             patience=timeouts.startup,
         )
         needed[group.role] = len(range(shard[0], group.needed, shard[1])) or 1

@@ -9,7 +9,8 @@ becomes RowError if the process that raised it still answers what it answered be
 it is replaced, and the call is tried alone in the fresh one.
 
 A server behind the callee that does not answer (Unavailable) is neither: the call is repeated after a pause, and the
-process stays. After `outage` seconds of that the run ends with Fault.
+process stays. After `outage` seconds the call is tried alone. Without an answer twice, with another prompt answered
+after each, it becomes RowError; where the other prompt is not answered either, the run ends with Fault.
 
 A call over its time limit is tried alone in a fresh process. Over the limit twice, with another prompt answered there
 in between by the same kind of call, it becomes RowError.
@@ -24,11 +25,12 @@ import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from actors.fleet import Call, Fault, Fleet, Replica, Slot, cause
+from actors.tries import Away, Down, Lost, NoAnswer, Over, Raised
 from aisp_dist.align import RowError, reason
 from aisp_dist.records import Late
 from aisp_dist.rewards.client import Unavailable
@@ -37,34 +39,6 @@ log = logging.getLogger("aisp")
 
 Home = tuple[str, int]  # a prompt and the part of its samples that a replica has
 _PAUSE = 1.0  # seconds before a server that is down is asked again: the first time; twice as long each time
-
-
-class _NoAnswer(Exception):
-    """Why a try gave no answer."""
-
-
-class _Raised(_NoAnswer):
-    """The callee raised; its process is alive."""
-
-
-class _Down(_NoAnswer):
-    """The server behind the callee did not answer; the callee's process is well."""
-
-
-class _Over(_NoAnswer):
-    """The call took longer than its limit."""
-
-
-class _Lost(_NoAnswer):
-    """The process went away and has been replaced. counts: False where it was replaced because of another call."""
-
-    def __init__(self, reason: str, counts: bool = True) -> None:
-        super().__init__(reason)
-        self.counts = counts
-
-
-class _Away(Exception):
-    """The only slot that will do did not come back in time."""
 
 
 @dataclass
@@ -121,25 +95,26 @@ class Pool:
 
         Raises RowError where the call itself is to blame, Fault after too many faults.
         """
-        faults, raised, slot, wait = 0, None, None, _Wait()
+        faults, raised, slot, wait, down = 0, None, None, _Wait(), False
         while faults <= self.retries:
             sound: bool | None = True
             try:
                 async with self._slot(home, part, avoid=slot if raised else None) as slot:
                     try:
                         return await self._try(slot, home, method, *args)
-                    except _Raised:
+                    except Raised:
                         sound = await self._sound(slot, home, method)
                         raise
-            except _Lost as error:
+            except Lost as error:
                 faults += error.counts
                 self._repeats(slot, home, method, error)
-            except _Down as error:
-                await self._wait(wait, slot, home, method, error)
-            except _Over as error:
+            except Down as error:
+                if down := not await self._wait(wait, slot, home, method, error):
+                    break
+            except Over as error:
                 self._repeats(slot, home, method, error)
                 break
-            except _Raised as error:
+            except Raised as error:
                 if raised and sound:
                     raise RowError(str(error)) from None
                 self._repeats(slot, home, method, error)
@@ -147,6 +122,10 @@ class Pool:
                     break
                 raised = error
         assert slot is not None
+        if down:  # no fresh process could load
+            with suppress(NoAnswer):
+                async with self._alone(home, slot, fresh=False) as slot:
+                    return await self._try_up(wait, slot, home, method, *args)
         return await self._last_tries(slot, home, method, *args)
 
     async def once(self, home: str, method: str, *args: Any) -> Any:
@@ -154,14 +133,14 @@ class Pool:
         async with self._slot(home) as slot:
             try:
                 return await self._try(slot, home, method, *args)
-            except _Raised as error:
+            except Raised as error:
                 raise RowError(str(error)) from None
-            except _NoAnswer:
+            except NoAnswer:
                 return None
 
     async def _last_tries(self, slot: Slot, home: str, method: str, *args: Any) -> Any:
         """Tries alone in a fresh process, between which the process must answer another prompt."""
-        failures: Counter[type[_NoAnswer]] = Counter()
+        failures: Counter[type[NoAnswer]] = Counter()
         between = False  # another prompt was answered there
         while True:
             if self._witness(home, method) is None:
@@ -169,17 +148,17 @@ class Pool:
                     pass
             async with self._alone(home, slot) as slot:
                 try:
-                    return await self._try_up(slot, home, method, *args)
-                except _Raised as error:
+                    return await self._try_up(_Wait(), slot, home, method, *args)
+                except Raised as error:
                     await self._sound(slot, home, method)  # the next call must not find what this one left behind
                     raise RowError(str(error)) from None
-                except _NoAnswer as error:
+                except NoAnswer as error:
                     failures[type(error)] += 1
                     failure = error
             alone = "alone in a fresh process that answers other prompts"
-            if failures[_Over] == 2 and between:
+            if failures[Over] == 2 and between:
                 raise RowError(f"{self.key}: {failure}, twice, {alone}; raise the limit if it needs longer")
-            if failures[_Lost] > max(self.retries, 1) and between:
+            if failures[Lost] > max(self.retries, 1) and between:
                 raise RowError(f"{method} ends its process every time, {alone}: {failure}")
             sound: bool | None = False
             if failures.total() <= max(self.retries, 1):
@@ -193,26 +172,35 @@ class Pool:
                 )
             between |= bool(sound)
 
-    async def _try_up(self, slot: Slot, home: str, method: str, *args: Any) -> Any:
-        """As `_try`, but a server that is down is asked again, by the same process."""
-        wait = _Wait()
+    async def _try_up(self, wait: _Wait, slot: Slot, home: str, method: str, *args: Any) -> Any:
+        """As `_try`, alone, but a server that is down is asked again, by the same process. Raises Fault where it has
+        been down for too long, RowError where it is down for this call and no other."""
+        refused = 0
         while True:
             try:
                 return await self._try(slot, home, method, *args)
-            except _Down as error:
-                await self._wait(wait, slot, home, method, error)
+            except Down as error:
+                down = error
+            if (sound := await self._sound(slot, home, method)) is False:
+                raise Lost("its process was replaced", counts=False)
+            refused += sound is True
+            if refused == 2:
+                raise RowError(f"{down.why}, twice, alone, while another prompt is answered")
+            if not await self._wait(wait, slot, home, method, down) and not sound:
+                raise Fault(f"{down}; it was asked again for {self.outage:g} s ({self.key})")
 
-    async def _wait(self, wait: _Wait, slot: Slot | None, home: str, method: str, error: _Down) -> None:
-        """Until a server that is down may be asked again. Raises Fault where it has been down for too long."""
+    async def _wait(self, wait: _Wait, slot: Slot | None, home: str, method: str, error: Down) -> bool:
+        """Until a server that is down may be asked again. False where it has been down for too long."""
         now, limit = asyncio.get_running_loop().time(), self.outage
         if not wait.pauses:
             wait.until = now + limit
         elif now > wait.until:
-            raise Fault(f"{error}; it was asked again for {limit:g} s ({self.key})") from None
+            return False
         log.warning("%s; asking again", error)
         self._repeats(slot, home, method, error)
         await asyncio.sleep(min(_PAUSE * 2**wait.pauses, limit / 4))
         wait.pauses += 1
+        return True
 
     def _witness(self, home: str, method: str) -> tuple[Any, ...] | None:
         """A call of another prompt that was answered: its home, method and arguments."""
@@ -227,9 +215,9 @@ class Pool:
         epoch = slot.epoch
         try:
             await self._try(slot, *witness)
-        except _Down:
+        except Down:
             return None
-        except _NoAnswer as error:
+        except NoAnswer as error:
             self.fleet.restart(slot, epoch, f"it fails on what was answered before: {error}", sacrificed=True)
             return False
         return True
@@ -243,7 +231,7 @@ class Pool:
             slot.homes -= 1
 
     async def _try(self, slot: Slot, home: str, method: str, *args: Any) -> Any:
-        """One call in a slot that this task holds. Raises _NoAnswer; of a process that is gone or hangs when it has
+        """One call in a slot that this task holds. Raises NoAnswer; of a process that is gone or hangs when it has
         been replaced."""
         epoch, number, slot.used = slot.epoch, next(self._numbers), True
         try:
@@ -253,19 +241,19 @@ class Pool:
         except Exception as error:
             del slot.calls[number]
             if slot.epoch != epoch:  # whatever it says, the process was replaced meanwhile
-                raise _Lost("its process was replaced", counts=not slot.sacrificed) from None
+                raise Lost("its process was replaced", counts=not slot.sacrificed) from None
             if deadline.expired():
                 late = f"no answer within {self.timeout:g} s"
                 self.fleet.restart(slot, epoch, late, sacrificed=True)
-                raise _Over(late) from None
+                raise Over(late) from None
             if isinstance(why := cause(error), Late):
-                raise _Over(str(why)) from None
+                raise Over(str(why)) from None
             if isinstance(why, Unavailable):
-                raise _Down(str(why)) from None
+                raise Down(why) from None
             if not self.is_fault(error):
-                raise _Raised(reason(why)) from None
+                raise Raised(reason(why)) from None
             self.fleet.restart(slot, epoch, reason(why))
-            raise _Lost(reason(why)) from None
+            raise Lost(reason(why)) from None
         finally:
             slot.calls.pop(number, None)
         self.answers += 1
@@ -277,7 +265,7 @@ class Pool:
                 del known[next(iter(known))]
         return answer
 
-    def _repeats(self, slot: Slot | None, home: str, method: str, error: _NoAnswer) -> None:
+    def _repeats(self, slot: Slot | None, home: str, method: str, error: NoAnswer) -> None:
         assert slot is not None
         log.info("%s of %s is repeated: %s on %s", method, home, error, slot.replica.name)
         self.repeats += 1
@@ -302,7 +290,7 @@ class Pool:
                 while True:
                     try:
                         await self._take((home, 0), slot)
-                    except _Away:
+                    except Away:
                         others = [s for s in self.fleet.slots if s.up and s is not slot]
                         if not others:
                             what = f"{slot.replica.name} did not come back within {self.fleet.patience:g} s"
@@ -324,7 +312,7 @@ class Pool:
                 self._hand_out(slot)
 
     async def _take(self, home: Home, only: Slot | None = None, avoid: Slot | None = None) -> Slot:
-        """Hold a place in a slot. Raises _Away where `only` that one will do and it stays away."""
+        """Hold a place in a slot. Raises Away where `only` that one will do and it stays away."""
         while True:
             if self.fleet.broken:
                 raise self.fleet.broken
@@ -343,7 +331,7 @@ class Pool:
                 if waiter in self.waiting:
                     self.waiting.remove(waiter)
             if not waiter.turn.done():
-                raise _Away
+                raise Away
             slot = waiter.turn.result()
             if slot.up:
                 return slot

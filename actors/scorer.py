@@ -13,6 +13,7 @@ from aisp_dist import quiet, rewards
 from aisp_dist.config import ModelReward, Reward
 from aisp_dist.placement import Group
 from aisp_dist.records import Prompt, Score
+from aisp_dist.rewards.http import Partly
 from aisp_dist.vllm.service import Dead
 
 
@@ -57,11 +58,14 @@ class Scorer:
         quiet.libraries()
         self.began = time.monotonic()
 
-    def score(self, prompt: Prompt, responses: Sequence[str]) -> list[Score]:
-        """One score for each response, in order. Raises what the reward raises."""
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> Sequence[Score | None]:
+        """One score for each response, in order; None for some that a server has not answered yet. Raises what the
+        reward raises."""
         began = time.monotonic()
         try:
             return self.scores(prompt, responses)
+        except Partly as error:
+            return error.scores
         except Dead as error:  # vLLM's engine, which is most of this process
             traceback.print_exception(error)
             os._exit(1)

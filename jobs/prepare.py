@@ -118,6 +118,9 @@ def _check_rest(run: Run, base_dir: Path) -> Run:
     located = fingerprint.locate(run, base_dir)
     sizes.check(run.generator, located.generator.model)
     schema.check_kept(run.prompts.keep)
+    for name, reward in run.rewards.items():
+        if isinstance(reward, HttpReward) and (why := reward.refuses(run.runtime.timeouts.reward)):
+            raise ConfigError(f"rewards.{name}.{why}")
     prompts.check(located.prompts)
     return located
 

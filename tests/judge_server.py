@@ -11,11 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Told:
     """answer(path, body) -> JSON value, or bytes to send as they are; faults: each used up by one request, as (status,
-    headers) or "close"; delay(body) -> seconds."""
+    headers) or "close"; fault(body) -> the same for this request, or None; delay(body) -> seconds."""
 
     def __init__(self):
         self.answer = lambda path, body: chat("5")
         self.faults = []
+        self.fault = lambda body: None
         self.delay = lambda body: 0.0
         self.seen = []
         self.headers = []
@@ -44,7 +45,7 @@ def serving():
                 told.headers.append(dict(self.headers))
                 told.running += 1
                 told.most = max(told.most, told.running)
-                fault = told.faults.pop(0) if told.faults else None
+                fault = told.faults.pop(0) if told.faults else told.fault(body)
             time.sleep(told.delay(body))
             with told.lock:
                 told.running -= 1

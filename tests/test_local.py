@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from judge_server import serving
 from ray.exceptions import RayTaskError
 
 import aisp_dist
@@ -27,6 +28,7 @@ from aisp_dist.config.load import check as load_run
 from aisp_dist.engine import sizes
 from aisp_dist.engine.service import Closed
 from aisp_dist.output import schema
+from aisp_dist.rewards.client import Unavailable
 from aisp_dist.vllm.choice import Found
 from aisp_dist.vllm.start import arguments, memory
 
@@ -98,6 +100,19 @@ def test_a_reward_that_raises_fails_its_row_and_no_other(project):
     assert rows[3]["completion"] is None and rows[3]["reason"].startswith(
         "main: rewards.py:picky raised KeyError in line "
     )
+
+
+def test_a_prompt_that_a_server_never_scores_fails_its_row_and_no_other(project):
+    with serving() as told:
+        told.fault = lambda body: (403, {}) if "What is 3?" in body["messages"][0]["content"] else None
+        graded = {"kind": "http", "url": told.url, "model": "m", "rubric": "{prompt} {response}", "retries": 0}
+        rows = list(aisp_dist.relabel(mapping(project) | {"rewards": {"graded": graded}}, QUESTIONS[:5]))
+        assert [row["reason"] is None for row in rows] == [True, True, True, False, True]
+        assert rows[3]["reason"] == "graded: the server answers others, but not this prompt's: it answers 403 Forbidden"
+        told.fault = lambda body: (403, {}) if told.seen[20:] else None
+        told.seen.clear()
+        with pytest.raises(Unavailable, match="answers 403"):
+            list(aisp_dist.relabel(mapping(project) | {"rewards": {"graded": graded}}, QUESTIONS[:5]))
 
 
 def test_what_is_no_configuration_is_refused_by_name():

@@ -22,6 +22,8 @@ CONFIG = {
     "rewards": {"words": {"kind": "function", "function": "rewards.py:words"}},
     "method": {"kind": "aisp", "num_samples": 4, "num_iterations": 2, "lambda": {"ess": 0.1}},
 }
+JUDGE = {"kind": "http", "url": "http://h/v1", "model": "m", "rubric": "{prompt} {response}"}
+JUDGE["requests_per_minute"] = 0.5
 
 
 @pytest.fixture
@@ -76,6 +78,11 @@ def refused(capsys, *args: str) -> str:
         (["--runtime.storage_options.access_key", "id"], "access_key and secret_key come together"),
         (["--runtime.shards", "0"], "runtime.shards"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (
+            ["--rewards", json.dumps({"judge": JUDGE})],
+            "rewards.judge.requests_per_minute: 0.5 is one in 120 s, and runtime.timeouts.reward: 120 needs one in 48 s"
+            "; give at least 2, or runtime.timeouts.reward: 300",
+        ),
     ],
 )
 def test_static_faults(project, capsys, args, said):

@@ -3,6 +3,7 @@ quarantined."""
 
 import math
 import pickle
+import re
 import time
 
 import pytest
@@ -11,8 +12,9 @@ from pydantic import ValidationError
 
 from aisp_dist.config import ConfigError, HttpReward
 from aisp_dist.records import Prompt, Score
-from aisp_dist.rewards import load
-from aisp_dist.rewards.client import Unavailable, _retry_after, is_loopback
+from aisp_dist.rewards import RewardError, load
+from aisp_dist.rewards.client import Limited, Unavailable, _retry_after, is_loopback
+from aisp_dist.rewards.http import LIMITS, Partly
 
 PROMPT = Prompt("p", 0, (("system", "S"), ("user", "Hi {response}")))
 RESPONSES = ["a", "bbb", "", "a", "{prompt}"]
@@ -120,6 +122,93 @@ def test_a_call_ends_before_its_limit_whatever_the_server_does(server, fault):
     assert time.monotonic() - began < 5
 
 
+POISON = [(500, {}), (503, {}), (403, {}), (404, {}), (451, {}), "close", "slow"]
+
+
+def poison(told, fault):
+    """The server never answers what has `poison` in it."""
+    if fault == "slow":
+        told.delay = lambda body: 2.0 if "poison" in text_of(body) else 0.0
+    else:
+        told.fault = lambda body: fault if "poison" in text_of(body) else None
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 20.0])
+@pytest.mark.parametrize("fault", POISON, ids=str)
+def test_a_text_that_the_server_never_answers_is_about_its_prompt(server, fault, seconds):
+    """Asked twice or more, the last time alone, between requests that are answered; and nothing else is lost."""
+    score = load("http", settings(server, retries=0, timeout=0.3), seconds=seconds)
+    server.seen.clear()
+    poison(server, fault)
+    with pytest.raises(RewardError, match=r"^http: the server answers others, but not this prompt's: ") as error:
+        score(PROMPT, ["poison", "poison too"])
+    assert server.url not in str(error.value) and "127.0.0.1" not in str(error.value), "rows hold no host"
+    asked = [text_of(body) for _, body in server.seen]
+    assert asked[2:] == [asked[2], asked[0] if asked[0].endswith("poison") else asked[1], asked[2]]
+    assert "spider" in asked[2] and score(PROMPT, ["a", "b"]) == [Score(5.0)] * 2
+
+
+@pytest.mark.parametrize("count", range(9))
+@pytest.mark.parametrize("texts", [["a"], ["a", "b", "c"]])
+def test_a_server_that_is_down_for_everybody_is_about_no_prompt(server, texts, count):
+    """However many requests it leaves without an answer before it comes back."""
+    score = load("http", settings(server, retries=0, max_parallel=2), seconds=20.0)
+    server.faults = [(503, {})] * count
+    found = {}
+    while left := [text for text in texts if text not in found]:
+        try:
+            scores = score(PROMPT, left)
+        except Partly as error:
+            scores = error.scores
+        except Unavailable:
+            continue
+        found |= {text: s for text, s in zip(left, scores, strict=True) if s}
+    assert list(found.values()) == [Score(5.0)] * len(texts) and not server.faults
+
+
+def test_a_server_that_is_down_is_not_waited_for_once_a_response(server):
+    score = made(server, retries=0, max_parallel=2)
+    server.faults = [(503, {})] * 99
+    with pytest.raises(Unavailable):
+        score(PROMPT, [str(i) for i in range(30)])
+    assert len(server.seen) <= 5
+
+
+def test_too_many_requests_are_about_no_prompt(server):
+    score = made(server, retries=1)
+    poison(server, (429, {"Retry-After": "0"}))
+    with pytest.raises(Limited, match="it answers 429, 2 times"):
+        score(PROMPT, ["poison"])
+
+
+def test_what_came_within_the_limit_is_kept(server):
+    score = load("http", settings(server, retries=0), seconds=0.5)
+    server.answer = lambda path, body: chat(str(len(text_of(body).partition(" A: ")[2])))
+    server.delay = lambda body: 1.0 if text_of(body).endswith("bb") else 0.0
+    with pytest.raises(Partly) as error:
+        score(PROMPT, ["a", "bb", "ccc", "a", "bb"])
+    assert error.value.scores == [Score(1.0), None, Score(3.0), Score(1.0), None]
+
+
+def test_a_turn_is_not_waited_for_past_the_limit_and_not_used_up(server):
+    score = load("http", settings(server, retries=0, requests_per_minute=120), seconds=0.8)
+    began = time.monotonic()
+    for _ in range(3):  # one every half second; what does not come out keeps nobody waiting
+        with pytest.raises(Partly) as error:
+            score(PROMPT, [str(i) for i in range(30)])
+        assert 1 <= sum(s is not None for s in error.value.scores) <= 2
+    assert time.monotonic() - began < 3
+
+
+def test_a_call_takes_no_longer_than_its_limits_together(server):
+    score = load("http", settings(server, retries=9), seconds=0.4)
+    poison(server, "slow")
+    began = time.monotonic()
+    with pytest.raises(RewardError, match="ReadTimeout"):
+        score(PROMPT, [f"poison {i}" for i in range(20)])
+    assert time.monotonic() - began < 0.4 * LIMITS
+
+
 def test_retry_after_is_waited_for(server):
     score = made(server)
     server.faults = [(429, {"Retry-After": "1"})]
@@ -213,6 +302,21 @@ def test_a_wrong_address_or_model_is_said_before_the_run(server):
 def test_static_faults(more, words):
     with pytest.raises(ValidationError, match=words):
         HttpReward(**{"url": "http://h/v1", "model": "m", "rubric": RUBRIC} | more)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 30.0, 120.0, 1000.0])
+@pytest.mark.parametrize("rate", [0.01, 0.3, 1.0, 1.25, 7.0, 1000.0])
+def test_a_rate_is_refused_where_a_call_may_pass_without_an_answer(rate, seconds):
+    """And what the refusal asks for is enough."""
+
+    def refused(rate, seconds):
+        return HttpReward(url="http://h/v1", model="m", rubric=RUBRIC, requests_per_minute=rate).refuses(seconds)
+
+    said = refused(rate, seconds)
+    assert (said is not None) == (60 / rate > seconds / 2.5)
+    if said:
+        least, longer = re.search(r"at least (\d+), or runtime.timeouts.reward: (\d+)$", said).groups()
+        assert refused(float(least), seconds) is None and refused(rate, float(longer)) is None
 
 
 PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")

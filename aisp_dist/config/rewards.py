@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -146,6 +147,18 @@ class HttpReward(RewardBase, Endpoint):
         if self.scale[0] >= self.scale[1]:
             raise ValueError(f"scale: {self.scale[0]:g} is not below {self.scale[1]:g}; give smallest, then largest")
         return self
+
+    def refuses(self, seconds: float) -> str | None:
+        """Why no call could be sure of an answer within `seconds`, timeouts.reward; None where it can. Answers are kept
+        from call to call, so that one in each is enough, whatever num_samples is."""
+        most = seconds / 2.5  # of what a scorer gives the server, 0.9 of it, half is left for the answer
+        if self.requests_per_minute is None or 60 / self.requests_per_minute <= most:
+            return None
+        limit, needed = self.requests_per_minute, math.ceil(2.5 * 60 / self.requests_per_minute)
+        return (
+            f"requests_per_minute: {limit:g} is one in {60 / limit:g} s, and runtime.timeouts.reward: {seconds:g} needs"
+            f" one in {most:g} s; give at least {math.ceil(60 / most)}, or runtime.timeouts.reward: {needed}"
+        )
 
 
 Reward = Annotated[ModelReward | FunctionReward | HttpReward, Discriminator("kind")]

@@ -63,7 +63,9 @@ class Timeouts(Section):
     round: float = doc(
         "decoding one answer, from when it gets a row of the generator; waiting does not count", 600.0, gt=0
     )
-    reward: float = doc("one reward scoring the answers of one round of a prompt", 120.0, gt=0)
+    reward: float = doc(
+        "one reward scoring the answers of one round of a prompt; of kind http, scoring some of them", 120.0, gt=0
+    )
     stall: float = doc(
         "replace a process that does not answer, or is busy without progress, for this long", 120.0, gt=0
     )

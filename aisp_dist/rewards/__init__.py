@@ -30,7 +30,8 @@ def load(
     """The reward called `name` in the configuration, ready to score. base_dir: where function paths start, the
     configuration's directory (default: the current one). device: of a model, as torch names it (default: cuda where
     there is one, else cpu). columns: prompts.keep, what functions are handed. seconds: how long a server may
-    take for one call. share: of a GPU's memory, for a model that vLLM scores. Raises ConfigError."""
+    take for the responses of one call; see http.load. share: of a GPU's memory, for a model that vLLM scores. Raises
+    ConfigError."""
     if isinstance(settings, ModelReward):
         from aisp_dist.rewards import model
 

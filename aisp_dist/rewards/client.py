@@ -34,23 +34,35 @@ from aisp_dist.config import ConfigError
 from aisp_dist.config.rewards import Endpoint, Server
 
 _BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
+_OVER = "the time for the answers of one round is over, and it has not been asked for all"
 _ABOUT_THE_REQUEST = (400, 413, 422)  # too long, refused by a filter, malformed
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Unavailable(RuntimeError):
-    """The server gave no answer, whatever was asked: a fault of the infrastructure, never about a text."""
+    """The server gave no answer: a fault of the infrastructure, unless it answers others. why: the message without the
+    address."""
+
+    def __init__(self, message: str, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why or message
+
+
+class Limited(Unavailable):
+    """The server answers that it is asked too often, which is never about a text."""
 
 
 class Rejected(Unavailable):
-    """The server answers that the key, the model or the address is wrong."""
+    """The server answers that the key, the model or the address is wrong; or something on the way to it refuses a
+    text."""
 
 
 class _Again(Unavailable):
-    def __init__(self, reason: str, after: float | None = None) -> None:
+    def __init__(self, reason: str, after: float | None = None, limited: bool = False) -> None:
         super().__init__(reason)
         self.after = after  # seconds that the server asked for
+        self.limited = limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +107,22 @@ class _Connection:
             "reraise": True,
         }
 
-    def _until_turn(self) -> float:
-        """Seconds until a request may go out, by requests_per_minute."""
+    def _until_turn(self, deadline: float = math.inf) -> float:
+        """Seconds until a request may go out, by requests_per_minute. Raises _Again where that is not before the
+        deadline; then no turn is used up, which a later request would wait for."""
         if self.settings.requests_per_minute is None:
             return 0.0
         with self._turn:
             at = max(self._next, time.monotonic())
+            if at >= deadline:
+                raise _Again(_OVER)
             self._next = at + 60 / self.settings.requests_per_minute
         return max(0.0, at - time.monotonic())
 
     def _left(self, deadline: float) -> float:
         left = min(self.settings.timeout, deadline - time.monotonic())
         if left <= 0:
-            raise _Again("the time for the answers of one round is over, and it has not been asked for all")
+            raise _Again(_OVER)
         return left
 
     def _lost(self, error: httpx.TransportError) -> _Again:
@@ -117,7 +132,8 @@ class _Connection:
     @staticmethod
     def _passes(answer: httpx.Response) -> httpx.Response:
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Again(f"it answers {answer.status_code}", _retry_after(answer.headers.get("Retry-After")))
+            after = _retry_after(answer.headers.get("Retry-After"))
+            raise _Again(f"it answers {answer.status_code}", after, limited=answer.status_code == 429)
         return answer
 
     @staticmethod
@@ -126,7 +142,8 @@ class _Connection:
         if answer.status_code in _ABOUT_THE_REQUEST:
             return Refused(f"the server answers {answer.status_code}: {' '.join(answer.text.split())[:300]}")
         if not answer.is_success:
-            raise Rejected(f"{url} answers {answer.status_code} {answer.reason_phrase}; look at url, model and key")
+            why = f"it answers {answer.status_code} {answer.reason_phrase}"
+            raise Rejected(f"{url}: {why}; look at url, model and key", why)
         try:
             return answer.json()
         except ValueError:
@@ -147,7 +164,8 @@ class Client(_Connection):
 
     def post(self, url: str, body: dict[str, Any], deadline: float = math.inf) -> Any:
         """The JSON of an answer, or Refused where it is about this request. deadline: of time.monotonic. Raises
-        Unavailable: no connection, 429 or 5xx after all retries, or no answer before the deadline; Rejected."""
+        Unavailable: no connection or 5xx after all retries, or no answer before the deadline; Limited: 429 after all
+        retries; Rejected."""
         retrying = Retrying(**self._retrying(deadline))
         try:
             answer: httpx.Response = retrying(self._once, url, body, deadline)
@@ -167,7 +185,7 @@ class Client(_Connection):
         return f"{self.settings.url}/chat/completions", body | {"temperature": 0} | self.settings.body
 
     def _once(self, url: str, body: dict[str, Any], deadline: float) -> httpx.Response:
-        time.sleep(self._until_turn())
+        time.sleep(self._until_turn(deadline))
         try:
             answer = self._http.post(url, json=body, timeout=self._left(deadline))
         except httpx.TransportError as error:
@@ -207,7 +225,8 @@ class AsyncClient(_Connection):
 def _unavailable(url: str, error: _Again, retrying: BaseRetrying) -> Unavailable:
     """Of a type that crosses processes."""
     times = retrying.statistics["attempt_number"]
-    return Unavailable(f"{url}: {error}, {times} time{'s' * (times > 1)}")
+    why = f"{error}, {times} time{'s' * (times > 1)}"
+    return (Limited if error.limited else Unavailable)(f"{url}: {why}", why)
 
 
 def is_loopback(url: str) -> bool:

@@ -1,5 +1,5 @@
 """A reward behind HTTP: a chat model that is asked for a number, or a reward model that a server runs. Owns the wire
-formats and what an answer must be; what a lost connection means is client.py's."""
+formats, what an answer must be, and whether silence is about a text; what a lost connection means is client.py's."""
 
 from __future__ import annotations
 
@@ -12,17 +12,30 @@ from typing import Any
 from aisp_dist.config import ConfigError, HttpReward
 from aisp_dist.data.chat import as_chat
 from aisp_dist.records import Prompt, Score
-from aisp_dist.rewards.client import Client, Refused, Rejected
+from aisp_dist.rewards.client import Client, Limited, Refused, Rejected, Unavailable
+from aisp_dist.rewards.function import RewardError
 
 _NUMBER = re.compile(
     r"[^\w-]*(?:(?:score|rating|reward|answer)[^\w-]+)?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?[\s.*]*", re.I
 )
-_PROBES = ("How many legs has a spider?", "A spider has eight legs."), ("Name a colour.", "Blue is a colour.")
+_SAID = ("How many legs has a spider?", "A spider has eight legs."), ("Name a colour.", "Blue is a colour.")
+_PROBES = tuple((Prompt("", 0, (("user", question),)), answer) for question, answer in _SAID)
+LIMITS = 4  # a call takes at most so many times `seconds`
+
+
+class Partly(Unavailable):
+    """The server answered some responses in time; the others are to be asked again. scores: one for each response, None
+    where there is no answer yet."""
+
+    def __init__(self, scores: list[Score | None]) -> None:
+        super().__init__("some responses are not answered yet")
+        self.scores = scores
 
 
 def load(name: str, settings: HttpReward, seconds: float = math.inf) -> Callable[[Prompt, Sequence[str]], list[Score]]:
     """The server behind its address, asked once for each distinct response, `max_parallel` at a time; scores come in
-    the order of the responses. seconds: for the responses of one call.
+    the order of the responses. seconds: for the responses of one call. Where none of them is answered, the first is
+    asked again alone, between two probes; each of these three has `seconds` of its own.
 
     chat: the rubric as one user message; the reply must be one number on the scale (`7`, `Score: 7`, `7/10`).
     classify: vLLM's POST /classify beside the API's /v1, with `input` (the rubric filled in) or `messages`, and with
@@ -31,7 +44,9 @@ def load(name: str, settings: HttpReward, seconds: float = math.inf) -> Callable
     classify_sglang: SGLang's POST /classify of a server started with --is-embedding: raw `embedding` of one number.
     (SGLang's /v1/classify is no use: it answers the softmax, which is 1 for one class.)
     What cannot be read is a quarantined score. Raises ConfigError for a missing key, a server that rejects url, model
-    or key, and probabilities; here and later client.Unavailable where it does not answer.
+    or key, and probabilities; here and later client.Unavailable where it does not answer. The function that is returned
+    raises RewardError for a response that the server does not answer though it answers the probes, and Partly where
+    there is a limit of `seconds` and only some are answered.
     """
     client = Client(f"rewards.{name}", settings)
     root = settings.url.removesuffix("/v1")
@@ -52,13 +67,44 @@ def load(name: str, settings: HttpReward, seconds: float = math.inf) -> Callable
         answer = client.post(f"{root}/classify", body | settings.body | more, deadline)
         return answer if isinstance(answer, Refused) else _logit(answer, settings.protocol)
 
+    def alive() -> None:
+        ask(*_PROBES[0], time.monotonic() + seconds)
+
+    def several(prompt: Prompt, texts: Sequence[str]) -> dict[str, float | Refused]:
+        """By text, what the server answers of them."""
+        found: dict[str, float | Refused] = {}
+        lost: list[Unavailable] = []
+        deadline = time.monotonic() + seconds
+
+        def one(text: str) -> None:
+            if found or len(lost) < settings.max_parallel:  # else it seems to be down: no need to wait for every text
+                try:
+                    found[text] = ask(prompt, text, deadline)
+                except Unavailable as error:
+                    lost.append(error)
+
+        client.map(one, texts)
+        return found
+
+    def alone(prompt: Prompt, text: str) -> float | Refused:
+        """What had no answer, asked again while nothing else is. The probes around it tell a text that the server does
+        not answer from a server that is down."""
+        alive()
+        try:
+            return ask(prompt, text, time.monotonic() + seconds)
+        except Limited:
+            raise
+        except Unavailable as error:
+            alive()
+            raise RewardError(f"{name}: the server answers others, but not this prompt's: {error.why}") from None
+
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Score]:
-        distinct, deadline = list(dict.fromkeys(responses)), time.monotonic() + seconds
-        answers = client.map(lambda response: ask(prompt, response, deadline), distinct)
-        found = dict(zip(distinct, answers, strict=True))
-        return [
-            Score(None, a.reason) if isinstance(a, Refused) else Score(a) for a in map(found.__getitem__, responses)
-        ]
+        found: dict[str, float | Refused] = {}
+        while left := [text for text in dict.fromkeys(responses) if text not in found]:
+            if found and seconds < math.inf:
+                raise Partly([_score(found[text]) if text in found else None for text in responses])
+            found |= several(prompt, left) or {left[0]: alone(prompt, left[0])}
+        return [_score(found[text]) for text in responses]
 
     try:
         _probe(name, settings, ask)
@@ -80,16 +126,15 @@ def number(text: str, scale: tuple[float, float]) -> float | Refused:
 
 def _probe(name: str, settings: HttpReward, ask: Callable[..., float | Refused]) -> None:
     """One request shows a wrong address; classifiers show whether their numbers are probabilities."""
-    prompts = [(Prompt("", 0, (("user", question),)), answer) for question, answer in _PROBES]
     if settings.protocol == "chat":
-        ask(*prompts[0])
+        ask(*_PROBES[0])
         return
-    raw = [ask(*prompt) for prompt in prompts]
+    raw = [ask(*probe) for probe in _PROBES]
     if refused := next((x for x in raw if isinstance(x, Refused)), None):
         raise ConfigError(f"rewards.{name}: {settings.model!r} gives no score: {refused.reason}; is it a reward model?")
     squashed = all(x == 1.0 for x in raw)  # the softmax of one class
     if settings.protocol == "classify" and all(0 <= x <= 1 for x in raw if isinstance(x, float)):
-        squashed |= [ask(*prompt, use_activation=True) for prompt in prompts] == raw  # a sigmoid, whatever is asked
+        squashed |= [ask(*probe, use_activation=True) for probe in _PROBES] == raw  # a sigmoid, whatever is asked
     if squashed:
         raise ConfigError(
             f"rewards.{name}: {settings.url} answers probabilities ({raw[0]}), and a reward is a raw logit; use a vLLM "
@@ -106,6 +151,10 @@ def _fill(settings: HttpReward, prompt: Prompt, response: str) -> str:
     fields = {"{prompt}": content, "{response}": response}
     assert settings.rubric is not None
     return re.sub(r"\{(prompt|response)\}", lambda match: fields[match[0]], settings.rubric)
+
+
+def _score(answer: float | Refused) -> Score:
+    return Score(None, answer.reason) if isinstance(answer, Refused) else Score(answer)
 
 
 def _logit(answer: Any, protocol: str) -> float | Refused:

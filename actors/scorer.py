@@ -62,6 +62,8 @@ class Scorer:
         began = time.monotonic()
         try:
             return self.scores(prompt, responses)
+        except KeyboardInterrupt as error:  # the reward's own: Ctrl-C reaches no actor. Ray would say "cancelled"
+            raise rewards.RewardError(str(error)) from error
         except Dead as error:  # vLLM's engine, which is most of this process
             traceback.print_exception(error)
             os._exit(1)

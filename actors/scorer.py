@@ -66,6 +66,8 @@ class Scorer:
             return self.scores(prompt, responses)
         except Partly as error:
             return error.scores
+        except KeyboardInterrupt as error:  # the reward's own: Ctrl-C reaches no actor. Ray would say "cancelled"
+            raise rewards.RewardError(str(error)) from error
         except Dead as error:  # vLLM's engine, which is most of this process
             traceback.print_exception(error)
             os._exit(1)

@@ -6,14 +6,18 @@ relabel -> [window of prompts -> align_input -> LocalBackend] -> rows in input o
 from __future__ import annotations
 
 import asyncio
+import atexit
+import os
 import threading
 from collections import deque
-from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -82,6 +86,7 @@ class LocalBackend:
                 opened.callback(self.threads[name].shutdown, cancel_futures=True)
                 self.rewards[name] = score
             self._opened = opened.pop_all()
+        _backends.add(self)
 
     async def rollout(self, round: Round) -> Rollout:
         return await _answer(self.service.rollout(round))
@@ -103,6 +108,25 @@ class LocalBackend:
     def close(self) -> None:
         """End the threads, after what they are in the middle of, and the engines."""
         self._opened.close()
+        _backends.discard(self)
+
+
+_backends: set[LocalBackend] = set()  # not closed yet
+_generators: WeakSet[Generator[Row, None, None]] = WeakSet()  # that relabel answered; closing one again does nothing
+
+
+@atexit.register
+def _close() -> None:
+    """Before Python ends: it ends daemon threads where they are, and inside torch that aborts the process."""
+    for rows in list(_generators):
+        with suppress(ValueError):  # a daemon thread is reading it, which the end of its backend stops
+            rows.close()
+    for backend in list(_backends):
+        backend.close()
+
+
+os.register_at_fork(after_in_child=_generators.clear)  # the threads, and vLLM's processes, are those of the parent
+os.register_at_fork(after_in_child=_backends.clear)
 
 
 def shares(run: Run, device: str | None = None) -> dict[str, float]:
@@ -128,15 +152,21 @@ async def _answer(call: Coroutine[Any, Any, T]) -> T:
 
 
 def relabel(
-    config: str | PathLike[str] | Mapping[str, Any] | Run, given: Sequence[Given] | None = None
+    config: str | PathLike[str] | Mapping[str, Any] | Run, given: Iterable[Given] | None = None
 ) -> Generator[Row, None, None]:
     """See aisp_dist.relabel."""
     run, base_dir = load.read(config)
     if isinstance(given, str | Mapping):
         raise ConfigError(f"prompts is one {type(given).__name__}; give a list of prompts")
+    if given is not None and not isinstance(given, Sequence):
+        if not isinstance(given, Iterable):
+            raise ConfigError(f"prompts is {given!r}, of type {type(given).__name__}; give a list of prompts")
+        given = list(given)  # it is read more than once
     if given is not None and run.prompts.format != "chat" and not all(isinstance(p, str | Mapping) for p in given):
         raise ConfigError(f"prompts: messages need prompts.format: chat, not {run.prompts.format}")
-    return _rows(run, base_dir, given)
+    rows = _rows(run, base_dir, given)
+    _generators.add(rows)
+    return rows
 
 
 def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[Row, None, None]:
@@ -146,7 +176,7 @@ def _rows(run: Run, base_dir: Path, given: Sequence[Given] | None) -> Generator[
     sample = prompts.sample(located.prompts) if given is None else _inputs(located, given)
     columns = schema.column_types(run.prompts.keep, sample, run.prompts.drop_last_answer)
     model = fingerprint.model_name(run)
-    first = None if given is None else prompts.first_digest(_inputs(located, given[:1]))
+    first = None if given is None else prompts.first_digest(_inputs(located, list(islice(given, 1))))
     run_id = fingerprint.fingerprint(
         fingerprint.components(run, located, base_dir, first, choice.component, choice.version)
     )[:12]
@@ -223,12 +253,21 @@ def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
         loop.close()
 
 
+_num_threads: list[int] = []  # of torch, as each generator found it
+_num_threads_lock = threading.Lock()
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch on one CPU thread, as in the processes of a run: the bits of its sums depend on the number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """torch on one CPU thread, as in the processes of a run: the bits of its sums depend on the number. Of generators
+    that overlap, the last to end restores what the first found."""
+    with _num_threads_lock:
+        _num_threads.append(torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _num_threads_lock:
+            found = _num_threads.pop()
+            if not _num_threads:
+                torch.set_num_threads(found)

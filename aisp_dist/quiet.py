@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 # torchao and bitsandbytes (peft imports both) report the extensions that they did not find, torch's pytree the
 # deprecated calls that torchao makes
 _TALKERS = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+
+_one_load = threading.RLock()  # loads nest
 
 
 def libraries() -> None:
@@ -32,7 +35,14 @@ def libraries() -> None:
 @contextmanager
 def loading() -> Iterator[None]:
     """Silence them, and transformers' progress bars, while a model is imported and loaded. Every load happens in here,
-    also in a user's own process, whose settings it restores."""
+    also in a user's own process, whose settings it restores; one thread at a time, as neither these settings nor
+    transformers' from_pretrained, which patches torch while it runs, can be shared."""
+    with _one_load, _silenced():
+        yield
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
     levels = {logger: logger.level for logger in map(logging.getLogger, _TALKERS)}
     own = logging.getLogger("transformers").handlers  # which it sets when it is imported
     filters = {handler: list(handler.filters) for handler in own}

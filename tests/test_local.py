@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,8 +40,11 @@ QUESTIONS = [f"What is {i}?" for i in range(30)]
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     folder = finished.project(tmp_path_factory.mktemp("local"))
-    reward = "def picky(prompts, completions, **_):\n    if '3' in str(prompts[0]):\n        raise KeyError('three')\n"
-    (folder / "rewards.py").write_text(f"{finished.REWARDS}\n{reward}    return vowels(completions)\n")
+    rewards = finished.REWARDS
+    for name, error in (("picky", KeyError), ("interrupts", KeyboardInterrupt)):
+        rewards += f"\ndef {name}(prompts, completions, **_):\n    if '3' in str(prompts[0]):\n"
+        rewards += f"        raise {error.__name__}('three')\n    return vowels(completions)\n"
+    (folder / "rewards.py").write_text(rewards)
     (folder / "run.yaml").write_text(yaml.safe_dump(config(folder)))
     return folder
 
@@ -94,11 +99,12 @@ def test_prompts_come_as_texts_as_messages_or_as_lines(project):
     assert [row["base_completion"] for row in kept] == [row["base_completion"] for row in rows]
 
 
-def test_a_reward_that_raises_fails_its_row_and_no_other(project):
-    rows = list(aisp_dist.relabel(mapping(project, "picky"), QUESTIONS[:5]))
+@pytest.mark.parametrize(("function", "error"), [("picky", "KeyError"), ("interrupts", "KeyboardInterrupt")])
+def test_a_reward_that_raises_fails_its_row_and_no_other(project, function, error):
+    rows = list(aisp_dist.relabel(mapping(project, function), QUESTIONS[:5]))
     assert [row["reason"] is None for row in rows] == [True, True, True, False, True]
     assert rows[3]["completion"] is None and rows[3]["reason"].startswith(
-        "main: rewards.py:picky raised KeyError in line "
+        f"main: rewards.py:{function} raised {error} in line "
     )
 
 
@@ -113,6 +119,14 @@ def test_a_prompt_that_a_server_never_scores_fails_its_row_and_no_other(project)
         told.seen.clear()
         with pytest.raises(Unavailable, match="answers 403"):
             list(aisp_dist.relabel(mapping(project) | {"rewards": {"graded": graded}}, QUESTIONS[:5]))
+
+
+def test_prompts_that_are_no_sequence_are_read_at_once(project):
+    of_list = list(aisp_dist.relabel(mapping(project), QUESTIONS[:3]))
+    texts = iter(QUESTIONS[:3])
+    rows = aisp_dist.relabel(mapping(project), texts)
+    assert next(texts, None) is None and list(rows) == of_list
+    assert list(aisp_dist.relabel(mapping(project), deque(QUESTIONS[:3]))) == of_list, "a sequence without slices"
 
 
 def test_what_is_no_configuration_is_refused_by_name():
@@ -164,6 +178,70 @@ def test_closed_early_it_leaves_no_thread_and_no_model(project, monkeypatch, tmp
     torch.set_num_threads(before)
 
 
+def test_of_generators_that_overlap_the_last_restores_the_threads_of_torch(project):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    first, second = (aisp_dist.relabel(mapping(project), QUESTIONS) for _ in range(2))
+    next(first), next(second)
+    first.close()
+    assert torch.get_num_threads() == 1
+    second.close()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+DEMO = {
+    "generator": {"model": "demo", "max_new_tokens": 12},
+    "rewards": {"main": {"kind": "model", "model": "demo"}},
+    "method": {"kind": "best_of_n", "num_samples": 4, "num_iterations": 1},
+}
+
+
+def test_calls_in_two_threads_load_their_models_in_turn():
+    together = threading.Barrier(2)
+
+    def rows(_: int) -> list[local.Row]:
+        together.wait()
+        return list(aisp_dist.relabel(DEMO, QUESTIONS[:1]))
+
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(rows, range(2))
+    assert one == other and one[0]["reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("rows = relabel(); next(rows); sys.exit(5)", 5),
+        ("first, second = relabel(), relabel(); next(zip(first, second))", 0),
+        ("Thread(target=read, daemon=True).start(); begun.wait(); sys.exit(6)", 6),
+    ],
+)
+def test_a_script_that_leaves_rows_unread_ends_with_its_own_code(script, code):
+    """Also where a thread is in the middle of reading them, which then ends with an error of its own."""
+    lines = [
+        "import sys, aisp_dist",
+        "from threading import Event, Thread",
+        f"relabel = lambda: aisp_dist.relabel({DEMO}, {QUESTIONS})",
+        "begun = Event()",
+        "def read():",
+        "    for row in relabel(): begun.set()",
+        script,
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert code == 6 or not done.stderr
+
+
+def test_a_forked_child_does_not_disturb_what_its_parent_reads():
+    script = (
+        f"import os, sys, aisp_dist\nrows = aisp_dist.relabel({DEMO}, {QUESTIONS[:2]})\nnext(rows)\n"
+        "if child := os.fork():\n    print(os.waitpid(child, 0)[1], next(rows)['reason'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["0", "None"]), done.stderr
+
+
 def test_a_failure_of_the_engine_is_no_row(project, monkeypatch):
     monkeypatch.setattr("aisp_dist.engine.step.Batch.step", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(Closed, match="ZeroDivisionError"):
@@ -185,6 +263,7 @@ def test_a_gpu_without_memory_is_no_row(project, monkeypatch):
     ("prompts", "change", "said"),
     [
         ("one text", {}, "give a list of prompts"),
+        (3, {}, "prompts is 3, of type int; give a list of prompts"),
         ([[{"role": "user", "content": "?"}]], {"prompts": {"format": "raw"}}, "messages need prompts.format: chat"),
         (None, {"generater": {}}, "did you mean 'generator'"),
     ],

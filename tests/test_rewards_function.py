@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from trl.rewards import think_format_reward
 
+from actors.scorer import Scorer
 from aisp_dist.config import ConfigError, FunctionReward
+from aisp_dist.placement import Group
 from aisp_dist.records import Prompt, Score
 from aisp_dist.rewards import RewardError, load
 from aisp_dist.rewards.function import check, digest
@@ -91,6 +94,19 @@ def test_errors_name_reward_and_cause(function, words):
     with pytest.raises(RewardError, match="words: ") as error:
         scorer(function)(CHAT, ["a", "b"])
     assert words in str(error.value) and str(error.value).count("words") == 1
+
+
+def test_an_interrupt_is_the_users_in_the_main_thread_alone(tmp_path):
+    score = written(tmp_path, "def f(completions):\n    raise KeyboardInterrupt\n")
+    said = r"^words: f.py:f raised KeyboardInterrupt in line 2 of f.py"
+    with ThreadPoolExecutor(1) as thread, pytest.raises(RewardError, match=said):
+        thread.submit(score, CHAT, ["a"]).result()
+    with pytest.raises(KeyboardInterrupt, match=said):
+        score(CHAT, ["a"])
+    actor = Scorer("words", named("f.py:f"), tmp_path, (), "words-0", Group("words", 1, 1, 1.0, 0.0, None), 60.0)
+    actor.load()
+    with pytest.raises(RewardError, match=said):  # no Ctrl-C reaches an actor
+        actor.score(CHAT, ["a"])
 
 
 def test_an_error_names_the_users_line_and_no_librarys(tmp_path):

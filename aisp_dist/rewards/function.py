@@ -13,6 +13,7 @@ import inspect
 import logging
 import math
 import sys
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import entry_points
@@ -58,7 +59,8 @@ def load(
 
     None means not applicable; NaN and infinities are quarantined. Raises ConfigError where there is no such function or
     it needs an argument that is not among prompts, completions and `columns`; the returned function raises RewardError
-    where it raises, or answers anything but one number or None for each.
+    where it raises, or answers anything but one number or None for each. A KeyboardInterrupt stays one in the main
+    thread, where it may be the user's; its message is that of the RewardError.
     """
     key = f"rewards.{name}.function"
     function = _import(key, settings.function, base_dir)
@@ -92,9 +94,11 @@ def load(
             values = function(**{k: v for k, v in arguments.items() if open_ended or k in accepted})
             if inspect.isawaitable(values):
                 values = loop.run(_result(values))
-        except (Exception, SystemExit) as error:
-            where = _where(error, function)
-            raise RewardError(f"{shown} raised {type(error).__name__}{where}: {error}") from error
+        except BaseException as error:  # an exit too: the function ends nothing but its own call
+            said = f"{shown} raised {type(error).__name__}{_where(error, function)}: {error}"
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt(said) from error  # a user's Ctrl-C is raised in this thread alone
+            raise RewardError(said) from error
         return _scores(shown, values, len(responses))
 
     return score

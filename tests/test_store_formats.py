@@ -195,14 +195,14 @@ def test_the_selected_candidate_is_kept_however_many_better_ones_are_beyond_the_
     assert kept((4, 0)) == [1, 2, 4, 5]
 
 
-@pytest.mark.parametrize(("room", "groups"), [(1, 8), (2000, 3)])  # rows have about 600 bytes
+@pytest.mark.parametrize(("room", "groups"), [(1, {8}), (900, {2, 3, 4, 5})])  # 8 rows
 def test_a_part_of_several_row_groups_has_the_rows_of_one(tmp_path, monkeypatch, room, groups):
     whole = write(tmp_path / "one", prompts(10), rows_per_file=10)
     monkeypatch.setattr(parts, "ROW_GROUP", room)
     split = write(tmp_path / "many", prompts(10), rows_per_file=10)
     for name in ("data", "candidates"):
         files = [pq.ParquetFile(folder / name / "part-000000.parquet") for folder in (whole, split)]
-        assert [file.num_row_groups for file in files] == [1, groups]
+        assert files[0].num_row_groups == 1 and files[1].num_row_groups in groups
         assert parts.read_table(files[1]).equals(parts.read_table(files[0]))
     assert load(split)["source_index"] == load(whole)["source_index"]
 

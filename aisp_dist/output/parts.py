@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -158,14 +159,29 @@ def _latest(tables: Sequence[pa.Table], wanted: Callable[[int, int], bool]) -> p
     found = [(n, ordinal) for n, table in enumerate(tables) for ordinal in table["source_index"].to_pylist()]
     last = {ordinal: row for row, (number, ordinal) in enumerate(found) if wanted(ordinal, number)}
     whole = pa.concat_tables(tables)
-    rows = [whole.slice(row, 1) for _, row in sorted(last.items())]
+    sizes = [size for batch in whole.to_batches() for size in sum(map(_sizes, batch.columns)).tolist()]
     groups: list[list[pa.Table]] = []
     room = 0
-    for row in rows:
-        if not groups or row.nbytes > room:
+    for _, row in sorted(last.items()):
+        if not groups or sizes[row] > room:
             groups.append([])
             room = ROW_GROUP
-        groups[-1].append(row)
-        room -= row.nbytes
+        groups[-1].append(whole.slice(row, 1))
+        room -= sizes[row]
     # not `take`, which puts all rows together first
     return pa.concat_tables([pa.concat_tables(group).combine_chunks() for group in groups] or [whole.slice(0, 0)])
+
+
+def _sizes(values: pa.Array) -> np.ndarray:
+    """About how many bytes each value has. Not `nbytes`, which depends on how Arrow came to hold it."""
+    if pa.types.is_string(values.type):
+        found: np.ndarray = pc.binary_length(values).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    elif pa.types.is_list(values.type):
+        ends = np.cumsum(lengths := pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False))
+        total = np.concatenate([[0], np.cumsum(_sizes(values.flatten()))])
+        found = total[ends] - total[ends - lengths]
+    elif pa.types.is_struct(values.type):
+        found = sum(map(_sizes, values.flatten()), np.zeros(len(values), np.int64))
+    else:
+        found = np.full(len(values), 8, np.int64)
+    return found

@@ -340,6 +340,35 @@ def test_a_bad_value_names_key_value_and_rule(args, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"seed": True}, "seed: it is True; it must be a whole number"),
+        ({"method": BASE["method"] | {"num_samples": True}}, "num_samples: it is True; it must be a whole number"),
+        ({"prompts": {"limit": False}}, "prompts.limit: it is False; it must be a whole number"),
+        ({"method": BASE["method"] | {"lambda": True}}, "method.lambda: it is True; it must be a number"),
+        ({"method": BASE["method"] | {"lambda": {"ess": True}}}, "lambda.ess: it is True; it must be a number"),
+        ({"tune": {"grids": {"aisp": {"alpha": [0.9, True]}}}}, "alpha.1: it is True; it must be a number"),
+        ({"runtime": {"generators": {"replicas": True}}}, "replicas: it is True; .* a whole number, or 'auto'"),
+    ],
+)
+def test_a_bool_is_no_number(values, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        read(tmp_path, values=BASE | values)
+
+
+def test_bools_stay_where_they_mean_something(tmp_path):
+    told = {"enforce_eager": True}, {"enable_thinking": False}
+    values = BASE | {
+        "generator": {"model": "demo", "vllm": told[0]},
+        "prompts": {"template_kwargs": told[1]},
+        "compare": {"arms": {"noise": BASE["method"] | {"shuffle_rewards": True}}},
+    }
+    run = read(tmp_path, values=values)
+    assert (run.generator.vllm, run.prompts.template_kwargs) == told
+    assert run.compare.arms["noise"].shuffle_rewards
+
+
 def test_the_help_has_no_names_of_python(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         read(tmp_path, "--help")

@@ -17,6 +17,24 @@ from aisp_dist.config.rewards import FREE, GeneratorEndpoint, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 from aisp_dist.records import Rates
 
+OF_TEMPLATES = (
+    "messages",
+    "conversation",
+    "conversations",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)  # what transformers' apply_chat_template takes itself, but for tools and documents, which templates show
+
 
 class Prompts(Section):
     """Where prompts come from and how they become tokens."""
@@ -50,6 +68,13 @@ class Prompts(Section):
     overlong: Literal["error", "left", "drop_turns"] = doc(
         "a longer prompt becomes a failed row, is cut from the left, or loses its oldest turns", "error"
     )
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := [name for name in value if name in OF_TEMPLATES]:
+            raise ValueError(f"{taken[0]} is set for every prompt and cannot be given; leave it out")
+        return value
 
     @model_validator(mode="after")
     def effective(self) -> Prompts:

@@ -49,7 +49,9 @@ class Prompts(Section):
     keep: tuple[str, ...] = doc("columns that are kept in the output and passed to function rewards", ())
     shuffle_seed: int | None = doc("shuffle the input with this seed", None)
     skip: int = doc("skip this many input lines, after the shuffle", 0, ge=0)
-    limit: int | None = doc("read at most this many input lines; a larger limit extends a finished run", None, ge=0)
+    limit: int | None = doc(
+        "read at most this many input lines, `aisp tune` apart; a larger limit extends a finished run", None, ge=0
+    )
     format: Literal["chat", "raw", "shp", "hh"] = doc(
         "chat: the model's own chat template; raw: the text as it is; shp, hh: as the paper renders these datasets",
         "chat",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import ClassVar
 
 from aisp_dist.config import ConfigError
 
@@ -49,7 +48,7 @@ def _fault(template: str) -> str | None:
     class Generation(Extension):
         """{% generation %} around an assistant's text, which transformers can find again."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
             next(parser.stream)

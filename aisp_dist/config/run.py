@@ -42,7 +42,7 @@ class Prompts(Section):
     source: str = doc("demo, a file (jsonl, json, csv, parquet, txt), a pattern, a directory, or a hub dataset", "demo")
     subset: str | None = doc("configuration of a hub dataset or of a directory's README.md", None)
     revision: str | None = doc("revision of a hub dataset; give a commit if the run may be resumed later", None)
-    split: str = doc("split of a dataset", "train")
+    split: str = doc("split of a hub dataset or of a directory; a file has none", "train")
     streaming: bool = doc("read a hub dataset row by row over the network, without storing it", False)
     column: str = doc("column with the prompt: text or a list of messages", "prompt")
     id_column: str | None = doc("column with your own ids, which are unique", None)
@@ -310,6 +310,8 @@ class Run(Section):
 
     @model_validator(mode="after")
     def whole(self) -> Run:
+        if "" in self.rewards:
+            raise ValueError("rewards: one has an empty name; give it a name")
         if not any(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("rewards: none has use: select, so nothing could choose a best answer; add one")
         if why := self.generator.refuses(self.method):

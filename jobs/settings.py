@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, create_model
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
@@ -28,7 +29,7 @@ from aisp_dist.config import (
     Save,
     Section,
 )
-from aisp_dist.config.load import check, read_yaml, unknown_flags
+from aisp_dist.config.load import check, flow, read_yaml, unknown_flags
 from aisp_dist.rewards import templates
 
 _KINDS = ("method", "rewards.*", "compare.arms.*")  # discriminated by `kind`
@@ -146,7 +147,14 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], flags: bool = False, a
 
 
 class _Flags(CliSettingsSource[Any]):
-    """Flags whose help has a user's names of values, not Python's."""
+    """Flags whose help has a user's names of values, not Python's, and whose sections and lists may be written as in a
+    file, as {top_p: 0.9}."""
+
+    def _merge_parsed_list(self, parsed_list: list[str], field_name: str) -> str:
+        return super()._merge_parsed_list([flow(value) for value in parsed_list], field_name)
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        return super().decode_complex_value(field_name, field, flow(value) if isinstance(value, str) else value)
 
     def _metavar_format(self, obj: Any) -> str:
         text = super()._metavar_format(obj)
@@ -193,6 +201,7 @@ def _flags(values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
         given: dict[str, Any] = source()
     except SettingsError as error:
         fault = str(error).removeprefix("error parsing CLI: ")
+        fault = re.sub(r'error parsing value for field "(\w+)" .*', r"\1: it must be a section, as {key: value}", fault)
         what, unknown, flags = fault.partition("unrecognized arguments: ")
         raise ConfigError(unknown_flags(flags) if unknown else f"{what}; every key is listed by --help") from None
     return given

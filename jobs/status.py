@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from aisp_dist.output import verify
 from aisp_dist.output.filesystem import Place
@@ -29,14 +30,21 @@ def main(args: Sequence[str]) -> int:
         shard = "" if owner["shard"] == [0, 1] else "shard {} of {} ".format(*owner["shard"])
         print(f"{shard}owned by process {owner['process']} on {owner['host']}, which {lives[owner['alive']]}")
     if not now["owners"]:
-        whole = last is not None and last["total"] == now["done"] + now["failed"]
-        print("not running; " + ("every input has its row" if whole else "the same command resumes"))
+        print(f"not running; {_standing(options.output, now)}")
     if last:
         ago = time.time() - last["time"]
         total = "?" if last["total"] is None else last["total"]
         of = f" of shards {', '.join(map(str, last['shards']))}" if "shards" in last else ""
         print(f"{ago:.0f} s ago: {last['done'] + last['failed']}/{total} prompts{of}, {last['in_flight']} in flight")
     return 0
+
+
+def _standing(output: str, now: Mapping[str, Any]) -> str:
+    """Whether an output without an owner is whole."""
+    if now["metrics"] is None:  # `aisp rescore` keeps no record of its progress
+        return f"`aisp verify {output}` says whether every input has its row; if not, the same command resumes"
+    whole = now["metrics"]["total"] == now["done"] + now["failed"]
+    return "every input has its row" if whole else "the same command resumes"
 
 
 if __name__ == "__main__":

@@ -46,12 +46,16 @@ def main(args: Sequence[str]) -> int:
         found = {arm: _search(run, base_dir, output, arm, method, filling) for arm, method in wanted.items()}
     _write(output, values, run, found)
     for arm, search in found.items():
-        best = search.best
-        at = ", ".join(f"{name} {value:.4g}" for name, value in best.point.items())
-        print(f"{arm:24}{at:44}reward {metrics.Interval(*best.reward)}, NLL {best.nll:.3f} (base {best.base_nll:.3f})")
+        print(_told(arm, search.best))
     first = run.compare.prompts
     print(f"\nnext, on the first {first} prompts (those after were tuned on): aisp compare {output}/tuned.yaml")
     return 0
+
+
+def _told(arm: str, best: tune.Trial) -> str:
+    at = ", ".join(f"{name} {value:.4g}" for name, value in best.point.items())
+    reward = f"reward {metrics.Interval(*best.reward)}, NLL {best.nll:.3f} (base {best.base_nll:.3f})"
+    return f"{arm:24} {at:44} {reward}"
 
 
 def _arms(run: Run, names: Sequence[str] | None) -> dict[str, Method]:

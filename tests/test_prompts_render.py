@@ -3,13 +3,15 @@
 import gzip
 import json
 from datetime import datetime
+from inspect import signature
 
 import pytest
 from tiny_chat import TEMPLATE, tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from aisp_dist import demo
 from aisp_dist.config import ConfigError, Prompts
+from aisp_dist.config.run import OF_TEMPLATES
 from aisp_dist.data.prompts import read
 from aisp_dist.data.render import Overlong, Unrenderable, render
 from aisp_dist.records import Prompt
@@ -115,6 +117,14 @@ def test_a_missing_template_is_a_fault_of_the_configuration():
         rendered(CHAT, tokenizer(None))
     with pytest.raises(ConfigError, match="is not valid Jinja"):
         rendered(CHAT, tokenizer("{% if %}"))
+
+
+def test_template_kwargs_hold_variables_of_templates_only():
+    taken = signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert set(taken) - set(OF_TEMPLATES) == {"self", "tools", "documents", "kwargs"}
+    for name in OF_TEMPLATES:
+        with pytest.raises(ValueError, match=f"{name} is set for every prompt"):
+            Prompts(template_kwargs={name: None})
 
 
 def test_a_template_that_refuses_is_a_reason():

@@ -30,6 +30,7 @@ JUDGE["requests_per_minute"] = 0.5
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rewards.py").write_text("def words(completions, **_):\n    return [1.0 for _ in completions]\n")
+    (tmp_path / "broken.jinja").write_text("{% for message in messages %}\n{{ message")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
     return tmp_path
@@ -60,6 +61,11 @@ def refused(capsys, *args: str) -> str:
         (["--generator.model", "/no/such/model"], "'/no/such/model' is not a directory"),
         (["--generator.model", "."], "holds no config.json"),
         (["--generator.chat_template", "no.jinja"], "no.jinja"),
+        (["--generator.chat_template", "broken.jinja"], "broken.jinja' is not valid Jinja (line 2: unexpected end of"),
+        (["--generator.model", "gone.gguf"], "generator.model: there is no file 'gone.gguf'; name a GGUF file that"),
+        (["--generator.model", "owner/gone.gguf"], "there is no file 'owner/gone.gguf'"),
+        (["--rewards", '{"m": {"kind": "model", "model": "gone.gguf"}}'], "GGUF file, which rewards are not read from"),
+        (["--prompts.template_kwargs", '{"messages": []}'], "template_kwargs: messages is set for every prompt"),
         (["--generator.engine", "local", "--generator.tensor_parallel", "2"], "tensor_parallel: 2 has no effect"),
         (["--generator.engine", "vllm"], "generator.engine: vllm is not installed where the model would run"),
         (["--rewards.words.function", "gone.py:words"], "gone.py"),
@@ -206,6 +212,25 @@ def test_validate_looks_functions_up(project, capsys):
             cli.run("validate", ["run.yaml", "--rewards.words.function", function])
         said = capsys.readouterr()
         assert left.value.code == 2 and said.out == "" and said.err.startswith("aisp: rewards.words.function: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--generator.model", "gone.gguf"], "there is no file 'gone.gguf'"),
+        (["--generator.chat_template", "broken.jinja"], "broken.jinja' is not valid Jinja"),
+    ],
+)
+def test_validate_refuses_files_that_cannot_be_read(project, capsys, args, said):
+    code, told = validated(capsys, *args)
+    assert code == 2 and said in told
+
+
+def test_validate_knows_the_tags_that_transformers_adds(project, capsys):
+    Path("own.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    assert validated(capsys, "--generator.chat_template", "own.jinja")[0] == 0
 
 
 def test_validate_names_the_lines_that_will_fail(project, capsys):

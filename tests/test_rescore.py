@@ -264,6 +264,10 @@ def test_a_rescored_output_can_be_evaluated_and_rescored_back(folder, capsys):
         folder, "all", "there", rewards={"words": HELD | {"use": "select"}, "main": FIRST["main"] | {"use": "report"}}
     )
     assert command("evaluate", str(out)) == 0
+    capsys.readouterr()
+    assert command("status", str(out)) == 0
+    told = capsys.readouterr().out
+    assert f"not running; `aisp verify {out}` says whether every input has its row" in told, told
     found = json.loads((out / "evaluation.json").read_text())
     assert found["flips"] and "reward words" in found["measures"]
     back = run(folder, "there", "back", rewards=FIRST | {"words": HELD})

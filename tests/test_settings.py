@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,12 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
             ["--generator.tensor_parallel", "2", "--runtime.generators.num_gpus", "0.5"],
             "runtime.generators.num_gpus: 0.5, but generator.tensor_parallel x pipeline_parallel takes 2 whole GPUs",
         ),
+        (["more", "words"], "^unexpected argument: more; give one configuration file, and others .* by --config$"),
+        (["--generator.stop", "{a: 1}"], "generator.stop.0: it is a section; it must be a text"),
+        (["--rewards", "[a]"], "rewards: it is a list; it must be a mapping of keys to values"),
+        (["--runtime.storage_options", '["hidden"]'], "runtime.storage_options: it must be a section of keys"),
+        (["--save", "{trace: "], "save: it must be a section, as {key: value}"),
+        (["--method.sigma2", "{flip_rate: 0.1, flip_rate: 0.2}"], "method.sigma2: it is '{flip_rate: 0.1, flip_rate"),
         (["--xyzzy", "1"], "unknown flag: --xyzzy 1; every key is listed by --help"),
         (["--method.num_sample=1"], "unknown flag: --method.num_sample=1; did you mean 'num_samples'?"),
         (["--method.num_samples", "many"], "method.num_samples: it is 'many'; it must be a whole number"),
@@ -338,6 +345,76 @@ def test_a_bad_value_names_key_value_and_rule(args, said, tmp_path):
     with pytest.raises(ConfigError, match=said) as error:
         read(tmp_path, *args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"seed": True}, "seed: it is True; it must be a whole number"),
+        ({"method": BASE["method"] | {"num_samples": True}}, "num_samples: it is True; it must be a whole number"),
+        ({"prompts": {"limit": False}}, "prompts.limit: it is False; it must be a whole number"),
+        ({"method": BASE["method"] | {"lambda": True}}, "method.lambda: it is True; it must be a number"),
+        ({"method": BASE["method"] | {"lambda": {"ess": True}}}, "lambda.ess: it is True; it must be a number"),
+        ({"tune": {"grids": {"aisp": {"alpha": [0.9, True]}}}}, "alpha.1: it is True; it must be a number"),
+        ({"runtime": {"generators": {"replicas": True}}}, "replicas: it is True; .* a whole number, or 'auto'"),
+    ],
+)
+def test_a_bool_is_no_number(values, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        read(tmp_path, values=BASE | values)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("method.sigma2", "{flip_rate: 0.1}", {"flip_rate": 0.1}),
+        ("method", "{kind: best_of_n, num_samples: 2}", {"kind": "best_of_n", "num_samples": 2}),
+        ("save", "{trace: false}", {"trace": False}),
+        ("save.candidates", '{"top": 3}', {"top": 3}),
+        ("tune.grids", "{aisp: {sigma2: [0.1, 0.3]}}", {"aisp": {"sigma2": [0.1, 0.3]}}),
+        ("prompts.template_kwargs", "{thinking: no, effort: low}", {"thinking": False, "effort": "low"}),
+        ("generator.stop", "['a, b', c]", ["a, b", "c"]),
+        ("generator.stop", "a: b", ["a: b"]),
+        ("prompts.system", "{prompt}", "{prompt}"),  # a text stays one
+        ("prompts.begin", "[INST]", "[INST]"),
+    ],
+)
+def test_sections_and_lists_are_written_on_the_command_line_as_in_a_file(key, text, value, tmp_path):
+    run = read(tmp_path, f"--{key}", text)
+    found = run.model_dump(mode="json", by_alias=True)
+    for part in key.split("."):
+        found = found[part]
+    assert {name: found[name] for name in value} == value if key in ("method", "save") else found == value
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"rewards": {True: BASE["rewards"]["main"]}},
+            "^rewards: the name True is not a text; put it in .*, since",
+        ),
+        ({"rewards": {1: BASE["rewards"]["main"]}}, "^rewards: the name 1 is not a text; put it in quotes$"),
+        ({"prompts": {2: "a"}}, "^prompts: the name 2 is not a text; put it in quotes$"),
+        ({"rewards": {"": BASE["rewards"]["main"]}}, "rewards: one has an empty name; give it a name"),
+        ({"output": date(2026, 1, 2)}, "^output: it is 2026-01-02 of type date; it must be a text$"),
+    ],
+)
+def test_names_are_texts(values, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        read(tmp_path, values={**BASE, "runtime": {}, **values})
+
+
+def test_bools_stay_where_they_mean_something(tmp_path):
+    told = {"enforce_eager": True}, {"enable_thinking": False}
+    values = BASE | {
+        "generator": {"model": "demo", "vllm": told[0]},
+        "prompts": {"template_kwargs": told[1]},
+        "compare": {"arms": {"noise": BASE["method"] | {"shuffle_rewards": True}}},
+    }
+    run = read(tmp_path, values=values)
+    assert (run.generator.vllm, run.prompts.template_kwargs) == told
+    assert run.compare.arms["noise"].shuffle_rewards
 
 
 def test_the_help_has_no_names_of_python(tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 from rows import COLUMNS, changed, prompt, prompts, result, run, store, tables, write
 
 from aisp_dist.config import ConfigError
-from aisp_dist.output import kept_columns
+from aisp_dist.output import kept_columns, schema
 from aisp_dist.output.filesystem import Place
 from aisp_dist.output.writer import Unfinished
 from aisp_dist.records import BadInput, Prompt
@@ -142,6 +142,26 @@ def test_a_kept_value_that_does_not_fit_its_column_costs_no_prompt_and_is_not_lo
     assert failed["kept_as_json"][2]["value"] is None  # bytes have no JSON form
     for row, line in ((good, lines[0]), (done, lines[1])):
         assert kept_columns.of_row(row, COLUMNS) == line.columns
+
+
+def test_a_kept_number_that_json_has_no_word_for_is_told_as_text(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    kept = [{"answer": "a", "grade": 1, "extra": "text"}, {"answer": -inf, "grade": nan, "extra": {"scores": [1, inf]}}]
+    lines = [Prompt(str(n), n, (("user", "hello"),), tuple(k.items()), f"d{n}") for n, k in enumerate(kept)]
+    types = schema.column_types([*kept[0]], lines)
+    assert [types[name] for name in kept[0]] == ["json", "float64", "json"]
+    rows = store(tmp_path)
+    for line in rows.plan(lines):
+        rows.add(result(line))
+    rows.finish()
+    row = pq.read_table(tmp_path / "data").to_pylist()[1]
+    assert [row[name] for name in kept[1]] == [None] * 3
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    found = {one["name"]: json.loads(one["value"], parse_constant=refuse) for one in row["kept_as_json"]}
+    assert found == {"answer": "-Infinity", "grade": "NaN", "extra": {"scores": [1, "Infinity"]}}
 
 
 def test_a_place_is_tried_before_anything_is_computed_for_it(tmp_path):

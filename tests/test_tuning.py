@@ -18,6 +18,7 @@ from aisp_dist.config import (
     ReControl,
     Tune,
 )
+from jobs.tune import _told
 
 AISP = Aisp(num_samples=4, num_iterations=2, lambda_=0.3)
 METHODS = [
@@ -135,6 +136,12 @@ def test_fluency_may_cost_and_may_bar():
         return made.best.point["a"]
 
     assert best() == 2.0 and best(nll_weight=1.0) == 2.0 and best(nll_weight=3.0) == 1.0 and best(max_nll=0.4) == 1.0
+
+
+def test_what_is_printed_of_an_arm_is_in_columns_that_never_touch():
+    settings = {"sampling.temperature": 0.7, "sampling.top_p": 0.95, "beta.sd": 0.5}
+    told = _told("best-of-n top-p, rewards shuffled", trial(settings, 0.087))
+    assert "rewards shuffled sampling.temperature 0.7, " in told and "beta.sd 0.5 reward" in told
 
 
 def test_seeds_of_a_point_count_together():

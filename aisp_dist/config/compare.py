@@ -29,7 +29,12 @@ class Compare(Section):
 class Tune(Section):
     """How `aisp tune` searches each method's settings."""
 
-    prompts: int = doc("prompts of a trial: those after the first compare.prompts of the input", 10, ge=1)
+    prompts: int = doc(
+        "prompts of a trial: those after the first compare.prompts of the input, also past prompts.limit, so that "
+        "none is compared on that was tuned on",
+        10,
+        ge=1,
+    )
     trials: int = doc("number of trials of each arm", 16, ge=1)
     search: Literal["grid", "tpe"] = doc(
         "grid: points of the grids; tpe: Optuna's tree-structured Parzen estimator", "grid"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,8 +97,15 @@ def check(values: Mapping[str, Any]) -> Run:
         for fault in _nearest(error.errors(), values):
             key, found = _locate(fault["loc"], values, absent=fault["type"] in ("extra_forbidden", "missing"))
             message = fault["msg"].removeprefix("Value error, ")
-            secret = key.startswith("runtime.storage_options.")  # a wrong value there may be a key, or a URL with one
-            if fault["type"] == "extra_forbidden":
+            # A wrong value there may be a key, or a URL with one.
+            secret = f"{key}.".startswith("runtime.storage_options.")
+            if fault["type"] == "invalid_key" or fault["loc"][-1:] == ("[key]",):
+                key, section = _locate(fault["loc"][: -1 if fault["type"] == "invalid_key" else -2], values, False)
+                name = next(name for name in section if not isinstance(name, str))
+                message = f"the name {name!r} is not a text; put it in quotes"
+                if isinstance(name, bool):
+                    message += ", since YAML reads yes, no, on and off as true and false"
+            elif fault["type"] == "extra_forbidden":
                 message = "unknown key; " + (_close(str(fault["loc"][-1])) or "see `aisp schema`")
             elif fault["type"] == "missing":
                 message = "missing; it has no default" + _example(key)
@@ -106,17 +115,43 @@ def check(values: Mapping[str, Any]) -> Run:
                 absent = isinstance(found, Mapping) and "kind" not in found
                 message = f"kind is {'missing' if absent else repr(kind)}; it must be {expected}"
             elif rule := _rule(fault["type"], fault.get("ctx", {})):
-                shown = found if isinstance(found, str | int | float | bool | None) else type(found).__name__
-                message = f"it must be {rule}" if secret else f"it is {shown!r}; it must be {rule}"
+                message = f"it must be {rule}" if secret else f"it is {_shown(found)}; it must be {rule}"
             elif fault["type"] != "value_error" and not isinstance(found, Mapping) and not secret:
                 message += f" (it is {found!r})"
             faults.setdefault(key, []).append(message)
         raise ConfigError("; ".join(f"{key}: {_either(messages)}" for key, messages in faults.items())) from None
 
 
+def _shown(value: Any) -> str:
+    """A wrong value for a message; of a list or a section, which may hold anything, only that it is one."""
+    if isinstance(value, Mapping):
+        return "a section"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return repr(value) if isinstance(value, str | int | float | None) else f"{value} of type {type(value).__name__}"
+
+
+def flow(text: str) -> str:
+    """A section or list in YAML's flow form, as {top_p: 0.9}, as JSON. Any other text, and one that is JSON already,
+    stays as it is."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    with suppress(ValueError):
+        json.loads(text)
+        return text
+    try:
+        values = _Loader(text).get_single_data()
+        made = json.dumps(values)
+    except (yaml.YAMLError, TypeError, ValueError):
+        return text
+    return made if json.loads(made) == values else text  # not with a name that is no text, or a date
+
+
 def unknown_flags(flags: str) -> str:
     """What to say of flags that no command and no key has, as argparse names them."""
     first = flags.split()[0].split("=")[0]
+    if not first.startswith("-"):
+        return f"unexpected argument: {first}; give one configuration file, and others to merge over it by --config"
     return f"unknown flag: {flags}; " + (_close(first.rpartition(".")[2]) or "every key is listed by --help")
 
 

@@ -17,6 +17,24 @@ from aisp_dist.config.rewards import FREE, GeneratorEndpoint, Reward
 from aisp_dist.config.runtime import RewardReplicas, Runtime, known_place
 from aisp_dist.records import Rates
 
+OF_TEMPLATES = (
+    "messages",
+    "conversation",
+    "conversations",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)  # what transformers' apply_chat_template takes itself, but for tools and documents, which templates show
+
 
 class Prompts(Section):
     """Where prompts come from and how they become tokens."""
@@ -24,14 +42,16 @@ class Prompts(Section):
     source: str = doc("demo, a file (jsonl, json, csv, parquet, txt), a pattern, a directory, or a hub dataset", "demo")
     subset: str | None = doc("configuration of a hub dataset or of a directory's README.md", None)
     revision: str | None = doc("revision of a hub dataset; give a commit if the run may be resumed later", None)
-    split: str = doc("split of a dataset", "train")
+    split: str = doc("split of a hub dataset or of a directory; a file has none", "train")
     streaming: bool = doc("read a hub dataset row by row over the network, without storing it", False)
     column: str = doc("column with the prompt: text or a list of messages", "prompt")
     id_column: str | None = doc("column with your own ids, which are unique", None)
     keep: tuple[str, ...] = doc("columns that are kept in the output and passed to function rewards", ())
     shuffle_seed: int | None = doc("shuffle the input with this seed", None)
     skip: int = doc("skip this many input lines, after the shuffle", 0, ge=0)
-    limit: int | None = doc("read at most this many input lines; a larger limit extends a finished run", None, ge=0)
+    limit: int | None = doc(
+        "read at most this many input lines, `aisp tune` apart; a larger limit extends a finished run", None, ge=0
+    )
     format: Literal["chat", "raw", "shp", "hh"] = doc(
         "chat: the model's own chat template; raw: the text as it is; shp, hh: as the paper renders these datasets",
         "chat",
@@ -50,6 +70,13 @@ class Prompts(Section):
     overlong: Literal["error", "left", "drop_turns"] = doc(
         "a longer prompt becomes a failed row, is cut from the left, or loses its oldest turns", "error"
     )
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := [name for name in value if name in OF_TEMPLATES]:
+            raise ValueError(f"{taken[0]} is set for every prompt and cannot be given; leave it out")
+        return value
 
     @model_validator(mode="after")
     def effective(self) -> Prompts:
@@ -283,6 +310,8 @@ class Run(Section):
 
     @model_validator(mode="after")
     def whole(self) -> Run:
+        if "" in self.rewards:
+            raise ValueError("rewards: one has an empty name; give it a name")
         if not any(reward.use == "select" for reward in self.rewards.values()):
             raise ValueError("rewards: none has use: select, so nothing could choose a best answer; add one")
         if why := self.generator.refuses(self.method):

@@ -35,10 +35,12 @@ def locate(key: str, name: str, role: Role) -> str:
     path = Path(name).expanduser()
     if role == "generator" and not path.exists() and (inside := _IN_PACKAGE.fullmatch(name)):
         path = _in_package(key, name, *inside.groups())
-    if path.is_file():
+    if path.is_file() or (path.suffix == ".gguf" and not path.exists()):  # no hub id with transformers' files ends so
         if path.suffix != ".gguf" or role != "generator":
             what = "a GGUF file, which rewards are not read from" if path.suffix == ".gguf" else "a file"
             raise ConfigError(f"{key}: {name!r} is {what}; {intact.CHECKPOINT}")
+        if not path.exists():
+            raise ConfigError(f"{key}: there is no file {name!r}; name a GGUF file that exists")
         if fault := gguf.fault(path):
             raise ConfigError(f"{key}: {name!r} {fault}")
         return str(path.resolve())

@@ -3,12 +3,14 @@
 A column's type is decided once, before the first row, from a sample of the inputs (`types`): bool, int64, float64
 (integers among floats are floats) or string if all its values agree, else `json`: a string column that holds each value
 as JSON text. A value that does not fit its column's type later is null there and stands as JSON text in the row's
-`kept_as_json`; it never costs the prompt. Function rewards see every value as it is in the input.
+`kept_as_json`; it never costs the prompt. JSON has no words for NaN and infinities: they fit float64 only, and stand in
+`kept_as_json` as the texts "NaN", "Infinity" and "-Infinity". Function rewards see every value as it is in the input.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,7 +35,7 @@ def types(names: Sequence[str], sample: Iterable[Input]) -> dict[str, ColumnType
             if value is None:
                 continue
             empty.discard(name)
-            fitting[name] = tuple(type_ for type_ in fitting[name] if _fits(value, type_))
+            fitting[name] = tuple(type_ for type_ in fitting[name] if _suits(value, type_))
             if not fitting[name]:
                 raise ConfigError(
                     f"prompts.keep: column {name!r} holds a {type(value).__name__}, which is neither text, a number, a "
@@ -48,13 +50,13 @@ def to_row(line: Input, columns: Mapping[str, ColumnType]) -> dict[str, Any]:
     misfits = [name for name, value in values.items() if not _fits(value, columns[name])]
     row = {name: None if name in misfits else _cast(value, columns[name]) for name, value in values.items()}
     if MISFITS in columns:  # outputs of 0.1.0 have no such column
-        texts = {name: _cast(values[name], "json") if _fits(values[name], "json") else None for name in misfits}
-        row[MISFITS] = [{"name": name, "value": text} for name, text in texts.items()]
+        row[MISFITS] = [{"name": name, "value": _text(values[name])} for name in misfits]
     return row
 
 
 def of_row(row: Mapping[str, Any], columns: Mapping[str, ColumnType]) -> tuple[tuple[str, Any], ...]:
-    """The kept columns of a row as its input had them: the inverse of `to_row`."""
+    """The kept columns of a row as its input had them: the inverse of `to_row`, except for NaN and infinities that are
+    texts in `kept_as_json`."""
     misfits = {misfit["name"]: misfit["value"] for misfit in row.get(MISFITS) or ()}
 
     def value(name: str) -> Any:
@@ -90,7 +92,24 @@ def _as_string(value: Any) -> str:
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value)
+    return json.dumps(value, allow_nan=False)
+
+
+def _text(value: Any) -> str | None:
+    """`value` as JSON text, with "NaN", "Infinity" and "-Infinity" for numbers that JSON has no words for; None where
+    it has no JSON form."""
+    try:
+        return _as_json(_spelled(value))
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        return {key: _spelled(item) for key, item in value.items()}
+    return [_spelled(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 _CAST: dict[ColumnType, Callable[[Any], Any]] = {
@@ -105,6 +124,11 @@ _CAST: dict[ColumnType, Callable[[Any], Any]] = {
 def _cast(value: Any, type_: ColumnType) -> Any:
     """`value` as the column holds it. Raises ValueError or TypeError where it does not fit."""
     return None if value is None else _CAST[type_](value)
+
+
+def _suits(value: Any, type_: ColumnType) -> bool:
+    """Whether a column with this value may have the type: `json` may, although a NaN is left to `kept_as_json`."""
+    return _fits(value, type_) or (type_ == "json" and _text(value) is not None)
 
 
 def _fits(value: Any, type_: ColumnType) -> bool:

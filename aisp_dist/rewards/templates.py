@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from aisp_dist.config import ConfigError
@@ -30,10 +31,34 @@ def file(key: str, name: str, base_dir: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"{key}: no file {str(path)!r}; the path is relative to the config file")
     try:
-        read(str(path))
+        fault = _fault(read(str(path)))
     except UnicodeDecodeError:
         raise ConfigError(f"{key}: {str(path)!r} is not UTF-8 text; save it as UTF-8") from None
+    if fault:
+        raise ConfigError(f"{key}: {str(path)!r} is not valid Jinja ({fault}); correct it")
     return str(path)
+
+
+@functools.cache
+def _fault(template: str) -> str | None:
+    """What is wrong with a template as Jinja; None if nothing is. With the tags that transformers adds to Jinja's."""
+    import jinja2
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """{% generation %} around an assistant's text, which transformers can find again."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).compile(template)
+    except jinja2.TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None
 
 
 def read(name: str, base_dir: Path | None = None) -> str:

@@ -159,7 +159,7 @@ def _latest(tables: Sequence[pa.Table], wanted: Callable[[int, int], bool]) -> p
     found = [(n, ordinal) for n, table in enumerate(tables) for ordinal in table["source_index"].to_pylist()]
     last = {ordinal: row for row, (number, ordinal) in enumerate(found) if wanted(ordinal, number)}
     whole = pa.concat_tables(tables)
-    sizes = [size for batch in whole.to_batches() for size in sum(map(_sizes, batch.columns)).tolist()]
+    sizes = [size for batch in whole.to_batches() for size in np.sum([*map(_sizes, batch.columns)], axis=0).tolist()]
     groups: list[list[pa.Table]] = []
     room = 0
     for _, row in sorted(last.items()):

@@ -111,7 +111,7 @@ def test_what_a_template_drops_is_found_whatever_the_texts_are():
 def test_a_template_that_changes_texts_is_refused(changed):
     """Cut and spelled out as a list of parts, a text would still be found in the list."""
     with pytest.raises(Unrenderable, match="does not show message 1 of 3 .*FIX"):
-        text(CHATML.replace("m['content']", f"m['content']{changed}"), ALTERNATING)
+        text(CHATML.replace("m['content']", f"(m['content']{changed}) | string"), ALTERNATING)
 
 
 def test_another_order_is_refused():

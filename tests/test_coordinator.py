@@ -255,7 +255,9 @@ def test_a_reward_that_fails_on_each_of_the_first_prompts_is_refused_at_load(tmp
 
 
 def test_answers_as_long_as_the_context_are_refused_at_load(tmp_path):
-    shard = coordinator(run_of(tmp_path, generator={"model": "demo", "max_new_tokens": 256}), [], [])
+    shard = coordinator(
+        run_of(tmp_path, generator={"model": "demo", "max_new_tokens": 256}), [FakeGenerator("g")], [FakeScorer("s")]
+    )
     with pytest.raises(ConfigError, match="max_new_tokens: 256 leaves no token for a prompt .* context of 256; lower"):
         asyncio.run(shard.load())
 

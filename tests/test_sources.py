@@ -240,14 +240,6 @@ def test_the_first_row_is_checked_after_lines_that_are_none(tmp_path):
         prompts.check(Prompts(source=str(tmp_path / "p.jsonl")))
 
 
-@pytest.mark.parametrize("source", ["demo", "a.jsonl", "*.jsonl"])
-def test_a_file_has_no_splits(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    jsonl(tmp_path / "a.jsonl", asked("a"))
-    with pytest.raises(ConfigError, match="prompts.split: 'test' has no effect on .*; leave it out"):
-        prompts.check(Prompts(source=source, split="test"))
-
-
 def test_splits_and_tables_of_a_directory(tmp_path):
     for split in ("train", "test"):
         jsonl(tmp_path / "set" / f"{split}-0.jsonl", asked(split))

@@ -55,14 +55,9 @@ def open_source(settings: Prompts) -> Source:
 
 
 def check(settings: Prompts) -> None:
-    """Raise ConfigError as `open_source` does, but for the first row of every file, where none of the files has a kept
-    column, and for a split of what has none. Reads one row a file."""
+    """Raise ConfigError as `open_source` does, but for the first row of every file, and where none of the files has a
+    kept column. Reads one row a file."""
     files = _local_files(settings)
-    named = settings.split != Prompts.model_fields["split"].default
-    if files is not None and named and not Path(os.path.expanduser(settings.source)).is_dir():
-        raise ConfigError(
-            f"prompts.split: {settings.split!r} has no effect on {settings.source!r}, which has no splits; leave it out"
-        )
     if files is None or len(files) == 1:
         next((line for line in _open(settings).lines if isinstance(line.row, dict)), None)
         return

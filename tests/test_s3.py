@@ -241,7 +241,7 @@ def test_the_commands_take_the_output_and_write_no_secret(server, place, tmp_pat
     for said in (
         "every input is there exactly once",
         "3 done, 0 failed in 2 parts",
-        "not running; the same command resumes",
+        "not running; `aisp verify",
     ):
         assert said in done.stdout, done.stdout + done.stderr
     with pytest.raises(SystemExit) as left:

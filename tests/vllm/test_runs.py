@@ -93,28 +93,40 @@ def rows(folder: Path) -> dict[int, dict[str, Any]]:
     return {row["source_index"]: row for file in files for row in pq.read_table(file).to_pylist()}
 
 
-def processes(name: str) -> list[psutil.Process]:
-    """Those of the tests' own runs with this in their title."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
+def descendants() -> dict[int, tuple[psutil.Process, str]]:
+    """Process and title of all that the tests have started, by process id. By parents alone: psutil's `children` and
+    `parent` leave out a process that seems older than its parent, as one does where the clock was set in between."""
+    seen: dict[int, tuple[psutil.Process, int, str]] = {}
+    for process in psutil.process_iter():
         try:
-            if name in " ".join(process.cmdline()):
-                found.append(process)
+            seen[process.pid] = process, process.ppid(), " ".join(process.cmdline())
         except psutil.Error:
             continue
-    return found
+    ours = {os.getpid()}
+    while more := {pid for pid, (_, parent, _) in seen.items() if parent in ours} - ours:
+        ours |= more
+    return {pid: (seen[pid][0], seen[pid][2]) for pid in ours - {os.getpid()}}
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Those of the tests' own runs with this in their title."""
+    return [process for process, title in descendants().values() if name in title]
 
 
 def cores(role: str) -> list[psutil.Process]:
     """Engines of actors of a class."""
-    return [core for core in processes("EngineCore") if f"ray::{role}" in " ".join(core.parent().cmdline())]
+    found = descendants()
+    engines = [process for process, title in found.values() if "EngineCore" in title]
+    return [core for core in engines if f"ray::{role}" in found.get(core.ppid(), (core, ""))[1]]
 
 
 def more_rows(folder: Path, command: subprocess.Popen[bytes], before: set[int]) -> psutil.Process:
     """The generator's engine, once it has made new rows. before: engines that are gone."""
     done, deadline = len(rows(folder)), time.monotonic() + 400
     while not (new := [p for p in cores("Generator") if p.pid not in before]) or len(rows(folder)) == done:
-        assert command.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()[-3000:]
+        seen = "\n".join(f"{pid} {title[:80]}" for pid, (_, title) in descendants().items())
+        told = f"{seen}\n{(folder / 'log.txt').read_text()[-3000:]}"
+        assert command.poll() is None and time.monotonic() < deadline, told
         time.sleep(0.05)
     before.add(new[0].pid)
     return new[0]
@@ -158,7 +170,7 @@ def test_a_run_survives_the_death_of_driver_engine_and_actor(project: Path) -> N
     assert 0 < len(rows(project)) < len(QUESTIONS), "in the middle"
     command = start(project)
     more_rows(project, command, dead).kill()
-    more_rows(project, command, dead).parent().kill()
+    psutil.Process(more_rows(project, command, dead).ppid()).kill()
     out = ended(project, command)
     assert set(rows(project)) == set(range(len(QUESTIONS))), out[-3000:]
     (line,) = [line for line in out.splitlines() if "engine: vllm 0." in line]
